@@ -1,0 +1,35 @@
+"""The boot bundles: one artifact `<profile>-bundle` per kernel profile, exactly the four files that hosts boot."""
+
+import json
+
+from recipes import guest_agent
+from recipes.busybox import BUSYBOX
+from recipes.initramfs import INITRAMFS
+from recipes.kernel import KERNELS, PROFILES
+from recipes.toolchain import TOOLS_IMAGE
+from recipes.youki import YOUKI
+from vzrepro import build, local, text
+
+for _profile in PROFILES:
+    _kernel = KERNELS[_profile.name]
+    _metadata = {
+        "kernel": _kernel.version,
+        "profile": _profile.name,
+        "security_profile": _profile.security_profile,
+        "busybox": BUSYBOX.version,
+        "agent": guest_agent.VERSION,
+        "agent_protocol_revision": guest_agent.PROTOCOL_REVISION,
+        "youki": YOUKI.version,
+    }
+    build(
+        f"{_profile.name}-bundle",
+        image=TOOLS_IMAGE,
+        inputs={
+            "kernel": _kernel,
+            "initramfs": INITRAMFS,
+            "youki": YOUKI,
+            "metadata.json": text("metadata.json", json.dumps(_metadata, sort_keys=True)),
+            "src": local("assemble.py"),
+        },
+        command=["python3", "/in/src/assemble.py"],
+    )

@@ -1,0 +1,14 @@
+"""busybox: the guest's shell and tools, one static binary."""
+
+from recipes.toolchain import C_IMAGE
+from vzrepro import build, debian_source, local
+
+_SOURCE = debian_source("busybox", series="1.37", suite="trixie")
+
+BUSYBOX = build(
+    "busybox",
+    version=_SOURCE.version,
+    image=C_IMAGE,
+    inputs={"busybox.tar.bz2": _SOURCE, "src": local("build.sh", "busybox.config")},
+    command=["sh", "/in/src/build.sh"],
+)

@@ -1,0 +1,46 @@
+//! The guest agent of a vz sandbox: serves the contract `vz.agent.v1` on a vsock port.
+//!
+//! One module per concern: [`transport`] accepts connections, [`agent`], [`oci`] and [`network`] are the services,
+//! [`exec`] runs commands, [`user`] says who runs them, [`system`] describes the guest.
+
+pub mod agent;
+pub mod exec;
+pub mod network;
+pub mod oci;
+pub mod system;
+pub mod transport;
+pub mod user;
+
+/// The messages, service traits and clients generated from `proto/vz/agent/v1/agent.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod proto {
+    tonic::include_proto!("vz.agent.v1");
+}
+
+/// The agent's version, as `version.json` names it.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// The revision of `vz.agent.v1` spoken here.
+pub const AGENT_PROTOCOL_REVISION: u32 = 1;
+
+/// The answer to a call of the contract that this version does not serve.
+fn not_served(what: &str) -> tonic::Status {
+    tonic::Status::unimplemented(format!("vz-guest-agent {VERSION} does not serve {what}"))
+}
+
+/// Serves all of the contract on `connections` until they end, which they never do on a listening socket.
+///
+/// # Errors
+/// Only what tonic's server raises as a whole; a broken connection ends alone.
+pub async fn serve(connections: transport::Connections) -> Result<(), tonic::transport::Error> {
+    use proto::{
+        agent_service_server::AgentServiceServer, network_service_server::NetworkServiceServer,
+        oci_service_server::OciServiceServer,
+    };
+    tonic::transport::Server::builder()
+        .add_service(AgentServiceServer::new(agent::Agent::default()))
+        .add_service(OciServiceServer::new(oci::Oci))
+        .add_service(NetworkServiceServer::new(network::Network))
+        .serve_with_incoming(connections)
+        .await
+}

@@ -1,0 +1,129 @@
+//! The command line: listen, say so once, serve.
+
+use std::process::ExitCode;
+
+use vz_guest_agent::transport::{Endpoint, HOST_CID, Listener, announce};
+use vz_guest_agent::{AGENT_PROTOCOL_REVISION, VERSION, serve};
+
+const USAGE: &str = "\
+usage: vz-guest-agent [--listen ENDPOINT] [--ready ENDPOINT] [--version]
+
+  --listen ENDPOINT  where to serve: vsock:PORT (default vsock:7424) or unix:PATH
+  --ready ENDPOINT   whom to tell once that it listens: vsock:PORT on the host, or unix:PATH
+                     (default vsock:7425 when listening on vsock, else nobody)
+  --version          print the version and the protocol revision";
+
+struct Options {
+    listen: Endpoint,
+    ready: Option<Endpoint>,
+}
+
+enum Asked {
+    Serve(Options),
+    Version,
+    Help,
+}
+
+fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Asked, String> {
+    let (mut listen, mut ready) = (Endpoint::Vsock(7424), None);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--version" => return Ok(Asked::Version),
+            "--help" | "-h" => return Ok(Asked::Help),
+            "--listen" | "--ready" => {
+                let value = arguments
+                    .next()
+                    .ok_or_else(|| format!("{argument} wants an endpoint"))?;
+                let endpoint = value.parse()?;
+                if argument == "--listen" {
+                    listen = endpoint;
+                } else {
+                    ready = Some(endpoint);
+                }
+            }
+            _ => return Err(format!("{argument:?} is not an option")),
+        }
+    }
+    if ready.is_none() && matches!(listen, Endpoint::Vsock(_)) {
+        ready = Some(Endpoint::Vsock(7425));
+    }
+    Ok(Asked::Serve(Options { listen, ready }))
+}
+
+// One thread is enough: the agent waits for pipes and sockets, and a guest often has one CPU and little memory.
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let options = match parse(std::env::args().skip(1)) {
+        Ok(Asked::Serve(options)) => options,
+        Ok(Asked::Version) => {
+            println!("vz-guest-agent {VERSION} (protocol revision {AGENT_PROTOCOL_REVISION})");
+            return ExitCode::SUCCESS;
+        }
+        Ok(Asked::Help) => {
+            println!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Err(problem) => {
+            eprintln!("vz-guest-agent: {problem}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    if std::process::id() == 1 {
+        eprintln!("vz-guest-agent: this is no init: start it as a child of PID 1, which restarts it when it ends");
+        return ExitCode::from(2);
+    }
+    let listener = match Listener::bind(&options.listen) {
+        Ok(listener) => listener,
+        Err(error) => {
+            eprintln!("vz-guest-agent: cannot listen on {}: {error}", options.listen);
+            return ExitCode::FAILURE;
+        }
+    };
+    if let Some(endpoint) = options.ready {
+        tokio::spawn(async move {
+            if let Err(error) = announce(&endpoint).await {
+                eprintln!("vz-guest-agent: nobody took the ready line on {endpoint} (CID {HOST_CID}): {error}");
+            }
+        });
+    }
+    match serve(listener.connections()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vz-guest-agent: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(arguments: &[&str]) -> Result<Options, String> {
+        match parse(arguments.iter().map(ToString::to_string))? {
+            Asked::Serve(options) => Ok(options),
+            Asked::Version | Asked::Help => Err("not serving".into()),
+        }
+    }
+
+    #[test]
+    fn the_default_is_the_contracts_port_and_a_ready_line() {
+        let options = options(&[]).unwrap();
+        assert_eq!(options.listen, Endpoint::Vsock(7424));
+        assert_eq!(options.ready, Some(Endpoint::Vsock(7425)));
+    }
+
+    #[test]
+    fn a_unix_socket_tells_nobody_unless_asked_to() {
+        assert_eq!(options(&["--listen", "unix:/a"]).unwrap().ready, None);
+        let asked = options(&["--listen", "unix:/a", "--ready", "unix:/b"]).unwrap();
+        assert_eq!(asked.ready, Some(Endpoint::Unix("/b".into())));
+    }
+
+    #[test]
+    fn wrong_words_are_refused() {
+        assert!(options(&["--liste", "unix:/a"]).is_err());
+        assert!(options(&["--listen"]).is_err());
+        assert!(options(&["--listen", "tcp:80"]).is_err());
+    }
+}

@@ -1,0 +1,13 @@
+"""The initramfs: busybox, the guest agent and `init`, as a newc archive that we write ourselves."""
+
+from recipes.busybox import BUSYBOX
+from recipes.guest_agent import GUEST_AGENT
+from recipes.toolchain import TOOLS_IMAGE
+from vzrepro import build, local
+
+INITRAMFS = build(
+    "initramfs",
+    image=TOOLS_IMAGE,
+    inputs={"busybox": BUSYBOX, "agent": GUEST_AGENT, "src": local("newc.py", "init", "udhcpc.script")},
+    command=["python3", "/in/src/newc.py"],
+)

@@ -1,0 +1,134 @@
+"""Configuration: where things are and how fast to go. Nothing here ever enters a hash.
+
+Three places, each overriding the one before: `[tool.vzrepro]` in the workspace's pyproject.toml, the user's
+`vzrepro/config.toml` below the platform's configuration directory, and `VZREPRO_*` in the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vzrepro.errors import UsageError
+
+USER_FILE = Path(platformdirs.user_config_dir("vzrepro")) / "config.toml"
+"""The user's own configuration file; it may be missing."""
+
+_GIB = 1 << 30
+
+
+class Config(BaseModel):
+    """All settings, with their defaults. Keys are written with dashes in files (`machine-cache`).
+
+    `store` is relative to the workspace; `cores` is what one build may use, `jobs` how many builds run at once (0:
+    decided from the machine); `mirrors` maps a `mirror://` name to URL prefixes, tried first; sizes are GiB.
+    """
+
+    model_config = ConfigDict(extra="forbid", alias_generator=lambda name: name.replace("_", "-"), frozen=True)
+
+    store: Path = Path("store")
+    platform: str = "linux/amd64"
+    machine_cache: bool = True
+    machine_cache_dir: Path = Path(platformdirs.user_cache_dir("vzrepro")) / "cache"
+    machine_cache_gib: Annotated[int, Field(gt=0)] = 30
+    key_dir: Path = Path(platformdirs.user_data_dir("vzrepro")) / "keys"
+    mirrors: dict[str, list[str]] = {}
+    cores: Annotated[int, Field(ge=0)] = 0
+    jobs: Annotated[int, Field(ge=0)] = 0
+    memory_gib: Annotated[int, Field(gt=0)] | None = None
+
+    def build_cores(self) -> int:
+        """Parallel processes one build may start."""
+        return self.cores or _host_cores()
+
+    def build_jobs(self) -> int:
+        """Builds that run at the same time."""
+        return self.jobs or max(1, min(4, _host_cores() // 2))
+
+    def memory_bytes(self, asked: int | None) -> int | None:
+        """The memory limit of one build: the recipe's wish, bounded by the user's."""
+        limit = None if self.memory_gib is None else self.memory_gib * _GIB
+        if asked is None or limit is None:
+            return asked or limit
+        return min(asked, limit)
+
+
+def find_workspace(start: Path) -> Path:
+    """The nearest directory at or above `start` that has `recipes/`. Raises UsageError when there is none."""
+    start = start.resolve()
+    for folder in (start, *start.parents):
+        if (folder / "recipes").is_dir():
+            return folder
+    raise UsageError(
+        f"no workspace: neither {start} nor a directory above it has recipes/",
+        hint="change into a checkout, or name one: vzrepro -C DIR …",
+    )
+
+
+def load(root: Path, environ: Mapping[str, str] | None = None, user_file: Path = USER_FILE) -> Config:
+    """The configuration for the workspace `root`.
+
+    Raises UsageError naming file or variable, key and fault.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    project = root / "pyproject.toml"
+    values.update(_checked(_toml(project).get("tool", {}).get("vzrepro", {}), str(project)))
+    values.update(_checked(_toml(user_file), str(user_file)))
+    values.update(_from_environment(environ))
+    config = Config.model_validate(values)
+    return config.model_copy(update={"store": root / config.store.expanduser()})
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as TOML", reason=str(error)) from error
+
+
+def _checked(values: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    try:
+        Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        known = ", ".join(sorted(field.alias or name for name, field in Config.model_fields.items()))
+        raise UsageError(f"{place}: {where}: {first['msg']}", hint=f"the settings are: {known}") from error
+    return values
+
+
+def _from_environment(environ: Mapping[str, str]) -> Mapping[str, Any]:
+    """`VZREPRO_CORES=4` sets `cores`; `VZREPRO_MIRRORS` holds `name=URL` words, a name may come again."""
+    values: dict[str, Any] = {}
+    for name, field in Config.model_fields.items():
+        variable = f"VZREPRO_{name.upper()}"
+        text = environ.get(variable)
+        if not text:
+            continue
+        alias = field.alias or name
+        values[alias] = _mirrors(text) if name == "mirrors" else text
+        _checked({alias: values[alias]}, variable)
+    return values
+
+
+def _mirrors(text: str) -> dict[str, list[str]]:
+    mirrors: dict[str, list[str]] = {}
+    for word in text.split():
+        name, equals, url = word.partition("=")
+        if not equals or not url:
+            raise UsageError(f"VZREPRO_MIRRORS: {word!r} is not name=URL", hint="for instance: debian=https://…/debian")
+        mirrors.setdefault(name, []).append(url)
+    return mirrors
+
+
+def _host_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

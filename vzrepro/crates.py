@@ -1,0 +1,540 @@
+"""From a Cargo.lock to the crates that a Linux build reaches; only `vzrepro lock` asks.
+
+A lock names every crate that any platform and any optional feature could need. `reached` walks the dependency graph
+as Cargo's resolver does (Cargo book, "Dependency Resolution", "Features"): it unifies features, evaluates `cfg()`
+tables, follows build dependencies and leaves development dependencies out. Where Cargo would know more than we do
+(features of the host and of the target apart, `target_feature`) the walk takes the larger set: a crate too many is a
+small download, a crate too few is a failed build.
+"""
+
+from __future__ import annotations
+
+import enum
+import io
+import operator
+import re
+import tarfile
+import tomllib
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vzrepro.errors import UsageError, VzreproError
+from vzrepro.model import FileHash
+
+MAX_TEXT = 16 << 20
+"""Bytes: no Cargo.toml or Cargo.lock is larger; a crate that says otherwise is hostile."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Crate:
+    """One published crate: `sha256` is that of its `.crate` file, as Cargo.lock records it."""
+
+    name: str
+    version: str
+    sha256: FileHash
+
+    @property
+    def file_name(self) -> str:
+        """`<name>-<version>.crate`: the name Cargo's own downloads carry."""
+        return f"{self.name}-{self.version}.crate"
+
+
+GetManifests = Callable[[Sequence[Crate]], Mapping[Crate, str]]
+"""Given the crates of one wave, the text of each one's Cargo.toml (`manifest_of` reads it from the download)."""
+
+LINUX_TARGETS = ("aarch64-unknown-linux-gnu", "x86_64-unknown-linux-gnu")
+"""Target triples: what is built for the guest, and what build scripts and procedural macros run on."""
+
+
+def reached(
+    cargo_lock: str,
+    manifest: str,
+    get_manifests: GetManifests,
+    *,
+    features: Iterable[str] = (),
+    default_features: bool = True,
+    targets: Sequence[str] = LINUX_TARGETS,
+) -> tuple[Crate, ...]:
+    """The crates of `cargo_lock` that building the root package needs, sorted by name and version.
+
+    `manifest` is the root's Cargo.toml; `features` and `default_features` are what Cargo is called with; `targets` are
+    target triples with GNU/Linux environment. `get_manifests` is called once per wave, with the crates first reached
+    in it, so that a caller can download a wave in parallel; no crate is asked for twice.
+
+    Raises UsageError when the lock does not belong to the manifest or names a crate that no registry has.
+    """
+    walk = _Walk(_parse_lock(cargo_lock), tuple(_linux_cfg(target) for target in targets))
+    root = _Manifest.parse(manifest, "the root package")
+    key = walk.add_root(root)
+    for feature in features:
+        if not root.has_feature(feature):
+            raise UsageError(f"{root.name} {root.version} has no feature {feature!r}")
+        walk.enable(key, feature)
+    if default_features:
+        walk.enable(key, "default")
+    while wave := walk.missing():
+        texts = get_manifests(wave)
+        for crate in wave:
+            walk.supply((crate.name, crate.version), _Manifest.parse(texts[crate], crate.file_name))
+    return walk.crates()
+
+
+def manifest_of(crate: bytes) -> str:
+    """The Cargo.toml inside a `.crate` file (a gzipped tar with one top directory). Raises VzreproError if none."""
+    return _text_in(crate, "Cargo.toml")
+
+
+def lock_of(crate: bytes) -> str:
+    """The Cargo.lock inside a `.crate` file, which published programs carry. Raises VzreproError if none."""
+    return _text_in(crate, "Cargo.lock")
+
+
+def _text_in(crate: bytes, wanted: str) -> str:
+    try:
+        with tarfile.open(fileobj=io.BytesIO(crate), mode="r|gz") as archive:
+            for member in archive:
+                parts = member.name.split("/")
+                if len(parts) != 2 or parts[1] != wanted or not member.isreg():
+                    continue
+                if member.size > MAX_TEXT:
+                    raise VzreproError(f"the crate's {wanted} claims {member.size} bytes", reason="none is that large")
+                reader = archive.extractfile(member)
+                assert reader is not None  # a regular file always has one
+                return reader.read().decode()
+    except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError) as error:
+        raise VzreproError("a crate file cannot be read", reason=str(error)) from error
+    raise VzreproError(f"the crate has no {wanted}")
+
+
+# --- Cargo.lock -------------------------------------------------------------------------------------------------------
+
+_Key = tuple[str, str]
+"""Name and version: what identifies a package in a lock that has one registry."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Locked:
+    """One `[[package]]` of a lock: `checksum` is None for path and git packages."""
+
+    key: _Key
+    source: str | None
+    checksum: str | None
+    dependencies: tuple[_Key, ...]
+
+
+def _parse_lock(text: str) -> dict[_Key, _Locked]:
+    try:
+        document = tomllib.loads(text)
+        packages = document.get("package", [])
+        versions: defaultdict[str, list[str]] = defaultdict(list)
+        for package in packages:
+            versions[package["name"]].append(package["version"])
+        locked: dict[_Key, _Locked] = {}
+        for package in packages:
+            key = (package["name"], package["version"])
+            if key in locked:
+                raise UsageError(
+                    f"Cargo.lock has {key[0]} {key[1]} from two sources", reason="only one can be vendored"
+                )
+            edges: list[_Key] = []
+            for line in package.get("dependencies", ()):
+                # `name`, `name version` when several versions are locked, `name version (source)` in old locks.
+                name, *rest = line.split(" ")
+                edges += [(name, rest[0])] if rest else [(name, version) for version in versions[name]]
+            locked[key] = _Locked(key, package.get("source"), package.get("checksum"), tuple(edges))
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError("Cargo.lock cannot be read", reason=repr(error)) from error
+    return locked
+
+
+# --- Cargo.toml -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Dependency:
+    """One line of a dependency table. `key` is the name in this manifest, `package` the name in the registry."""
+
+    key: str
+    package: str
+    requirement: str
+    optional: bool
+    default_features: bool
+    features: tuple[str, ...]
+    target: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    """What of a Cargo.toml decides about dependencies."""
+
+    name: str
+    version: str
+    features: Mapping[str, tuple[str, ...]]
+    dependencies: Mapping[str, tuple[_Dependency, ...]]
+
+    @classmethod
+    def parse(cls, text: str, place: str) -> _Manifest:
+        try:
+            document = tomllib.loads(text)
+            dependencies: defaultdict[str, list[_Dependency]] = defaultdict(list)
+            tables: list[tuple[str | None, Mapping[str, Any]]] = [(None, document)]
+            tables += list(document.get("target", {}).items())
+            for target, table in tables:
+                # Cargo accepts the old spelling with an underscore as well.
+                for kind in ("dependencies", "build-dependencies", "build_dependencies"):
+                    for key, value in table.get(kind, {}).items():
+                        dependencies[key].append(_dependency(key, value, target))
+            features = {name: tuple(values) for name, values in document.get("features", {}).items()}
+            package = document["package"]
+            return cls(
+                package["name"],
+                package["version"],
+                features,
+                {key: tuple(values) for key, values in dependencies.items()},
+            )
+        except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"the Cargo.toml of {place} cannot be read", reason=repr(error)) from error
+
+    def has_feature(self, name: str) -> bool:
+        """Whether `name` may be enabled: declared, or implied by an optional dependency."""
+        return name in self.features or any(dep.optional for dep in self.dependencies.get(name, ()))
+
+
+def _dependency(key: str, value: str | Mapping[str, Any], target: str | None) -> _Dependency:
+    table: Mapping[str, Any] = {"version": value} if isinstance(value, str) else value
+    if "workspace" in table:
+        raise UsageError(
+            f"dependency {key!r} is inherited from a workspace",
+            reason="a package is locked on its own, as published crates are",
+            hint=f"write the version of {key!r} into the package's own Cargo.toml",
+        )
+    return _Dependency(
+        key,
+        table.get("package", key),
+        table.get("version", "*"),
+        bool(table.get("optional", False)),
+        bool(table.get("default-features", table.get("default_features", True))),
+        tuple(table.get("features", ())),
+        target,
+    )
+
+
+# --- the walk ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Node:
+    """A reached package: `enabled` holds feature names, `active` the dependency keys in use."""
+
+    manifest: _Manifest | None = None
+    enabled: set[str] = field(default_factory=set)
+    active: set[str] = field(default_factory=set)
+    weak: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+
+
+class _Walk:
+    """The fixpoint: packages and features only ever join; features wait in a node until its manifest is there."""
+
+    def __init__(self, locked: Mapping[_Key, _Locked], cfgs: tuple[_Cfg, ...]) -> None:
+        self._locked = locked
+        self._cfgs = cfgs
+        self._nodes: dict[_Key, _Node] = {}
+        self._root: _Key | None = None
+        self._queue: deque[tuple[_Key, str]] = deque()
+
+    def add_root(self, manifest: _Manifest) -> _Key:
+        key = (manifest.name, manifest.version)
+        if key not in self._locked:
+            raise UsageError(
+                f"Cargo.lock does not have {manifest.name} {manifest.version}",
+                reason="lock and Cargo.toml do not belong together",
+                hint="cargo generate-lockfile",
+            )
+        self._root = key
+        self._nodes[key] = _Node()
+        self.supply(key, manifest)
+        return key
+
+    def missing(self) -> tuple[Crate, ...]:
+        """The packages reached so far whose manifest is not known."""
+        return tuple(sorted(self._crate(key) for key, node in self._nodes.items() if node.manifest is None))
+
+    def crates(self) -> tuple[Crate, ...]:
+        return tuple(sorted(self._crate(key) for key in self._nodes if key != self._root))
+
+    def _crate(self, key: _Key) -> Crate:
+        locked = self._locked[key]
+        if locked.checksum is None:
+            raise UsageError(
+                f"Cargo.lock has no checksum for {key[0]} {key[1]}",
+                reason=f"its source is {locked.source or 'a path'}, which is not a registry",
+                hint="depend on a published version",
+            )
+        return Crate(*key, FileHash(locked.checksum))
+
+    def supply(self, key: _Key, manifest: _Manifest) -> None:
+        """Give a reached package its manifest and go on from there."""
+        node = self._nodes[key]
+        node.manifest = manifest
+        waiting, node.enabled = node.enabled, set()
+        for name, specs in manifest.dependencies.items():
+            if any(not spec.optional for spec in specs):
+                self._activate(key, name)
+        for feature in sorted(waiting):
+            self.enable(key, feature)
+
+    def enable(self, key: _Key, feature: str) -> None:
+        """Enable a feature of a reached package, with all that follows from it."""
+        # A queue, not recursion: chains of features through chains of crates grow longer than Python's stack.
+        self._queue.append((key, feature))
+        if len(self._queue) > 1:
+            return
+        while self._queue:
+            self._enable_one(*self._queue[0])
+            self._queue.popleft()
+
+    def _enable_one(self, key: _Key, feature: str) -> None:
+        node = self._nodes[key]
+        if feature in node.enabled:
+            return
+        node.enabled.add(feature)
+        manifest = node.manifest
+        if manifest is None:
+            return
+        if feature not in manifest.features:
+            # Either the implied feature of an optional dependency, or `default` which a package need not declare.
+            self._activate(key, feature, optional=True)
+            return
+        for value in manifest.features[feature]:
+            if value.startswith("dep:"):
+                self._activate(key, value.removeprefix("dep:"), optional=True)
+            elif "/" in value:
+                name, _, theirs = value.partition("/")
+                weak = name.endswith("?")
+                name = name.removesuffix("?")
+                node.weak[name].add(theirs)
+                if not weak:
+                    self._activate(key, name, optional=True)
+                    if name in manifest.features:
+                        self.enable(key, name)
+                if name in node.active:
+                    self._pass_on(key, name, {theirs})
+            else:
+                self.enable(key, value)
+
+    def _activate(self, key: _Key, name: str, optional: bool = False) -> None:
+        """Use the dependencies called `name`; those that are optional only when `optional`."""
+        node = self._nodes[key]
+        assert node.manifest is not None
+        specs = [spec for spec in node.manifest.dependencies.get(name, ()) if optional or not spec.optional]
+        if not specs:
+            return
+        node.active.add(name)
+        for spec in specs:
+            for target in self._resolve(key, spec):
+                if target not in self._nodes:
+                    self._nodes[target] = _Node()
+                for feature in (*spec.features, *(("default",) if spec.default_features else ())):
+                    self.enable(target, feature)
+        self._pass_on(key, name, node.weak[name])
+
+    def _pass_on(self, key: _Key, name: str, features: Iterable[str]) -> None:
+        node = self._nodes[key]
+        assert node.manifest is not None
+        for spec in node.manifest.dependencies.get(name, ()):
+            for target in self._resolve(key, spec):
+                if target in self._nodes:
+                    for feature in sorted(features):
+                        self.enable(target, feature)
+
+    def _resolve(self, key: _Key, spec: _Dependency) -> tuple[_Key, ...]:
+        """The locked packages that `spec` may mean: none when its platform is another one, rarely more than one."""
+        if spec.target is not None and not any(cfg.may_match(spec.target) for cfg in self._cfgs):
+            return ()
+        candidates = tuple(edge for edge in self._locked[key].dependencies if edge[0] == spec.package)
+        if not candidates and not spec.optional:
+            raise UsageError(
+                f"Cargo.lock lacks {spec.package}, which {key[0]} {key[1]} depends on",
+                reason="the lock is older than the Cargo.toml",
+                hint="cargo update --workspace",
+            )
+        matching = tuple(edge for edge in candidates if _satisfies(edge[1], spec.requirement))
+        return matching or candidates
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+_Version = tuple[int, int, int]
+
+_COMPARE: Mapping[str, Callable[[_Version, _Version], bool]] = {
+    ">=": operator.ge,
+    ">": operator.gt,
+    "<=": operator.le,
+    "<": operator.lt,
+}
+_COMPARATOR = re.compile(r"(\^|~|=|>=|<=|>|<)?\s*([0-9*xX][0-9.*xX]*)(?:[-+][0-9A-Za-z.+-]*)?")
+
+
+def _satisfies(version: str, requirement: str) -> bool:
+    """Whether `version` meets a Cargo requirement (Cargo book, "Specifying Dependencies").
+
+    Pre-release tags are ignored: this only tells apart the versions of one name that one package's lock entry lists,
+    and those differ in their numbers.
+    """
+    numbers = [int(part) for part in re.split(r"[-+]", version, maxsplit=1)[0].split(".")]
+    found = (numbers[0], numbers[1], numbers[2])
+    return all(_meets(found, part.strip()) for part in requirement.split(","))
+
+
+def _meets(version: _Version, comparator: str) -> bool:
+    match = _COMPARATOR.fullmatch(comparator)
+    if match is None:
+        raise UsageError(f"{comparator!r} is not a version requirement Cargo knows")
+    sign = match[1] or "^"
+    given = [int(part) for part in match[2].split(".") if part not in ("*", "x", "X")]
+    if not given:
+        return True
+    wildcard = len(given) < len(match[2].split("."))
+    low = _padded(given)
+    if wildcard or sign == "=":
+        return low <= version < _bumped(given, len(given) - 1)
+    if sign == "^":
+        # The left-most number that is not zero may not change; of `0` and `0.0` the last one given.
+        fixed = next((i for i, number in enumerate(given) if number), len(given) - 1)
+        return low <= version < _bumped(given, fixed)
+    if sign == "~":
+        return low <= version < _bumped(given, min(1, len(given) - 1))
+    if sign in (">", "<="):
+        # `>1.2` is above every 1.2.x, `<=1.2` takes every 1.2.x.
+        above = version >= _bumped(given, len(given) - 1)
+        return above if sign == ">" else not above
+    return _COMPARE[sign](version, low)
+
+
+def _padded(numbers: Sequence[int]) -> _Version:
+    major, minor, patch = (*numbers, 0, 0, 0)[:3]
+    return major, minor, patch
+
+
+def _bumped(numbers: Sequence[int], index: int) -> _Version:
+    """The first version whose number at `index` is one higher."""
+    return _padded([*numbers[:index], numbers[index] + 1])
+
+
+# --- cfg() ------------------------------------------------------------------------------------------------------------
+
+
+class _Truth(enum.IntEnum):
+    """Kleene's three values: MAYBE for what depends on compiler flags, so that `not` of it stays MAYBE."""
+
+    NO = 0
+    MAYBE = 1
+    YES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Cfg:
+    """The configuration that rustc has for a target."""
+
+    triple: str
+    names: frozenset[str]
+    values: frozenset[tuple[str, str]]
+
+    def may_match(self, target: str) -> bool:
+        """Whether a `[target.<target>.…]` table may apply: a triple or a `cfg(…)` expression."""
+        if not target.startswith("cfg("):
+            return target == self.triple
+        tokens = _tokens(target)
+        result = self._evaluate(tokens, target)
+        if next(tokens, None) is not None:
+            raise _bad_cfg(target)
+        return result is not _Truth.NO
+
+    def _evaluate(self, tokens: _Tokens, whole: str) -> _Truth:
+        name = next(tokens, "")
+        if not re.fullmatch(r"\w+", name):
+            raise _bad_cfg(whole)
+        if tokens.peek() == "=":
+            next(tokens)
+            return self._key_value(name, next(tokens, "").strip('"'))
+        if tokens.peek() != "(":
+            return self._name(name)
+        next(tokens)
+        arguments: list[_Truth] = []
+        while tokens.peek() != ")":
+            arguments.append(self._evaluate(tokens, whole))
+            if tokens.peek() == ",":
+                next(tokens)
+            elif tokens.peek() != ")":
+                raise _bad_cfg(whole)
+        next(tokens)
+        if name == "all":
+            return min(arguments, default=_Truth.YES)
+        if name == "any":
+            return max(arguments, default=_Truth.NO)
+        if name in ("not", "cfg") and len(arguments) == 1:
+            return arguments[0] if name == "cfg" else _Truth(2 - arguments[0])
+        raise _bad_cfg(whole)
+
+    def _name(self, name: str) -> _Truth:
+        if name in ("true", *self.names):
+            return _Truth.YES
+        return _Truth.MAYBE if name in ("debug_assertions", "overflow_checks", "ub_checks") else _Truth.NO
+
+    def _key_value(self, key: str, value: str) -> _Truth:
+        if (key, value) in self.values:
+            return _Truth.YES
+        settled = {known for known, _ in self.values}
+        return _Truth.NO if key in settled else _Truth.MAYBE
+
+
+_POINTER_WIDTHS = {"aarch64": "64", "x86_64": "64", "riscv64gc": "64", "armv7": "32", "i686": "32"}
+_ARCHES = {"riscv64gc": "riscv64", "armv7": "arm", "i686": "x86"}
+
+
+def _linux_cfg(triple: str) -> _Cfg:
+    """What `rustc --print cfg --target <triple>` says of a GNU/Linux triple, as far as it is the same for all flags."""
+    parts = triple.split("-")
+    if len(parts) != 4 or parts[2] != "linux" or parts[0] not in _POINTER_WIDTHS:
+        known = ", ".join(f"{arch}-unknown-linux-gnu" for arch in _POINTER_WIDTHS)
+        raise UsageError(f"{triple!r} is not a target this knows", hint=f"use one of {known}")
+    arch, vendor, system, environment = parts
+    values = {
+        "target_arch": _ARCHES.get(arch, arch),
+        "target_vendor": vendor,
+        "target_os": system,
+        "target_env": environment,
+        "target_family": "unix",
+        "target_endian": "little",
+        "target_pointer_width": _POINTER_WIDTHS[arch],
+        "target_abi": "",
+    }
+    return _Cfg(triple, frozenset({"unix"}), frozenset(values.items()))
+
+
+class _Tokens(Iterator[str]):
+    """The words, strings and signs of a cfg expression, with one token of look-ahead."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self._tokens = tokens
+        self._at = 0
+
+    def __next__(self) -> str:
+        if self._at == len(self._tokens):
+            raise StopIteration
+        self._at += 1
+        return self._tokens[self._at - 1]
+
+    def peek(self) -> str | None:
+        return self._tokens[self._at] if self._at < len(self._tokens) else None
+
+
+def _tokens(text: str) -> _Tokens:
+    found = re.findall(r'"[^"]*"|\w+|[(),=]|\S', text)
+    return _Tokens(found)
+
+
+def _bad_cfg(text: str) -> UsageError:
+    return UsageError(f"{text!r} is not a cfg expression Cargo knows")

@@ -1,0 +1,241 @@
+"""`DrvGraph` + what is valid → `Plan`, a value that can be printed, tested and then executed; and `why`.
+
+Planning asks questions through the `Known` protocol and starts nothing. It goes from the targets downwards and
+stops at every object that is there or can be had, so a kernel in the cache means no toolchain is planned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from vzrepro.evaluate import DrvGraph
+from vzrepro.model import BuildKey, DrvHash, FileHash, NarHash, ObjectInfo, StorePath
+from vzrepro.recipe import Node
+
+Verb = Literal["have", "copy", "substitute", "fetch", "import", "image", "build"]
+"""What a step does: nothing · copy an equal object under its new name · take from a cache · download · import a
+local tree · write a toolchain image · build in the sandbox."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a cache holds under a store path: its NAR hash, its download size in bytes and the URLs' digest."""
+
+    nar_hash: NarHash
+    download_bytes: int
+    origin: FileHash | None
+    cache: str
+
+
+class Known(Protocol):
+    """What planning may ask about the world."""
+
+    def have(self, path: StorePath) -> ObjectInfo | None:
+        """The valid local object, or None."""
+
+    def origin_known(self, path: StorePath, origin: FileHash) -> bool:
+        """Whether the local object was verified from these URLs."""
+
+    def offer(self, path: StorePath) -> Offer | None:
+        """What a trusted cache offers, or None."""
+
+    def equal(self, key: BuildKey) -> ObjectInfo | None:
+        """A valid local object that the same work gave before, under another name."""
+
+    def expected_secs(self, target: str, verb: str) -> float | None:
+        """How long this took before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What to do for one node, and why. `info` is the object that is there, or for `copy` the one to copy."""
+
+    node: Node
+    verb: Verb
+    reason: str
+    info: ObjectInfo | None = None
+    download_bytes: int = 0
+    expected_secs: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The steps for `targets`, inputs before what needs them; `have` steps are those that others rely on."""
+
+    targets: tuple[Node, ...]
+    steps: tuple[Step, ...]
+
+    def todo(self) -> tuple[Step, ...]:
+        """The steps that do something."""
+        return tuple(step for step in self.steps if step.verb != "have")
+
+    def actions(self) -> dict[str, int]:
+        """How many steps of each verb there are to do."""
+        return dict(Counter(step.verb for step in self.todo()))
+
+    def download_bytes(self) -> int:
+        """Bytes that will be downloaded, from mirrors and caches."""
+        return sum(step.download_bytes for step in self.todo())
+
+    def expected_secs(self) -> float | None:
+        """The sum of the expected times, when history knows every build and image; else None."""
+        total = 0.0
+        for step in self.todo():
+            if step.expected_secs is not None:
+                total += step.expected_secs
+            elif step.verb in ("build", "image"):
+                return None
+        return total
+
+
+def make_plan(graph: DrvGraph, targets: Sequence[Node], known: Known, *, with_inputs: bool = False) -> Plan:
+    """Decide for every node that is needed.
+
+    `with_inputs` also realizes everything the targets are built from, though they themselves are there: what a
+    shell in the sandbox needs. Never raises for what the world lacks: that is what `build` steps are for.
+    """
+    steps: dict[DrvHash, Step] = {}
+    # An explicit stack: a graph of 10,000 derivations in a row is deeper than Python's recursion limit.
+    pending: list[tuple[Node, bool]] = [(node, False) for node in reversed(targets)]
+    forced = {node.drv_hash for node in targets} if with_inputs else set()
+    while pending:
+        node, inputs_done = pending.pop()
+        if node.drv_hash in steps:
+            continue
+        if inputs_done:
+            steps[node.drv_hash] = _from_inputs(node, steps, known)
+            continue
+        step = _without_inputs(node, known)
+        if step is not None and node.drv_hash not in forced:
+            steps[node.drv_hash] = step
+            continue
+        pending.append((node, True))
+        for dep in reversed(node.drv.dependencies()):
+            if dep not in steps:
+                pending.append((graph.nodes[dep], False))
+    return Plan(tuple(targets), tuple(steps.values()))
+
+
+def _without_inputs(node: Node, known: Known) -> Step | None:
+    """The step for a node that needs none of its inputs; None when they must be realized first."""
+    drv = node.drv
+    info = known.have(node.path)
+    origin = node.origin
+    if info is not None:
+        if origin is None or known.origin_known(node.path, origin):
+            return Step(node, "have", "it is in the store", info)
+        return Step(
+            node,
+            "fetch",
+            "its URL changed while its hash did not: fetched once again to see that both belong together",
+            download_bytes=node.download_bytes,
+        )
+    if drv.builder == "local":
+        return Step(node, "import", "local files")
+    offer = known.offer(node.path)
+    if offer is not None and (origin is None or offer.origin == origin):
+        return Step(
+            node,
+            "substitute",
+            f"{offer.cache} has it",
+            download_bytes=offer.download_bytes,
+            expected_secs=known.expected_secs(node.target, "substitute"),
+        )
+    if drv.builder == "fetch":
+        expected = known.expected_secs(node.target, "fetch")
+        return Step(node, "fetch", "not here yet", download_bytes=node.download_bytes, expected_secs=expected)
+    return None
+
+
+def _from_inputs(node: Node, steps: Mapping[DrvHash, Step], known: Known) -> Step:
+    """The step for a node whose inputs are planned: copy when the same work was done before, else build."""
+    info = known.have(node.path)
+    if info is not None:
+        return Step(node, "have", "it is in the store", info)
+    inputs = [steps[dep] for dep in node.drv.dependencies()]
+    nar_hashes = {step.node.drv_hash: step.info.nar_hash for step in inputs if step.verb == "have" and step.info}
+    if len(nar_hashes) == len(inputs):
+        equal = known.equal(node.drv.build_key(nar_hashes))
+        if equal is not None:
+            return Step(node, "copy", f"the same inputs gave {equal.path.base}", equal)
+    changing = sorted({step.node.target for step in inputs if step.verb in ("build", "copy", "import")})
+    verb: Verb = "image" if node.drv.builder == "image" else "build"
+    reason = "no output for these inputs is here or in a cache"
+    if changing and verb == "build":
+        reason += f" (unless {', '.join(changing)} come out as they were)"
+    return Step(node, verb, reason, expected_secs=known.expected_secs(node.target, verb))
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One difference between two derivations: a dotted `field`, its value `before` and `after` (None: absent)."""
+
+    field: str
+    before: Any
+    after: Any
+
+
+def diff(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[Change]:
+    """The structural difference of two canonical documents, field by field, in the order of the fields."""
+    changes: list[Change] = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changes += diff(old, new, f"{prefix}{key}.")
+        else:
+            changes.append(Change(f"{prefix}{key}", old, new))
+    return changes
+
+
+class Remembered(Protocol):
+    """What `why` may ask about the past."""
+
+    def derivation(self, drv: DrvHash) -> bytes | None:
+        """The canonical JSON kept for a drv hash."""
+
+    def derivations_named(self, name: str) -> Iterable[tuple[DrvHash, bytes, float]]:
+        """Kept derivations of a name: hash, canonical JSON, last seen (unix seconds), newest first."""
+
+
+def previous(node: Node, past: Remembered) -> dict[str, Any] | None:
+    """The newest kept derivation of the node's recipe that is not the node's own."""
+    stem = node.target
+    for drv_hash, canonical, _seen in past.derivations_named(stem):
+        if drv_hash != node.drv_hash:
+            document: dict[str, Any] = json.loads(canonical)
+            return document
+    return None
+
+
+def why(graph: DrvGraph, node: Node, past: Remembered) -> list[tuple[str, list[Change]]]:
+    """What changed since the recipe's last kept derivation: (target, changes) from `node` down to the origin.
+
+    Inputs are followed where both sides name one by the same key. An empty list: nothing was kept to compare with.
+    """
+    before = previous(node, past)
+    if before is None:
+        return []
+    found: list[tuple[str, list[Change]]] = []
+    pending: list[tuple[Node, Mapping[str, Any]]] = [(node, before)]
+    seen: set[DrvHash] = set()
+    while pending:
+        current, old = pending.pop(0)
+        if current.drv_hash in seen:
+            continue
+        seen.add(current.drv_hash)
+        changes = diff(old, current.drv.document())
+        found.append((current.target, changes))
+        for change in changes:
+            follows = change.field == "image" or change.field.startswith("inputs.")
+            if not follows or change.before is None or change.after is None:
+                continue
+            kept = past.derivation(DrvHash(change.before))
+            if kept is not None:
+                pending.append((graph.nodes[DrvHash(change.after)], json.loads(kept)))
+    return found
