@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vzrepro.recipe import build, crate_source, crates, debian_source, image, local, read, text
+    from vzrepro.recipe import build, cargo_crates, crate_source, debian_image, debian_source, local, read, text
 
 __version__ = "0.1.0"
 
-DSL = ("build", "crate_source", "crates", "debian_source", "image", "local", "read", "text")
+DSL = ("build", "cargo_crates", "crate_source", "debian_image", "debian_source", "local", "read", "text")
 """What a recipe may import from `vzrepro`."""
 
-__all__ = ["DSL", "build", "crate_source", "crates", "debian_source", "image", "local", "read", "text"]
+__all__ = ["DSL", "build", "cargo_crates", "crate_source", "debian_image", "debian_source", "local", "read", "text"]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,8 +26,9 @@ _GIB = 1 << 30
 class Config(BaseModel):
     """All settings, with their defaults. Keys are written with dashes in files (`machine-cache`).
 
-    `store` is relative to the workspace; `cores` is what one build may use, `jobs` how many builds run at once (0:
-    decided from the machine); `mirrors` maps a `mirror://` name to URL prefixes, tried first; sizes are GiB.
+    `store` and `debian_keyring` (the archive's OpenPGP keys, for `lock`) are relative to the workspace; `cores` is
+    what one build may use, `jobs` how many builds run at once (0: decided from the machine); `mirrors` maps a
+    `mirror://` name to URL prefixes, tried first; sizes are GiB.
     """
 
     model_config = ConfigDict(extra="forbid", alias_generator=lambda name: name.replace("_", "-"), frozen=True)
@@ -39,6 +40,7 @@ class Config(BaseModel):
     machine_cache_gib: Annotated[int, Field(gt=0)] = 30
     key_dir: Path = Path(platformdirs.user_data_dir("vzrepro")) / "keys"
     mirrors: dict[str, list[str]] = {}
+    debian_keyring: Path = Path("recipes/toolchain/debian-archive.asc")
     cores: Annotated[int, Field(ge=0)] = 0
     jobs: Annotated[int, Field(ge=0)] = 0
     memory_gib: Annotated[int, Field(gt=0)] | None = None
@@ -83,7 +85,8 @@ def load(root: Path, environ: Mapping[str, str] | None = None, user_file: Path =
     values.update(_checked(_toml(user_file), str(user_file)))
     values.update(_from_environment(environ))
     config = Config.model_validate(values)
-    return config.model_copy(update={"store": root / config.store.expanduser()})
+    paths = {"store": root / config.store.expanduser(), "debian_keyring": root / config.debian_keyring.expanduser()}
+    return config.model_copy(update=paths)
 
 
 def _toml(path: Path) -> dict[str, Any]:
@@ -107,27 +110,19 @@ def _checked(values: Mapping[str, Any], place: str) -> Mapping[str, Any]:
 
 
 def _from_environment(environ: Mapping[str, str]) -> Mapping[str, Any]:
-    """`VZREPRO_CORES=4` sets `cores`; `VZREPRO_MIRRORS` holds `name=URL` words, a name may come again."""
+    """`VZREPRO_CORES=4` sets `cores`; `VZREPRO_MIRRORS` has a form of its own, which `vzrepro.fetch` reads."""
     values: dict[str, Any] = {}
     for name, field in Config.model_fields.items():
+        if name == "mirrors":
+            continue
         variable = f"VZREPRO_{name.upper()}"
         text = environ.get(variable)
         if not text:
             continue
         alias = field.alias or name
-        values[alias] = _mirrors(text) if name == "mirrors" else text
+        values[alias] = text
         _checked({alias: values[alias]}, variable)
     return values
-
-
-def _mirrors(text: str) -> dict[str, list[str]]:
-    mirrors: dict[str, list[str]] = {}
-    for word in text.split():
-        name, equals, url = word.partition("=")
-        if not equals or not url:
-            raise UsageError(f"VZREPRO_MIRRORS: {word!r} is not name=URL", hint="for instance: debian=https://…/debian")
-        mirrors.setdefault(name, []).append(url)
-    return mirrors
 
 
 def _host_cores() -> int:

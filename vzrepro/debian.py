@@ -179,7 +179,8 @@ class _Text:
     by_provided: dict[str, list[int]]
 
     def stanza(self, position: int) -> dict[str, str]:
-        start = self.data.rfind(b"\n\n", 0, position) + 2 if b"\n\n" in self.data[:position] else 0
+        before = self.data.rfind(b"\n\n", 0, position)
+        start = before + 2 if before >= 0 else 0
         end = self.data.find(b"\n\n", position)
         return _fields(self.data[start : end if end >= 0 else None].decode())
 
@@ -283,7 +284,7 @@ class Index:
         if not fitting:
             raise UsageError(
                 f"source package {name} has no version in the series {series}",
-                reason=f"the suites have {', '.join(sorted(versions))}",
+                reason=f"the suites have {', '.join(sorted(versions, key=NativeVersion))}",
                 hint="declare the series of one of these versions",
             )
         version = max(fitting, key=NativeVersion)
@@ -570,9 +571,9 @@ class _Resolution:
                     left_out = True
             if left_out:
                 return None
-        self._unsatisfied(group, parent)
+        raise self._unsatisfied(group, parent)
 
-    def _unsatisfied(self, group: _Group, parent: str) -> NoReturn:
+    def _unsatisfied(self, group: _Group, parent: str) -> UsageError:
         chain = [parent]
         while above := self.parents[chain[0]]:
             chain.insert(0, above)
@@ -582,7 +583,7 @@ class _Resolution:
             for arch in self._arches(want, parent)
             if (package := self.index.candidate(want.name, arch))
         ]
-        raise UsageError(
+        return UsageError(
             f"{parent} needs {' | '.join(map(str, group))}, which nothing in these suites satisfies",
             reason=f"wanted by {' → '.join(chain)}; " + ("; ".join(dict.fromkeys(there)) or "no package has that name"),
             hint=f"add the suite that has it, or leave {group[0].name} out with a reason if it is not needed to run",

@@ -267,14 +267,15 @@ class _Loader:
                 raise UsageError(f"{place}: recipes import each other in a cycle: {chain}")
             return self._modules[name]
         module = types.ModuleType(name)
-        self._modules[name] = module
-        sys.modules[name] = module
         if name == "recipes":
+            self._modules[name] = sys.modules[name] = module
             module.__path__ = [str(self.root / "recipes")]
             return module
         parent = name.rpartition(".")[0]
-        self._load(parent, place)
+        if parent not in self._modules:
+            self._load(parent, place)
         path, is_package = self._find(name, place)
+        self._modules[name] = sys.modules[name] = module
         module.__file__ = str(path)
         if is_package:
             module.__path__ = [str(path.parent)]

@@ -42,12 +42,17 @@ class SourcePin:
 
 @dataclass(frozen=True, slots=True)
 class DebPin:
-    """One .debs record: `name`, `version` and `arch` as in its control file."""
+    """One .deb: `name`, `version` and `arch` as in its control file."""
 
     name: str
     version: str
     arch: str
     file: PinnedFile
+
+    @property
+    def key(self) -> str:
+        """`name:arch`: unique in an image, and the order in the lock."""
+        return f"{self.name}:{self.arch}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,11 @@ class CratePin:
     name: str
     version: str
     file: PinnedFile
+
+    @property
+    def key(self) -> str:
+        """`name-version`: unique in a set, and the order in the lock."""
+        return f"{self.name}-{self.version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,13 +235,13 @@ def _plain(lock: Lock) -> dict[str, dict[str, Any]]:
         files = {}
         for deb in image.debs:
             url = deb.file.url.removeprefix("mirror://")
-            files[f"{deb.name}:{deb.arch}"] = url
+            files[deb.key] = url
             debs[url] = {"name": deb.name, "version": deb.version, "arch": deb.arch, **pin(deb.file)}
         images.setdefault(name, {})[platform] = {"request": image.request, "snapshot": image.snapshot, "debs": files}
     crates: dict[str, Any] = {}
     sets: dict[str, Any] = {}
     for name, crate_set in lock.crate_sets.items():
-        keys = {f"{crate.name}-{crate.version}": f"{crate.name}/{crate.version}" for crate in crate_set.crates}
+        keys = {crate.key: f"{crate.name}/{crate.version}" for crate in crate_set.crates}
         sets[name] = {"request": crate_set.request, "files": keys}
         crates.update({f"{crate.name}/{crate.version}": pin(crate.file) for crate in crate_set.crates})
     sources = {

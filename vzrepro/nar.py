@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,6 +67,8 @@ _PADDING = tuple(bytes(-size % 8) for size in range(8))
 
 _Kind = int
 _FILE, _DIR, _LINK, _OTHER = range(4)
+_Open = tuple[int, Iterator[tuple[bytes, _Kind]], bytes]
+"""A directory being packed: its descriptor, what is left in it, its name."""
 
 
 # --- packing ---------------------------------------------------------------------------------------------------
@@ -80,7 +83,7 @@ def pack(path: Path) -> Iterator[bytes]:
     """
     small: list[bytes] = [_MAGIC]
     small_size = len(_MAGIC)
-    stack: list[tuple[int, Iterator[tuple[bytes, _Kind]], bytes]] = []
+    stack: list[_Open] = []
     dir_fd: int | None = None
     name, kind = os.fsencode(path), _kind_of(path.lstat().st_mode)
     end = _CLOSE
@@ -193,18 +196,18 @@ def _entries(fd: int) -> list[tuple[bytes, _Kind]]:
     return found
 
 
-def _shown(path: Path, stack: list[tuple[int, Iterator[tuple[bytes, _Kind]], bytes]], name: bytes) -> str:
+def _shown(path: Path, stack: list[_Open], name: bytes) -> str:
     return os.fsdecode(b"/".join([*(entry[2] for entry in stack), name]) if stack else os.fsencode(path))
 
 
-def _unpackable(path: Path, stack: list[tuple[int, Iterator[tuple[bytes, _Kind]], bytes]], name: bytes) -> VzreproError:
+def _unpackable(path: Path, stack: list[_Open], name: bytes) -> VzreproError:
     return VzreproError(
         f"{_shown(path, stack, name)} cannot be part of a store object",
         reason="it is a socket, a device or a fifo; only files, directories and symbolic links can",
     )
 
 
-def _changed(path: Path, stack: list[tuple[int, Iterator[tuple[bytes, _Kind]], bytes]], name: bytes) -> VzreproError:
+def _changed(path: Path, stack: list[_Open], name: bytes) -> VzreproError:
     return VzreproError(f"{_shown(path, stack, name)} changed while it was read")
 
 
@@ -234,25 +237,30 @@ class _Nar:
             raise MalformedNar(f"the NAR is larger than the {self._max_size} bytes announced for it")
         return chunk
 
-    def _need(self, count: int) -> None:
-        """Have `count` bytes in the buffer."""
+    def _fill(self, count: int) -> bool:
+        """Have `count` bytes in the buffer; False when the stream ends before."""
         while len(self._buffer) - self._at < count:
             chunk = self._pull()
             if not chunk:
-                raise MalformedNar("the NAR is truncated", reason=f"it ends after {self.size} bytes")
+                return False
             self._buffer = self._buffer[self._at :] + chunk
             self._at = 0
+        return True
+
+    def _need(self, count: int) -> None:
+        if not self._fill(count):
+            raise MalformedNar("the NAR is truncated", reason=f"it ends after {self.size} bytes")
 
     def skip(self, token: bytes) -> bool:
         """Whether `token` comes next; if so, it is consumed."""
-        self._need(len(token))
-        if self._buffer.startswith(token, self._at):
+        if self._fill(len(token)) and self._buffer.startswith(token, self._at):
             self._at += len(token)
             return True
         return False
 
     def expect(self, token: bytes, what: str) -> None:
         if not self.skip(token):
+            self._need(len(token))
             raise self.malformed(f"{what} expected")
 
     def number(self) -> int:
@@ -527,16 +535,13 @@ def compress(chunks: Iterable[bytes], *, frame: int = 4 << 20) -> Iterator[bytes
     """
     local = threading.local()
 
-    def task(data: bytes) -> Callable[[], bytes]:
-        def run() -> bytes:
-            if not hasattr(local, "zstd"):
-                local.zstd = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_content_size=True)
-            compressed: bytes = local.zstd.compress(data)
-            return compressed
+    def task(data: bytes) -> bytes:
+        if not hasattr(local, "zstd"):
+            local.zstd = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_content_size=True)
+        compressed: bytes = local.zstd.compress(data)
+        return compressed
 
-        return run
-
-    return _ordered(map(task, _cut(chunks, frame)), _threads())
+    return _ordered((partial(task, data) for data in _cut(chunks, frame)), _threads())
 
 
 def _cut(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
@@ -655,16 +660,19 @@ def _decoded(read: Read) -> Iterator[bytes]:
         stream: _Stream | None = None
         for run, ends in _Frames(read).runs():
             if stream is None and ends:
-                yield lambda run=run: _Stream().feed(run, True)  # type: ignore[misc]
+                yield partial(_decoded_frame, run)
                 continue
             # A frame of several parts: they depend on each other, so decode each before the next is looked at.
             stream = stream or _Stream()
-            piece = stream.feed(run, ends)
-            yield lambda piece=piece: piece  # type: ignore[misc]
+            yield partial(bytes, stream.feed(run, ends))
             if ends:
                 stream = None
 
-    return _ordered(tasks(), _threads() // 2 or 1)
+    return _ordered(tasks(), max(1, _threads() // 2))
+
+
+def _decoded_frame(frame: bytes) -> bytes:
+    return _Stream().feed(frame, True)
 
 
 class _Stream:

@@ -225,7 +225,7 @@ def build(
     return _add(_node(name, "recipe", drv, place, timeout_secs=timeout_secs, memory_bytes=memory))
 
 
-def image(
+def debian_image(
     name: str,
     *,
     suite: str,
@@ -291,7 +291,7 @@ def _source(want: Want) -> Node:
     return _download(f"source-{want.name}", file_name, {"": pin.file}, want.place, version=pin.version)
 
 
-def crates(
+def cargo_crates(
     name: str,
     *,
     lock: Node | str,
@@ -321,7 +321,7 @@ def crates(
             name: hashlib.sha256(_read(folder / name, place)).hexdigest() for name in ("Cargo.lock", "Cargo.toml")
         }
     pin: CrateSetPin | None = _pinned(Want("crates", name, place, ask), context.lock.crate_sets.get(name))
-    files = {f"{crate.name}-{crate.version}.crate": crate.file for crate in pin.crates} if pin else {}
+    files = {f"{crate.key}.crate": crate.file for crate in pin.crates} if pin else {}
     return _download(f"crates-{name}", None, files, place)
 
 

@@ -4,7 +4,7 @@ import re
 import tomllib
 
 from recipes.rust import BUILD_TARGET, GUEST_TARGET, rust_program
-from vzrepro import crates, local, read
+from vzrepro import cargo_crates, local, read
 
 VERSION = tomllib.loads(read("Cargo.toml"))["package"]["version"]
 PROTOCOL_REVISION = int(re.search(r"AGENT_PROTOCOL_REVISION: u32 = (\d+);", read("src/lib.rs")).group(1))
@@ -13,7 +13,7 @@ GUEST_AGENT = rust_program(
     "guest-agent",
     version=VERSION,
     source=local("Cargo.toml", "Cargo.lock", "build.rs", "proto", "src"),
-    crates=crates("guest-agent", lock=".", targets=[GUEST_TARGET, BUILD_TARGET]),
+    crates=cargo_crates("guest-agent", lock=".", targets=[GUEST_TARGET, BUILD_TARGET]),
     target=GUEST_TARGET,
     binary="vz-guest-agent",
 )

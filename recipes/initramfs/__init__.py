@@ -1,7 +1,8 @@
 """The initramfs: busybox, the guest agent and `init`, as a newc archive that we write ourselves."""
 
-from recipes.busybox import BUSYBOX
 from recipes.guest_agent import GUEST_AGENT
+
+from recipes.busybox import BUSYBOX
 from recipes.toolchain import TOOLS_IMAGE
 from vzrepro import build, local
 

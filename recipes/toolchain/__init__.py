@@ -1,6 +1,6 @@
 """The toolchain images: lists of Debian packages. The exact .debs are in lock.toml; docs/toolchains.md explains."""
 
-from vzrepro import image
+from vzrepro import debian_image
 
 SUITE = "trixie"
 
@@ -14,16 +14,18 @@ _CROSS_C = (
     *("bzip2", "diffutils", "gawk", "patch", "perl-base", "python3-minimal", "xz-utils"),
 )
 
-TOOLS_IMAGE = image("tools", suite=SUITE, packages=[*_SHELL, "python3-minimal"], without=_WITHOUT)
+TOOLS_IMAGE = debian_image("tools", suite=SUITE, packages=[*_SHELL, "python3-minimal"], without=_WITHOUT)
 """A shell and Python: for what is put together, not compiled."""
 
-C_IMAGE = image("c", suite=SUITE, packages=[*_SHELL, *_CROSS_C], without=_WITHOUT)
+C_IMAGE = debian_image("c", suite=SUITE, packages=[*_SHELL, *_CROSS_C], without=_WITHOUT)
 """C for the guest, and for the tools its builds run."""
 
-KERNEL_IMAGE = image("kernel", suite=SUITE, packages=[*_SHELL, *_CROSS_C, "bc", "bison", "flex"], without=_WITHOUT)
+KERNEL_IMAGE = debian_image(
+    "kernel", suite=SUITE, packages=[*_SHELL, *_CROSS_C, "bc", "bison", "flex"], without=_WITHOUT
+)
 """What a kernel build needs on top of C."""
 
-RUST_IMAGE = image(
+RUST_IMAGE = debian_image(
     "rust",
     suite=SUITE,
     packages=[*_SHELL, *_CROSS_C, "rustc-web", "cargo-web", "libstd-rust-web-dev", "libc-bin", "pkg-config"],

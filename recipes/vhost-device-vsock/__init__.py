@@ -1,7 +1,7 @@
 """vhost-device-vsock, the host's end of a guest's vsock where the host kernel offers none. Runs on the host."""
 
 from recipes.rust import BUILD_TARGET, rust_program
-from vzrepro import crate_source, crates
+from vzrepro import cargo_crates, crate_source
 
 _SOURCE = crate_source("vhost-device-vsock", series="0.3")
 
@@ -9,6 +9,6 @@ VHOST_DEVICE_VSOCK = rust_program(
     "vhost-device-vsock",
     version=_SOURCE.version,
     source=_SOURCE,
-    crates=crates("vhost-device-vsock", lock=_SOURCE, targets=[BUILD_TARGET]),
+    crates=cargo_crates("vhost-device-vsock", lock=_SOURCE, targets=[BUILD_TARGET]),
     target=BUILD_TARGET,
 )

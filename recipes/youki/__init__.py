@@ -1,7 +1,7 @@
 """youki, the OCI runtime of the guest, from its published crate and its own lock."""
 
 from recipes.rust import BUILD_TARGET, GUEST_TARGET, rust_program
-from vzrepro import crate_source, crates
+from vzrepro import cargo_crates, crate_source
 
 _FEATURES = ("v2", "seccomp")
 
@@ -11,7 +11,7 @@ YOUKI = rust_program(
     "youki",
     version=_SOURCE.version,
     source=_SOURCE,
-    crates=crates(
+    crates=cargo_crates(
         "youki", lock=_SOURCE, targets=[GUEST_TARGET, BUILD_TARGET], features=_FEATURES, default_features=False
     ),
     target=GUEST_TARGET,

@@ -103,12 +103,9 @@ async fn follow(mut stream: Stream, request: &ExecRequest) -> Result<(), Gone> {
         Ok(child) => child,
         Err(problem) => return stream.send(Event::Error(problem)).await,
     };
-    let status = match relay(&mut stream, &mut child).await {
-        Ok(status) => status,
-        Err(Gone) => {
-            kill(&mut child).await;
-            return Err(Gone);
-        }
+    let Ok(status) = relay(&mut stream, &mut child).await else {
+        kill(&mut child).await;
+        return Err(Gone);
     };
     match status {
         Ok(status) => stream.send(Event::ExitCode(exit_code(status))).await,
@@ -187,14 +184,12 @@ async fn read<R: AsyncRead + Unpin>(pipe: &mut Option<R>, buffer: &mut [u8]) -> 
     let Some(reader) = pipe else {
         return std::future::pending().await;
     };
-    match reader.read(buffer).await {
-        Ok(length @ 1..) => Some(buffer[..length].to_vec()),
-        // A pipe has no errors of its own: either way nothing more comes.
-        Ok(0) | Err(_) => {
-            *pipe = None;
-            None
-        }
+    if let Ok(length @ 1..) = reader.read(buffer).await {
+        return Some(buffer[..length].to_vec());
     }
+    // The end; a pipe has no errors of its own.
+    *pipe = None;
+    None
 }
 
 /// What an ended command left in its pipe, at most what a pipe holds. A background process may keep the pipe open
@@ -242,12 +237,18 @@ mod tests {
     #[test]
     fn requests_that_mean_nothing_are_refused() {
         let with = |change: fn(&mut ExecRequest)| {
-            let mut request = ExecRequest { command: "true".into(), ..ExecRequest::default() };
+            let mut request = ExecRequest {
+                command: "true".into(),
+                ..ExecRequest::default()
+            };
             change(&mut request);
             check(&request).unwrap_err().code()
         };
         assert_eq!(with(|r| r.command.clear()), tonic::Code::InvalidArgument);
-        assert_eq!(with(|r| drop(r.env.insert("a=b".into(), String::new()))), tonic::Code::InvalidArgument);
+        assert_eq!(
+            with(|r| drop(r.env.insert("a=b".into(), String::new()))),
+            tonic::Code::InvalidArgument
+        );
         assert_eq!(with(|r| r.allocate_pty = true), tonic::Code::Unimplemented);
     }
 }

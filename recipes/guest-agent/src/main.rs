@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use vz_guest_agent::transport::{Endpoint, HOST_CID, Listener, announce};
+use vz_guest_agent::transport::{Endpoint, Listener, announce};
 use vz_guest_agent::{AGENT_PROTOCOL_REVISION, VERSION, serve};
 
 const USAGE: &str = "\
@@ -82,7 +82,7 @@ async fn main() -> ExitCode {
     if let Some(endpoint) = options.ready {
         tokio::spawn(async move {
             if let Err(error) = announce(&endpoint).await {
-                eprintln!("vz-guest-agent: nobody took the ready line on {endpoint} (CID {HOST_CID}): {error}");
+                eprintln!("vz-guest-agent: nobody took the ready line on {endpoint}: {error}");
             }
         });
     }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::str::FromStr;
@@ -83,10 +84,10 @@ impl Listener {
         match endpoint {
             Endpoint::Vsock(port) => VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, *port)).map(Self::Vsock),
             Endpoint::Unix(path) => {
-                match std::fs::remove_file(path) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                    _ => UnixListener::bind(path).map(Self::Unix),
+                if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
+                    std::fs::remove_file(path)?;
                 }
+                UnixListener::bind(path).map(Self::Unix)
             }
         }
     }
@@ -122,7 +123,10 @@ impl Listener {
                 if may_connect(peer.cid()) {
                     return Ok(Some(Connection(Box::new(stream))));
                 }
-                eprintln!("vz-guest-agent: turned away vsock CID {}, which is not the host", peer.cid());
+                eprintln!(
+                    "vz-guest-agent: turned away vsock CID {}, which is not the host",
+                    peer.cid()
+                );
                 Ok(None)
             }
             Self::Unix(listener) => Ok(Some(Connection(Box::new(listener.accept().await?.0)))),
@@ -206,6 +210,19 @@ mod tests {
         // VMADDR_CID_LOCAL and another guest.
         assert!(!may_connect(1));
         assert!(!may_connect(3));
+    }
+
+    #[tokio::test]
+    async fn only_a_socket_is_replaced() {
+        let path = std::env::temp_dir().join(format!("vz-guest-agent-bind-{}", std::process::id()));
+        let endpoint = Endpoint::Unix(path.clone());
+        drop(Listener::bind(&endpoint).unwrap());
+        drop(Listener::bind(&endpoint).unwrap());
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "data").unwrap();
+        assert!(Listener::bind(&endpoint).is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), b"data");
+        std::fs::remove_file(&path).unwrap();
     }
 
     #[tokio::test]

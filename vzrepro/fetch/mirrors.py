@@ -21,6 +21,7 @@ VARIABLE = "VZREPRO_MIRRORS"
 
 ARCHIVES = ("debian", "debian-security")
 CRATES = "crates"
+CRATES_INDEX = "crates-index"
 
 # The registry is named after its index, as every Cargo.lock spells it; package registries' host names are derived
 # from such names here, never written down.
@@ -130,8 +131,8 @@ class Mirrors:
     """Answers where a name may be downloaded; a function of what it was made with.
 
     `configured` maps a mirror's name to its places, best first: a prefix for the path, for `crates` also a template
-    with `{name}` and `{version}`. `apt` and `crate_index` are what `apt_places` and `cargo_index` found; `get` reads the index's
-    `config.json` the first time a crate is asked for, and a failure of it only loses that place.
+    with `{name}` and `{version}`. `apt` and `crate_index` are what `apt_places` and `cargo_index` found; `get` reads
+    the index's `config.json` the first time a crate is asked for, and a failure of it only loses that place.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Mirrors:
     ) -> None:
         self._configured = configured
         self._apt = apt or {}
+        self._index = crate_index
         self._index_template = cache(lambda: _template_of(crate_index, get))
 
     @classmethod
@@ -197,6 +199,8 @@ class Mirrors:
         # apt escapes `+` as well: some servers take a bare one for a blank.
         path = quote(path, safe="/~:")
         prefixes = [*self._configured.get(name, ()), *self._apt.get(name, ())]
+        if name == CRATES_INDEX:
+            prefixes += [*filter(None, [self._index]), f"https://index.{_CRATE_REGISTRY}"]
         if snapshot is not None and name in ARCHIVES:
             prefixes.append(f"https://snapshot.{_VENDOR}.org/archive/{name}/{snapshot}")
         return [f"{prefix.rstrip('/')}/{path}" for prefix in prefixes]
@@ -236,6 +240,11 @@ def _template_of(crate_index: str | None, get: Get | None) -> str | None:
     if not any(marker in place for marker in markers):
         place = place.rstrip("/") + "/{crate}/{version}/download"
     return place.replace("{crate}", "{name}")
+
+
+def index_url(name: str) -> str:
+    """The `mirror://` URL of a crate's file in the sparse index (Cargo book, "Index Files")."""
+    return f"mirror://{CRATES_INDEX}/{_index_prefix(name.lower())}/{name.lower()}"
 
 
 def _index_prefix(name: str) -> str:

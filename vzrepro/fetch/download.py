@@ -11,42 +11,29 @@ import fcntl
 import hashlib
 import os
 import random
-import re
-import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
-
-import urllib3
-from urllib3.exceptions import HTTPError
-from urllib3.util import make_headers
 
 from vzrepro.errors import HashMismatch, Interrupted, RemoteError, VzreproError
+from vzrepro.fetch.wire import JOBS, Body, Failed, Http, open_file, shown
 from vzrepro.model import FileHash
 
 PART = ".part"
 """What is added to a file's name while it is incomplete."""
 
-JOBS = 6
-"""Downloads at once."""
-
 MAX_UNKNOWN_SIZE = 2 << 30
 """Bytes: where a download without known size is cut off."""
 
-_PIECE = 1 << 18
-_MAX_REDIRECTS = 10
-_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
-_SYSTEM_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
+_PIECE = 1 << 18  # bytes read at once
+_GRACE_SECS = 0.5  # how long an interrupted crew may take to notice
 
 Report = Callable[[int, int | None], None]
 """Called with bytes that are there and bytes in all (None: not known); from any thread, also with fewer than before
@@ -101,270 +88,9 @@ class Patience:
         return self.jitter(0.0, min(self.backoff_max_secs, self.backoff_secs * 2.0**failures))
 
 
-class _Failed(Exception):
-    """An attempt at one URL came to nothing. `again` says whether another attempt at it may do better."""
-
-    def __init__(
-        self,
-        why: str,
-        *,
-        again: bool,
-        after: float = 0.0,
-        missing: bool = False,
-        found: str | None = None,
-        stale: bool = False,
-    ) -> None:
-        super().__init__(why)
-        self.why = why
-        self.again = again
-        self.after = after
-        self.missing = missing
-        self.found = found
-        self.stale = stale
-
-
-# --- the wire ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Body:
-    """An answer: from which byte on it is, how long the whole file is if that is known, its strong ETag, its bytes."""
-
-    start: int
-    total: int | None
-    etag: str | None
-    read: Callable[[], bytes]
-    close: Callable[[], None]
-
-
-class Http:
-    """Connections that are kept open between downloads; safe to share between threads.
-
-    Honours the proxy variables and the CA bundle of `environ` (SSL_CERT_FILE, SSL_CERT_DIR, REQUESTS_CA_BUNDLE), else
-    the system's.
-    """
-
-    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
-        self._context = _tls(environ)
-        # urllib.request reads the process's environment; hand it ours.
-        self._proxies = getproxies_environment() if environ is os.environ else _proxies(environ)
-        self._pools: dict[str | None, urllib3.PoolManager] = {}
-        self._lock = threading.Lock()
-
-    def open(self, url: str, offset: int, etag: str | None, patience: Patience) -> _Body:
-        """Ask for `url` from byte `offset` on; follows redirects to http and https only."""
-        for _ in range(_MAX_REDIRECTS):
-            answer = self._request(url, offset, etag, patience)
-            location = answer.headers.get("Location")
-            if answer.status not in (301, 302, 303, 307, 308) or location is None:
-                return _body(answer, offset)
-            _drop(answer)
-            target = urljoin(url, location)
-            if urlsplit(target).scheme not in ("http", "https"):
-                raise _Failed(f"redirects to {_shown(target)}, which is not http or https", again=False)
-            url = target
-        raise _Failed(f"redirects more than {_MAX_REDIRECTS} times", again=False)
-
-    def _request(self, url: str, offset: int, etag: str | None, patience: Patience) -> urllib3.BaseHTTPResponse:
-        headers = {"Accept-Encoding": "identity", "User-Agent": "vzrepro"}
-        if offset:
-            headers["Range"] = f"bytes={offset}-"
-            if etag is not None:
-                headers["If-Range"] = etag
-        bare, auth = _without_auth(url)
-        if auth is not None:
-            headers |= make_headers(basic_auth=auth)
-        try:
-            return self._pool(bare).request(
-                "GET",
-                bare,
-                headers=headers,
-                preload_content=False,
-                decode_content=False,
-                redirect=False,
-                retries=False,
-                timeout=urllib3.Timeout(connect=patience.connect_secs, read=patience.read_secs),
-            )
-        except (HTTPError, OSError, ValueError) as error:
-            # A URL that cannot be parsed and a certificate that is not trusted stay so; anything else may pass.
-            again = not isinstance(error, ValueError | urllib3.exceptions.SSLError)
-            raise _Failed(_reason(error), again=again) from error
-
-    def _pool(self, url: str) -> urllib3.PoolManager:
-        parsed = urlsplit(url)
-        proxy = self._proxies.get(parsed.scheme) or self._proxies.get("all")
-        if proxy is not None and proxy_bypass_environment(parsed.hostname or "", self._proxies):
-            proxy = None
-        with self._lock:
-            if proxy not in self._pools:
-                self._pools[proxy] = self._new_pool(proxy)
-            return self._pools[proxy]
-
-    def _new_pool(self, proxy: str | None) -> urllib3.PoolManager:
-        if proxy is None:
-            return urllib3.PoolManager(maxsize=JOBS, ssl_context=self._context)
-        proxy = proxy if "://" in proxy else f"http://{proxy}"
-        bare, auth = _without_auth(proxy)
-        headers = make_headers(proxy_basic_auth=auth) if auth is not None else None
-        return urllib3.ProxyManager(
-            bare, proxy_headers=headers, maxsize=JOBS, ssl_context=self._context, proxy_ssl_context=self._context
-        )
-
-
 @cache
 def _shared_http() -> Http:
     return Http()
-
-
-def _tls(environ: Mapping[str, str]) -> ssl.SSLContext:
-    bundle = environ.get("SSL_CERT_FILE") or environ.get("REQUESTS_CA_BUNDLE")
-    try:
-        if bundle:
-            is_dir = Path(bundle).is_dir()
-            return ssl.create_default_context(cafile=None if is_dir else bundle, capath=bundle if is_dir else None)
-        context = ssl.create_default_context()
-    except OSError as error:
-        raise VzreproError(
-            f"the CA bundle {bundle} cannot be read", reason=str(error), hint="correct or unset SSL_CERT_FILE"
-        ) from error
-    if not environ.get("SSL_CERT_DIR") and not context.cert_store_stats()["x509_ca"]:
-        # A Python that was not built for this system looks for its certificates in places that are not there.
-        for path in _SYSTEM_BUNDLES:
-            if Path(path).is_file():
-                context.load_verify_locations(path)
-                break
-    return context
-
-
-def _proxies(environ: Mapping[str, str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for upper in (True, False):  # lower-case names win, as in every client
-        for name, value in environ.items():
-            if name.lower().endswith("_proxy") and (name != name.lower()) is upper and value:
-                found[name.lower().removesuffix("_proxy")] = value
-    return found
-
-
-def _body(answer: urllib3.BaseHTTPResponse, offset: int) -> _Body:
-    """Judge the answer's head. Raises _Failed, having given the connection back, when it carries no usable body."""
-    try:
-        return _usable_body(answer, offset)
-    except BaseException:
-        _drop(answer)
-        raise
-
-
-def _usable_body(answer: urllib3.BaseHTTPResponse, offset: int) -> _Body:
-    status = answer.status
-    if status == 416 and offset:
-        raise _Failed("has nothing after the part that is there", again=True, stale=True)
-    if status not in (200, 206):
-        why = f"answers {status} {answer.reason or ''}".rstrip()
-        again = status in _TRANSIENT
-        raise _Failed(
-            why,
-            again=again,
-            after=_retry_after(answer.headers.get("Retry-After")) if again else 0.0,
-            missing=status in (404, 410),
-        )
-    length = answer.headers.get("Content-Length", "")
-    total = int(length) if length.isascii() and length.isdigit() else None
-    start = 0
-    if status == 206:
-        start, total = _content_range(answer.headers.get("Content-Range", ""))
-        if start != offset:
-            raise _Failed(f"answers from byte {start} on instead of {offset}", again=True, stale=True)
-    if answer.headers.get("Content-Encoding", "identity") != "identity":
-        raise _Failed("answers with a content encoding nobody asked for", again=False)
-    etag = answer.headers.get("ETag")
-
-    def read() -> bytes:
-        try:
-            return answer.read1(_PIECE) or b""
-        except (HTTPError, OSError) as error:
-            raise _Failed(_reason(error), again=True) from error
-
-    return _Body(start, total, etag if etag and not etag.startswith("W/") else None, read, lambda: _drop(answer))
-
-
-def _drop(answer: urllib3.BaseHTTPResponse) -> None:
-    """End the answer: its connection is closed unless it was read to the end."""
-    answer.close()
-    answer.release_conn()
-
-
-def _content_range(text: str) -> tuple[int, int | None]:
-    unit, _, rest = text.partition(" ")
-    span, _, total = rest.partition("/")
-    first = span.partition("-")[0]
-    if unit != "bytes" or not first.isdigit() or not (total == "*" or total.isdigit()):
-        raise _Failed(f"answers with the impossible Content-Range {text!r}", again=True, stale=True)
-    return int(first), None if total == "*" else int(total)
-
-
-def _retry_after(text: str | None) -> float:
-    if text is None:
-        return 0.0
-    if text.strip().isdigit():
-        return float(text)
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return 0.0
-
-
-def _open_file(url: str, offset: int) -> _Body:
-    """The body of a `file:` URL, which never comes from a redirect."""
-    parsed = urlsplit(url)
-    path = Path(unquote(parsed.path))
-    if parsed.netloc not in ("", "localhost") or not path.is_absolute():
-        raise _Failed("is not a file on this machine", again=False)
-    try:
-        source = path.open("rb")
-        size = os.fstat(source.fileno()).st_size
-        start = offset if offset <= size else 0
-        source.seek(start)
-    except FileNotFoundError as error:
-        raise _Failed("does not exist", again=False, missing=True) from error
-    except OSError as error:
-        raise _Failed(_reason(error), again=False) from error
-
-    def read() -> bytes:
-        try:
-            return source.read(_PIECE)
-        except OSError as error:
-            raise _Failed(_reason(error), again=False) from error
-
-    return _Body(start, size, None, read, source.close)
-
-
-def _without_auth(url: str) -> tuple[str, str | None]:
-    parsed = urlsplit(url)
-    auth, at, host = parsed.netloc.rpartition("@")
-    return (urlunsplit(parsed._replace(netloc=host)), unquote(auth)) if at else (url, None)
-
-
-def _shown(url: str) -> str:
-    """The URL without user and password."""
-    return _without_auth(url)[0]
-
-
-def _reason(error: BaseException) -> str:
-    """One line saying why the network or the disk refused."""
-    kinds = urllib3.exceptions
-    if isinstance(error, kinds.ProxyError):
-        return f"the proxy: {_reason(error.original_error)}"
-    if isinstance(error, kinds.ProtocolError) and isinstance(error.args[-1], Exception):
-        return _reason(error.args[-1])
-    if isinstance(error, kinds.NameResolutionError):
-        return "its host name cannot be resolved"
-    if isinstance(error, kinds.ConnectTimeoutError):
-        return "does not take the connection in time"
-    if isinstance(error, kinds.ReadTimeoutError):
-        return "stalls"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return re.sub(r"^.*\[Errno \d+\] ", "", str(error)) or type(error).__name__
 
 
 # --- where bytes go ---------------------------------------------------------------------------------------------------
@@ -383,7 +109,7 @@ class _Sink(Protocol):
         """Append."""
 
     def verify(self) -> None:
-        """Raise _Failed when what is there is not what was asked for."""
+        """Raise Failed when what is there is not what was asked for."""
 
 
 class _Memory:
@@ -445,13 +171,13 @@ class _Part:
     def verify(self) -> None:
         found = self._digest.hexdigest()
         if found != self._wanted.hex:
-            raise _Failed(f"has other content, sha256 {found}", again=False, stale=True, found=f"sha256 {found}")
+            raise Failed(f"has other content, sha256 {found}", again=False, stale=True, found=f"sha256 {found}")
 
     def commit(self, dest: Path) -> None:
         """Give the verified file its name, durably."""
         with _local(dest):
             os.fsync(self._file.fileno())
-            os.replace(self._path, dest)
+            self._path.replace(dest)
             directory = os.open(dest.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(directory)
@@ -483,7 +209,7 @@ class _Source:
     url: str
     tries: int = 0
     etag: str | None = None
-    failure: _Failed | None = None
+    failure: Failed | None = None
     alive: bool = True
 
 
@@ -523,7 +249,7 @@ class _Transfer:
                 before = self._sink.size
                 try:
                     self._once_or_afresh(source)
-                except _Failed as failure:
+                except Failed as failure:
                     source.failure = failure
                     if self._sink.size > before:
                         source.tries = self._failures = 0
@@ -545,7 +271,7 @@ class _Transfer:
         resumed = self._sink.size > 0
         try:
             self._once(source)
-        except _Failed as failure:
+        except Failed as failure:
             if not failure.stale:
                 raise
             self._sink.restart()
@@ -553,7 +279,7 @@ class _Transfer:
                 raise
             try:
                 self._once(source)
-            except _Failed as second:
+            except Failed as second:
                 if second.stale:
                     self._sink.restart()
                 raise
@@ -567,39 +293,42 @@ class _Transfer:
             sink.verify()
             return
         if source.url.startswith("file:"):
-            body = _open_file(source.url, sink.size)
+            body = open_file(source.url, sink.size)
         else:
-            body = self._http.open(source.url, sink.size, source.etag, self._patience)
+            body = self._http.open(
+                source.url, sink.size, source.etag, self._patience.connect_secs, self._patience.read_secs
+            )
         with closing(body):
             source.etag = body.etag
             if self._size is not None and body.total is not None and body.total != self._size:
-                raise _Failed(
+                raise Failed(
                     f"has {body.total} bytes instead of {self._size}", again=False, found=f"{body.total} bytes"
                 )
             if body.start != sink.size:
                 sink.restart()
             self._copy(body)
         if self._size is not None and sink.size < self._size:
-            raise _Failed(f"ends after {sink.size} of {self._size} bytes", again=True)
+            raise Failed(f"ends after {sink.size} of {self._size} bytes", again=True)
         sink.verify()
 
-    def _copy(self, body: _Body) -> None:
+    def _copy(self, body: Body) -> None:
         sink, patience = self._sink, self._patience
         total = self._size if self._size is not None else body.total
         self._report(sink.size, total)
         window_end, window_size = patience.clock() + patience.slow_secs, sink.size
         while piece := body.read():
-            self._check_cancel()
             if sink.size + len(piece) > self._cap:
-                raise _Failed(f"has more than {self._cap} bytes", again=False, stale=True, found="more")
+                found = None if self._size is None else "more"
+                raise Failed(f"has more than {self._cap} bytes", again=False, stale=True, found=found)
             sink.write(piece)
+            self._check_cancel()
             self._report(sink.size, total)
             now = patience.clock()
             if now > self._deadline:
-                raise _Failed("takes too long", again=False)
+                raise Failed("takes too long", again=False)
             if now >= window_end:
                 if sink.size - window_size < patience.min_speed * patience.slow_secs:
-                    raise _Failed(f"sends fewer than {patience.min_speed} bytes per second", again=True)
+                    raise Failed(f"sends fewer than {patience.min_speed} bytes per second", again=True)
                 window_end, window_size = now + patience.slow_secs, sink.size
 
     def _sleep(self, secs: float) -> None:
@@ -617,12 +346,12 @@ class _Transfer:
 def _explained(sources: Sequence[_Source], name: str, wanted: FileHash | None, size: int | None) -> VzreproError:
     """The error for a download that no source could satisfy."""
     tried = [(source, source.failure) for source in sources if source.failure is not None]
-    reason = "\n".join(f"{_shown(source.url)} {failure.why}" for source, failure in tried)
+    reason = "\n".join(f"{shown(source.url)} {failure.why}" for source, failure in tried)
     for source, failure in tried:
         if failure.found is not None and wanted is not None:
             pinned = f"sha256 {wanted}" if failure.found.startswith("sha256") else f"{size} bytes"
             return HashMismatch(
-                f"{_shown(source.url)} is not the file that is pinned: wanted {pinned}, found {failure.found}",
+                f"{shown(source.url)} is not the file that is pinned: wanted {pinned}, found {failure.found}",
                 reason=reason,
                 hint="name a mirror that has the right file in VZREPRO_MIRRORS, or, if the file was meant to change, "
                 "run: vzrepro lock --update",
@@ -666,7 +395,7 @@ def get(
         http=http or _shared_http(),
     ).run()
     if failed is not None:
-        raise _explained(failed, _shown(urls[0]) if urls else "a file", None, None)
+        raise _explained(failed, shown(urls[0]) if urls else "a file", None, None)
     return sink.bytes()
 
 
@@ -712,7 +441,9 @@ def download(
             http=http or _shared_http(),
         ).run()
         if failed is not None:
-            raise _explained(failed, _shown(urls[0]) if urls else dest.name, sha256, size)
+            if not sink.size:
+                part.unlink()
+            raise _explained(failed, shown(urls[0]) if urls else dest.name, sha256, size)
         sink.commit(dest)
 
 
@@ -808,7 +539,7 @@ class _Crew:
         finally:
             self.stop.set()
             with self.changed:
-                self.changed.wait_for(lambda: not self.running, timeout=2)
+                self.changed.wait_for(lambda: not self.running, timeout=_GRACE_SECS)
         if self.error is not None:
             raise self.error
         if self.cancel.is_set() and (waiting or self.running):

@@ -1,0 +1,14 @@
+"""Fetching: where files are (`mirrors`), how to ask for them (`wire`), what counts as having them (`download`)."""
+
+from vzrepro.fetch.download import (
+    Download,
+    NotFound,
+    Patience,
+    download,
+    download_all,
+    get,
+)
+from vzrepro.fetch.mirrors import Mirrors, index_url
+from vzrepro.fetch.wire import Http
+
+__all__ = ["Download", "Http", "Mirrors", "NotFound", "Patience", "download", "download_all", "get", "index_url"]
