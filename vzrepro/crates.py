@@ -15,6 +15,7 @@ import operator
 import re
 import tarfile
 import tomllib
+import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ def _text_in(crate: bytes, wanted: str) -> str:
                 reader = archive.extractfile(member)
                 assert reader is not None  # a regular file always has one
                 return reader.read().decode()
-    except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise VzreproError("a crate file cannot be read", reason=str(error)) from error
     raise VzreproError(f"the crate has no {wanted}")
 
@@ -120,7 +121,7 @@ class _Locked:
 
     key: _Key
     source: str | None
-    checksum: str | None
+    checksum: FileHash | None
     dependencies: tuple[_Key, ...]
 
 
@@ -143,8 +144,9 @@ def _parse_lock(text: str) -> dict[_Key, _Locked]:
                 # `name`, `name version` when several versions are locked, `name version (source)` in old locks.
                 name, *rest = line.split(" ")
                 edges += [(name, rest[0])] if rest else [(name, version) for version in versions[name]]
-            locked[key] = _Locked(key, package.get("source"), package.get("checksum"), tuple(edges))
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+            checksum = FileHash(package["checksum"]) if "checksum" in package else None
+            locked[key] = _Locked(key, package.get("source"), checksum, tuple(edges))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: bad TOML, bad checksum
         raise UsageError("Cargo.lock cannot be read", reason=repr(error)) from error
     return locked
 
@@ -272,7 +274,7 @@ class _Walk:
                 reason=f"its source is {locked.source or 'a path'}, which is not a registry",
                 hint="depend on a published version",
             )
-        return Crate(*key, FileHash(locked.checksum))
+        return Crate(*key, locked.checksum)
 
     def supply(self, key: _Key, manifest: _Manifest) -> None:
         """Give a reached package its manifest and go on from there."""

@@ -546,7 +546,8 @@ class _Resolution:
     def _arches(self, want: _Want, parent: str) -> tuple[str, ...]:
         if want.arch not in ("", "any", "native"):
             return (want.arch,)
-        return tuple(dict.fromkeys((self._arch(parent), self.native)))
+        # Native first: of a Multi-Arch: foreign tool, that is the one which runs here.
+        return tuple(dict.fromkeys((self.native, self._arch(parent))))
 
     def _real(self, want: _Want, parent: str) -> Iterator[_Package]:
         for arch in self._arches(want, parent):

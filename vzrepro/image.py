@@ -43,6 +43,7 @@ LINKS: Mapping[str, tuple[str, ...]] = {
 A path that a package ships itself stays as it is."""
 
 DROP: tuple[str, ...] = (
+    "usr/bin/*lto-dump*",
     "usr/lib/python3*/test/*",
     "usr/share/bash-completion/*",
     "usr/share/bug/*",
@@ -55,7 +56,7 @@ DROP: tuple[str, ...] = (
     "usr/share/man/*",
     "usr/share/menu/*",
 )
-"""Path patterns (`*` crosses slashes) that no build reads: documentation, translations, test suites."""
+"""Path patterns (`*` crosses slashes) that no build reads: documentation, translations, tests, lto-dump (2 × 34 MB)."""
 
 KEEP: tuple[str, ...] = ("usr/share/doc/*/copyright",)
 """Patterns that win over `DROP`: images are shared through caches, so the licences stay with the files."""
@@ -174,7 +175,7 @@ def image_id(archive: Path) -> ImageId:
         with tarfile.open(archive, "r:") as tar:
             member = tar.extractfile("manifest.json")
             config = json.loads(member.read(1 << 16))[0]["Config"] if member else ""
-        return ImageId(config.removesuffix(".json"))
+        return ImageId(str(config).removesuffix(".json"))
     except (tarfile.TarError, KeyError, IndexError, TypeError, ValueError, EOFError) as error:
         raise UsageError(f"{archive} is not a toolchain image", reason=str(error)) from error
 

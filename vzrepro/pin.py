@@ -54,6 +54,7 @@ class Pinner:
     allow_expired: bool = False
     say: Callable[[str], None] = lambda _line: None
     _indexes: dict[str, debian.Index] = field(default_factory=dict)
+    _programs: Mapping[str, SourcePin] = field(default_factory=dict)
 
     def resolve(self, lock: Lock) -> Lock:
         """The lock that satisfies every recipe of the workspace; pins that nothing asks for are gone.
@@ -80,6 +81,7 @@ class Pinner:
             },
         )
         wants = evaluate(self.root, lock, self.platform, lenient=True).wants
+        self._programs = lock.sources
         # A crate set follows from a Cargo.lock, so there is nothing to move it to: it is never updated by name.
         return replace(lock, crate_sets=self._each(wants, ("crates",), lock.crate_sets, self._crate_set, follow=True))
 
@@ -177,7 +179,10 @@ class Pinner:
 
     def _crate_set(self, want: Want) -> CrateSetPin:
         if "source" in want.ask:
-            program = (self.downloads / str(want.ask["sha256"])).read_bytes() if want.ask["sha256"] else b""
+            source = self._programs[str(want.ask["source"])]
+            crate = crates.Crate(str(want.ask["source"]), source.version, source.file.sha256)
+            self._download([crate])
+            program = (self.downloads / crate.sha256.hex).read_bytes()
             manifest, lock = crates.manifest_of(program), crates.lock_of(program)
         else:
             folder = self.root / str(want.ask["directory"])

@@ -92,16 +92,11 @@ class Plan:
         return total
 
 
-def make_plan(graph: DrvGraph, targets: Sequence[Node], known: Known, *, with_inputs: bool = False) -> Plan:
-    """Decide for every node that is needed.
-
-    `with_inputs` also realizes everything the targets are built from, though they themselves are there: what a
-    shell in the sandbox needs. Never raises for what the world lacks: that is what `build` steps are for.
-    """
+def make_plan(graph: DrvGraph, targets: Sequence[Node], known: Known) -> Plan:
+    """Decide for every node that is needed. Never raises for what the world lacks: then the step is to build."""
     steps: dict[DrvHash, Step] = {}
     # An explicit stack: a graph of 10,000 derivations in a row is deeper than Python's recursion limit.
     pending: list[tuple[Node, bool]] = [(node, False) for node in reversed(targets)]
-    forced = {node.drv_hash for node in targets} if with_inputs else set()
     while pending:
         node, inputs_done = pending.pop()
         if node.drv_hash in steps:
@@ -110,7 +105,7 @@ def make_plan(graph: DrvGraph, targets: Sequence[Node], known: Known, *, with_in
             steps[node.drv_hash] = _from_inputs(node, steps, known)
             continue
         step = _without_inputs(node, known)
-        if step is not None and node.drv_hash not in forced:
+        if step is not None:
             steps[node.drv_hash] = step
             continue
         pending.append((node, True))
@@ -153,9 +148,6 @@ def _without_inputs(node: Node, known: Known) -> Step | None:
 
 def _from_inputs(node: Node, steps: Mapping[DrvHash, Step], known: Known) -> Step:
     """The step for a node whose inputs are planned: copy when the same work was done before, else build."""
-    info = known.have(node.path)
-    if info is not None:
-        return Step(node, "have", "it is in the store", info)
     inputs = [steps[dep] for dep in node.drv.dependencies()]
     nar_hashes = {step.node.drv_hash: step.info.nar_hash for step in inputs if step.verb == "have" and step.info}
     if len(nar_hashes) == len(inputs):

@@ -197,7 +197,7 @@ def build(
 ) -> Node:
     """An artifact built in the sandbox: `command` runs in `image` and sees each input at `/in/<input name>`.
 
-    An input name may have slashes (`crates/x.crate`). What the command leaves in `/out` is the store object
+    What the command leaves in `/out` is the store object
     `<hash>-<name>[-<version>]`. `timeout_secs` and `memory_gib` limit the build and stay outside its hash.
     """
     context = _context()
@@ -205,7 +205,8 @@ def build(
     for key, value in inputs.items():
         if not isinstance(value, Node):
             raise UsageError(f"{place}: input {key!r} is {type(value).__name__}, not a recipe, source, local or text")
-        _check_relative(key, place, "input name")
+        if key in ("", ".", "..") or "/" in key or "\0" in key:
+            raise UsageError(f"{place}: {key!r} cannot be the name of an input: it is a name below /in")
     if image.kind != "image":
         raise UsageError(f"{place}: image {image.target!r} is not an image")
     if not command:

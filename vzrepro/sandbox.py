@@ -51,6 +51,7 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _IMAGE_ID = re.compile(r"(?:sha256:)?[0-9a-f]{64}")
 _CONTAINER = re.compile(r"vzrepro-(?P<boot>[0-9a-f]+)-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]+")
 _REMOVE_SECS = 60.0
+_START_SECS = 2.0
 
 # Three files that the engine would otherwise fill from the host (resolv.conf copies the host's name servers) and
 # mount from a path holding the container's id.
@@ -66,8 +67,9 @@ _HIDDEN = ("/sys", "/dev/shm", "/dev/mqueue")
 # build is then an ordinary process (signals have their usual effect) and orphans are reaped.
 _ENTER = 'umask 022; exec 2>&1 env -i sh -c "$0" sh "$@"'
 _BUILD = 'env -i "$@"; status=$?; exit "$status"'
-# When vzrepro is not root, what the sandbox's user made must be left readable and removable for the host's user.
-_BUILD_SHARED = 'env -i "$@"; status=$?; chmod -R a+rwX /build /out; exit "$status"'
+# When vzrepro is not root, what the sandbox's user made must be left readable and removable for the host's user; that
+# chmod complains about /build and /out themselves, which are not the sandbox's user's.
+_BUILD_SHARED = 'env -i "$@"; status=$?; chmod -R a+rwX /build /out 2>/dev/null; exit "$status"'
 _SHELL = (
     'printf "sandbox of %s; its command is:\\n    %s\\n" "$1" "$2"; shift 2; '
     'if command -v bash >/dev/null; then set -- "$@" bash --norc; else set -- "$@" sh; fi; exec env -i "$@"'
@@ -202,13 +204,19 @@ def discard(job: Job) -> None:
     """Remove the job's scratch directory, whatever the builder left in it and whoever owns that."""
     for parent, _, _ in os.walk(job.scratch / "in"):
         Path(parent).chmod(0o755)
-    try:
-        shutil.rmtree(job.scratch)
-    except PermissionError:
-        # Only the sandbox's user may open what it closed: a build that was ended did not get to its own chmod.
-        flags = ["run", "--rm", *_confinement(job), "--entrypoint", "chmod"]
-        _docker(*flags, job.image, "-R", "a+rwX", "/build", "/out")
-        shutil.rmtree(job.scratch)
+    for directory in (job.build, job.out):
+        try:
+            shutil.rmtree(directory)
+        except FileNotFoundError:
+            pass
+        except PermissionError:
+            # Only the sandbox's user may open what it closed: a build that was ended did not get to its own chmod.
+            uid, gid = job.user
+            flags = ["--rm", "--pull", "never", "--network", "none", "--cap-drop", "ALL", "--user", f"{uid}:{gid}"]
+            flags += ["--mount", _bind(directory, "/build"), "--entrypoint", "chmod"]
+            _docker("run", *flags, job.image, "-R", "a+rwX", "/build", checked=False)  # it may not change /build itself
+            shutil.rmtree(directory)
+    shutil.rmtree(job.scratch)
 
 
 def run(job: Job, *, on_line: Callable[[str], None], stop: threading.Event | None = None) -> None:
@@ -485,7 +493,7 @@ def _failure(job: Job, state: Mapping[str, Any] | None, complaint: str, tail: de
 
 
 def _log_excerpt(job: Job, tail: deque[str]) -> str:
-    lines = ["it printed nothing"] if not tail else [f"the last {len(tail)} lines of its log:"]
+    lines = ["the end of its log:"] if tail else ["it printed nothing"]
     return "\n".join([*lines, *(f"    {line}" for line in tail), f"  the whole log is in {job.log}"])
 
 
@@ -588,17 +596,20 @@ def _remove(name: str, client: Any | None) -> None:
     """Remove the container and wait for its client, whatever they are doing; KeyboardInterrupt does not stop this.
 
     A client that is still creating its container cannot be undone by removing (there is nothing yet) nor by killing
-    it (the daemon would go on), so removal is repeated until the client has seen it and ended.
+    it (the daemon would go on), so removal is repeated until the client has seen it and ended. Without a `client`, the
+    start of one was interrupted, and a container may still turn up a moment later.
     """
-    give_up = time.monotonic() + _REMOVE_SECS
+    began = time.monotonic()
+    settled = began if client is not None else began + _START_SECS
     interrupted: KeyboardInterrupt | None = None
     while True:
         try:
             running = client is not None and client.is_alive()
             code, _, err = _docker("rm", "--force", "--volumes", name, checked=False)
-            if not running and (code == 0 or re.search(r"no such container|no container with", err, re.IGNORECASE)):
+            gone = code == 0 or re.search(r"no such container|no container with", err, re.IGNORECASE)
+            if gone and not running and time.monotonic() >= settled:
                 break
-            if time.monotonic() > give_up:
+            if time.monotonic() > began + _REMOVE_SECS:
                 if running and client is not None:
                     client.kill_group()
                 raise VzreproError(

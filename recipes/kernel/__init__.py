@@ -3,7 +3,7 @@
 import json
 
 from recipes.kernel.capabilities import PROFILES, requirements
-from recipes.toolchain import KERNEL_IMAGE
+from recipes.toolchain import C_IMAGE
 from vzrepro import build, debian_source, local, text
 
 LINUX = debian_source("linux", series="6.12", suite="trixie")
@@ -12,7 +12,7 @@ KERNELS = {
     profile.name: build(
         f"kernel-{profile.name}",
         version=LINUX.version,
-        image=KERNEL_IMAGE,
+        image=C_IMAGE,
         inputs={
             "linux.tar.xz": LINUX,
             "src": local("build.sh", "check_config.py", profile.fragment, profile.hardening),

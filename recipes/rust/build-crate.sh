@@ -18,18 +18,8 @@ x86_64-unknown-linux-gnu) linker=gcc ;;
 *) echo "build-crate.sh: no linker known for VZ_TARGET=$VZ_TARGET" >&2 && exit 2 ;;
 esac
 
-mkdir source
-if [ -d /in/source ]; then
-    # Named one by one: what else lies in a source directory is not the program's.
-    for part in Cargo.toml Cargo.lock build.rs src proto; do
-        [ ! -e "/in/source/$part" ] || cp -R "/in/source/$part" source/
-    done
-else
-    tar -xzf /in/source -C source --strip-components=1 --no-same-owner --no-same-permissions
-fi
-chmod -R u+w source
-
-python3 /in/rust/vendor.py unpack source/Cargo.toml source/Cargo.lock /in/crates "$root/vendor"
+python3 /in/rust/vendor.py source /in/source "$root/source"
+python3 /in/rust/vendor.py vendor "$root/source" /in/crates "$root/vendor"
 
 mkdir -p "$HOME/.cargo"
 cat >"$HOME/.cargo/config.toml" <<EOF

@@ -1,7 +1,8 @@
 """Lays out a Cargo vendor directory from the crates a build reaches, with stubs for the others its lock names.
 
-    vendor.py unpack MANIFEST LOCK CRATES VENDOR    CRATES holds <name>-<version>.crate files, VENDOR is written
-    vendor.py check NEW_LOCK OLD_LOCK               NEW_LOCK holds nothing that OLD_LOCK does not pin
+    vendor.py source SOURCE PROGRAM             SOURCE is a .crate or a directory, PROGRAM is written
+    vendor.py vendor PROGRAM CRATES VENDOR      CRATES holds <name>-<version>.crate files, VENDOR is written
+    vendor.py check NEW_LOCK OLD_LOCK           NEW_LOCK holds nothing that OLD_LOCK does not pin
 
 Cargo's resolver wants a Cargo.toml for every package that any platform or feature could need, although it compiles
 few of them. A crate that is not in CRATES becomes a stub: its name, its version, every feature somebody asks of it,
@@ -13,6 +14,7 @@ Runs in the sandbox with Python's standard library alone. Ends with exit code 1 
 
 import hashlib
 import json
+import shutil
 import sys
 import tarfile
 import tomllib
@@ -24,12 +26,22 @@ from typing import Any
 STUB = 'compile_error!("{name} {version} is not among the fetched crates: run `vzrepro lock`");\n'
 
 
-def unpack(manifest: Path, lock: Path, crates: Path, vendor: Path) -> None:
-    """Write `vendor`: one directory per package of `lock` that comes from a registry."""
+def source(given: Path, program: Path) -> None:
+    """Write `program`, a package's directory, from its published crate or from a directory of ours."""
+    if given.is_dir():
+        shutil.copytree(given, program, copy_function=shutil.copyfile)
+        for path in (program, *program.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # what comes from a store is read-only
+    else:
+        extract(given, program)
+
+
+def vendor_all(program: Path, crates: Path, vendor: Path) -> None:
+    """Write `vendor`: one directory per package of `program`'s lock that comes from a registry."""
     stubs = []
-    manifests = [tomllib.loads(manifest.read_text())]
+    manifests = [tomllib.loads((program / "Cargo.toml").read_text())]
     vendor.mkdir()
-    for package in packages(lock):
+    for package in packages(program / "Cargo.lock"):
         name, version, checksum = package["name"], package["version"], package.get("checksum")
         if checksum is None:
             continue
@@ -59,25 +71,29 @@ def check(new: Path, old: Path) -> None:
 
 
 def packages(lock: Path) -> list[dict[str, Any]]:
-    return tomllib.loads(lock.read_text())["package"]
+    listed: list[dict[str, Any]] = tomllib.loads(lock.read_text())["package"]
+    return listed
 
 
 def extract(crate: Path, target: Path) -> None:
-    """Unpack regular files below the crate's one top directory, with modes every user can read."""
+    """Unpack regular files below the crate's one top directory into `target`, with modes every user can read."""
+    top = None
     with tarfile.open(crate, "r:gz") as archive:
         for member in archive:
             path = PurePosixPath(member.name)
-            if path.is_absolute() or ".." in path.parts or path.parts[:1] != (target.name,):
+            top = top or path.parts[:1]
+            if path.is_absolute() or ".." in path.parts or path.parts[:1] != top:
                 fail(f"{crate.name}: unsafe path {member.name!r}")
             if member.isdir():
                 continue
-            if not member.isreg():
-                fail(f"{crate.name}: {member.name!r} is neither a file nor a directory")
+            if not member.isreg() or len(path.parts) < 2:
+                fail(f"{crate.name}: {member.name!r} is not a file in the crate's directory")
             reader = archive.extractfile(member)
             assert reader is not None  # a regular file always has one
             out = target.joinpath(*path.parts[1:])
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_bytes(reader.read())
+            with out.open("wb") as file:
+                shutil.copyfileobj(reader, file)
             out.chmod(0o755 if member.mode & 0o100 else 0o644)
 
 
@@ -107,7 +123,13 @@ def features_asked(manifests: list[dict[str, Any]]) -> defaultdict[str, set[str]
 
 def dependencies(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for table in (manifest, *manifest.get("target", {}).values()):
-        for kind in ("dependencies", "build-dependencies", "dev-dependencies", "build_dependencies", "dev_dependencies"):
+        for kind in (
+            "dependencies",
+            "build-dependencies",
+            "dev-dependencies",
+            "build_dependencies",
+            "dev_dependencies",
+        ):
             yield from table.get(kind, {}).items()
 
 
@@ -126,12 +148,14 @@ def fail(message: str) -> None:
 
 def main(arguments: list[str]) -> None:
     match arguments:
-        case ["unpack", manifest, lock, crates, vendor]:
-            unpack(Path(manifest), Path(lock), Path(crates), Path(vendor))
+        case ["source", given, program]:
+            source(Path(given), Path(program))
+        case ["vendor", program, crates, vendor]:
+            vendor_all(Path(program), Path(crates), Path(vendor))
         case ["check", new, old]:
             check(Path(new), Path(old))
         case _:
-            fail("usage: vendor.py unpack MANIFEST LOCK CRATES VENDOR | vendor.py check NEW_LOCK OLD_LOCK")
+            fail("usage: vendor.py source SOURCE PROGRAM | vendor PROGRAM CRATES VENDOR | check NEW_LOCK OLD_LOCK")
 
 
 if __name__ == "__main__":

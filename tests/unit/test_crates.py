@@ -320,7 +320,7 @@ def test_more_features_never_reach_less(some: set[str], more: set[str]) -> None:
 
 
 def test_a_lock_of_another_manifest_is_refused() -> None:
-    packages = {"root 1.0.0": ('[dependencies]\na = "1"', [])}
+    packages: Packages = {"root 1.0.0": ('[dependencies]\na = "1"', [])}
     with pytest.raises(UsageError, match="lacks a, which root"):
         walk(packages)
     with pytest.raises(UsageError, match=r"does not have root 2\.0\.0"):
@@ -356,7 +356,15 @@ def test_a_manifest_that_cannot_be_read_is_an_error(body: str) -> None:
         walk({"root 1.0.0": (body, ["a"]), "a 1.0.0": ("", [])})
 
 
-@pytest.mark.parametrize("text", ["[[package", '[[package]]\nname = "a"', 'package = "a"'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[[package]]\nname = "a"\nversion = "1.0.0"\nchecksum = "zz"',
+        "[[package",
+        '[[package]]\nname = "a"',
+        'package = "a"',
+    ],
+)
 def test_a_lock_that_cannot_be_read_is_an_error(text: str) -> None:
     with pytest.raises(UsageError):
         reached(text, manifest("root 1.0.0", ""), lambda wave: {})
@@ -386,7 +394,9 @@ def test_manifest_and_lock_are_read_from_a_crate() -> None:
 
 def test_a_broken_crate_is_an_error() -> None:
     whole = crate_file({"a-1.0.0/Cargo.toml": bytes(range(256)) * 64})
-    for broken in (b"", b"not gzip", whole[:-40], gzip.compress(b"not tar" * 200)):
+    damaged = bytearray(whole)
+    damaged[12] ^= 0xFF  # within the deflate stream's first block
+    for broken in (b"", b"not gzip", whole[:-40], bytes(damaged), gzip.compress(b"not tar" * 200)):
         with pytest.raises(VzreproError):
             manifest_of(broken)
 

@@ -1,0 +1,87 @@
+"""The narrow seam below a binary cache: named byte strings somewhere, nothing known about what they mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from vzrepro.errors import RemoteError, UsageError
+
+_PART = re.compile(r"[A-Za-z0-9+\-_?=][A-Za-z0-9+\-._?=]{0,254}")
+
+
+class Damaged(RemoteError):
+    """An entry of a cache is not what it should be; the others may be fine."""
+
+
+class Stream(Protocol):
+    """What an entry is read from: `read` gives at most so many bytes, none only at the end."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One listed entry: its key, its size in bytes, when it was last written or used (seconds since the epoch)."""
+
+    key: str
+    size: int
+    mtime: float
+
+
+class Backend(Protocol):
+    """A place for entries. `tests/contract/test_cache_backend.py` holds what every implementation does.
+
+    Keys are relative, `/` separates their parts (`check_key`). An entry appears whole or not at all. Every method
+    raises RemoteError when the place cannot be reached, refuses or breaks off, reading included; waiting, retrying and
+    giving up are the implementation's own affair.
+    """
+
+    @property
+    def url(self) -> str:
+        """What a person calls the place."""
+
+    def get(self, key: str) -> AbstractContextManager[Stream] | None:
+        """The entry, open from its first byte, or None when there is none. Counts as use."""
+
+    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False) -> bool:
+        """Write an entry from bytes or from a file, which must not change any more.
+
+        With `if_absent`, an entry that is there stays, also when two write at once. Says whether this one was written.
+        """
+
+    def head(self, key: str) -> int | None:
+        """The entry's size in bytes, or None when there is none."""
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """All entries whose key starts with `prefix`, in no order; what others left in the place may be among them."""
+
+    def delete(self, key: str) -> None:
+        """Remove the entry; it is fine if there is none."""
+
+    def spool(self) -> AbstractContextManager[Path]:
+        """The name of a file on this machine's disk to make a big entry ready in, for `put`; gone in the end."""
+
+    def lock(self, *, exclusive: bool) -> AbstractContextManager[None]:
+        """Held, not exclusively, while entries that refer to each other are written, so that nothing trims the place
+        meanwhile. Where whole machines share a place there is no such lock, and it is always granted."""
+
+
+def is_key(text: str) -> bool:
+    """Whether `text` may name an entry.
+
+    Its parts consist of the characters of store names and do not start with a dot, so no key leads out of a
+    directory or to an implementation's own files.
+    """
+    return all(_PART.fullmatch(part) for part in text.split("/"))
+
+
+def check_key(key: str) -> str:
+    """Return `key` if it may name an entry (`is_key`), else raise UsageError."""
+    if not is_key(key):
+        raise UsageError(f"{key!r} is not a valid key of a cache entry")
+    return key

@@ -1,0 +1,190 @@
+"""A binary cache's entries as files below a directory; any number of processes may share it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from io import FileIO
+from pathlib import Path
+
+from vzrepro.cache.backend import Entry, check_key, is_key
+from vzrepro.errors import RemoteError
+
+_OWN = ".vzrepro"  # no key starts with a dot, and Nix clients do not look there
+_LEFTOVER_SECS = 24 * 3600.0
+
+
+class DirectoryBackend:
+    """A `Backend` in a directory, which is made when the first entry is written.
+
+    Writes go to a temporary file that is renamed (or linked, for `if_absent`); what crashed leaves is removed a day
+    later. An entry's modification time says when it was last used.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.absolute()
+
+    @property
+    def url(self) -> str:
+        """The directory as a `file:` URL."""
+        return self._root.as_uri()
+
+    def get(self, key: str, *, use: bool = True) -> AbstractContextManager[_Reader] | None:
+        """See `Backend.get`; without `use`, looking at the entry does not make it a recently used one."""
+        path = self._path(key)
+        with self._explained("read"):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.close(fd)
+                return None
+            # A cache on a read-only medium serves as well, it only does not know what is used.
+            if use:
+                with contextlib.suppress(OSError):
+                    os.utime(fd)
+        return _Reader(fd, self._root)
+
+    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False) -> bool:
+        """See `Backend.put`."""
+        path = self._path(key)
+        with self._explained("write"):
+            if if_absent and path.exists():
+                return False
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._temporary()
+            try:
+                self._fill(temporary, source)
+                if not if_absent:
+                    temporary.replace(path)
+                    return True
+                try:
+                    path.hardlink_to(temporary)
+                except FileExistsError:
+                    return False
+                return True
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def head(self, key: str) -> int | None:
+        """See `Backend.head`."""
+        entry = self._entry(key)
+        return None if entry is None else entry.size
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """See `Backend.list`."""
+        # A prefix need not end at a part's end: walk what it certainly contains.
+        inside = prefix.rpartition("/")[0]
+        start = self._path(inside) if inside else self._root
+        for directory, names, files in os.walk(start, onerror=self._refuse_listing):
+            names[:] = [name for name in names if not name.startswith(".")]
+            for name in files:
+                key = Path(directory, name).relative_to(self._root).as_posix()
+                if key.startswith(prefix) and is_key(key) and (entry := self._entry(key)) is not None:
+                    yield entry
+
+    def delete(self, key: str) -> None:
+        """See `Backend.delete`."""
+        with self._explained("write"), contextlib.suppress(NotADirectoryError):
+            self._path(key).unlink(missing_ok=True)
+
+    @contextmanager
+    def spool(self) -> Iterator[Path]:
+        """See `Backend.spool`; `put` takes such a file over without copying it."""
+        with self._explained("write"):
+            path = self._temporary()
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self, *, exclusive: bool) -> Iterator[None]:
+        """See `Backend.lock`: many writers together, or one that trims."""
+        with self._explained("write"):
+            own = self._root / _OWN
+            own.mkdir(parents=True, exist_ok=True)
+            file = FileIO(os.open(own / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644), "r+")
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+            yield
+
+    def sweep(self) -> None:
+        """Remove what interrupted writers left a day ago or earlier."""
+        with self._explained("write"):
+            for path in (self._root / _OWN / "tmp").glob("*"):
+                with contextlib.suppress(FileNotFoundError):
+                    if path.lstat().st_mtime < time.time() - _LEFTOVER_SECS:
+                        path.unlink()
+
+    def _entry(self, key: str) -> Entry | None:
+        with self._explained("read"):
+            try:
+                status = self._path(key).lstat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return Entry(key, status.st_size, status.st_mtime) if stat.S_ISREG(status.st_mode) else None
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key)
+
+    def _temporary(self) -> Path:
+        temporary = self._root / _OWN / "tmp"
+        temporary.mkdir(parents=True, exist_ok=True)
+        return temporary / uuid.uuid4().hex
+
+    def _fill(self, temporary: Path, source: bytes | Path) -> None:
+        if isinstance(source, bytes):
+            temporary.write_bytes(source)
+        elif source.parent == temporary.parent:
+            source.rename(temporary)  # spooled here, for us
+        else:
+            shutil.copyfile(source, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def _refuse_listing(self, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise self._error("list", error) from error
+
+    @contextmanager
+    def _explained(self, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._error(verb, error) from error
+
+    def _error(self, verb: str, error: OSError) -> RemoteError:
+        return RemoteError(
+            f"cannot {verb} the cache in {self._root}",
+            reason=error.strerror or str(error),
+            hint=f"ls -ld {self._root}; df -h {self._root}",
+        )
+
+
+class _Reader:
+    """An open entry."""
+
+    def __init__(self, fd: int, root: Path) -> None:
+        self._fd = fd
+        self._root = root
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        os.close(self._fd)
+
+    def read(self, size: int, /) -> bytes:
+        try:
+            return os.read(self._fd, size)
+        except OSError as error:
+            raise RemoteError(f"cannot read the cache in {self._root}", reason=error.strerror) from error

@@ -1,0 +1,186 @@
+"""Ed25519 keys and signatures in Nix's form: `name:base64`, one line each."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from vzrepro.errors import Untrusted, UsageError
+
+_NAME = re.compile(r"[!-9;-~]{1,128}")  # other people's keys are called what they like
+_MAX_KEY_FILE = 4096
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PublicKey:
+    """A public key: its name and its 32 bytes."""
+
+    name: str
+    raw: bytes = field(repr=False)
+
+    @classmethod
+    def parse(cls, text: str) -> PublicKey:
+        """Read `name:base64`. Raises UsageError when it is something else."""
+        return cls(*_parsed(text, 32, "public key"))
+
+    @property
+    def id(self) -> str:
+        """16 hex digits that tell this key from any other, whatever they are called; fit for file names."""
+        return hashlib.sha256(self.raw).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return f"{self.name}:{base64.b64encode(self.raw).decode()}"
+
+
+@dataclass(frozen=True, slots=True)
+class SigningKey:
+    """A secret key: its name and its 32 byte seed."""
+
+    name: str
+    _seed: bytes = field(repr=False)
+
+    @classmethod
+    def generate(cls, name: str) -> SigningKey:
+        """A new key. Raises UsageError when the name is not fit for one."""
+        return cls(_checked_name(name), os.urandom(32))
+
+    @classmethod
+    def parse(cls, text: str) -> SigningKey:
+        """Read `name:base64` of seed and public key, 64 bytes, as `nix key generate-secret` writes it.
+
+        Raises UsageError when it is something else or its halves do not belong together.
+        """
+        name, raw = _parsed(text, 64, "secret key")
+        key = cls(name, raw[:32])
+        if key.public.raw != raw[32:]:
+            raise UsageError("the secret key is damaged", reason="its public half does not belong to its secret half")
+        return key
+
+    @classmethod
+    def load(cls, path: Path) -> SigningKey:
+        """Read a key file. Raises UsageError when it is missing, no key, or readable by others than its owner."""
+        try:
+            with path.open("rb") as file:
+                mode = os.fstat(file.fileno()).st_mode
+                text = file.read(_MAX_KEY_FILE).decode(errors="replace")
+        except OSError as error:
+            raise UsageError(f"cannot read the key file {path}", reason=error.strerror) from error
+        if mode & 0o077:
+            raise UsageError(
+                f"the key file {path} is open to others",
+                reason=f"its mode is {mode & 0o777:04o}",
+                hint=f"chmod 600 {path}",
+            )
+        return cls.parse(text.strip())
+
+    def save(self, path: Path) -> bool:
+        """Write the key to a new file, mode 0600; False, and nothing changed, when there is one. Raises OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(fd, "w") as file:
+                file.write(f"{self.text}\n")
+                file.flush()
+                os.fsync(fd)
+            # A link, not a rename: of two processes that make a key at once, the first one's stays.
+            path.hardlink_to(temporary)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        return True
+
+    @property
+    def text(self) -> str:
+        """The secret in Nix's form."""
+        return f"{self.name}:{base64.b64encode(self._seed + self.public.raw).decode()}"
+
+    @property
+    def public(self) -> PublicKey:
+        """The public key that belongs to this one."""
+        return PublicKey(self.name, Ed25519PrivateKey.from_private_bytes(self._seed).public_key().public_bytes_raw())
+
+    def sign(self, message: bytes) -> str:
+        """The signature of `message`, `name:base64`."""
+        signature = Ed25519PrivateKey.from_private_bytes(self._seed).sign(message)
+        return f"{self.name}:{base64.b64encode(signature).decode()}"
+
+
+class TrustedKeys:
+    """The public keys whose word counts. Several may have one name, as while a key is being replaced."""
+
+    def __init__(self, keys: Iterable[PublicKey] = ()) -> None:
+        self.keys = tuple(dict.fromkeys(keys))
+
+    def signers(self, message: bytes, signatures: Iterable[str]) -> frozenset[PublicKey]:
+        """The trusted keys that have signed `message`; signatures by unknown keys and wrong ones do not count.
+
+        Raises UsageError for what does not have a signature's form.
+        """
+        found = set()
+        for text in signatures:
+            name, raw = parse_signature(text)
+            for key in self.keys:
+                if key.name == name and _is_valid(key, raw, message):
+                    found.add(key)
+        return frozenset(found)
+
+    def verify(self, message: bytes, signatures: Iterable[str], what: str) -> frozenset[PublicKey]:
+        """As `signers`, but raises Untrusted, with the reason, when no trusted key has signed `what`."""
+        signatures = tuple(signatures)
+        signers = self.signers(message, signatures)
+        if signers:
+            return signers
+        names = sorted({parse_signature(text)[0] for text in signatures})
+        wrong = sorted({key.name for key in self.keys} & set(names))
+        if wrong:
+            raise Untrusted(f"{what} has a wrong signature", reason=f"it claims to be by {', '.join(wrong)}")
+        raise Untrusted(
+            f"{what} is not signed by a trusted key",
+            reason=f"it is signed by {', '.join(names)}" if names else "it has no signature",
+            hint="add the public key to the trusted keys, if its owner may give you binaries",
+        )
+
+
+def parse_signature(text: str) -> tuple[str, bytes]:
+    """Split `name:base64` into the key's name and the 64 bytes. Raises UsageError when it is something else."""
+    return _parsed(text, 64, "signature")
+
+
+def _parsed(text: str, size: int, what: str) -> tuple[str, bytes]:
+    name, colon, encoded = text.partition(":")
+    raw = b""
+    with contextlib.suppress(binascii.Error, ValueError):
+        raw = base64.b64decode(encoded, validate=True)
+    if not colon or len(raw) != size:
+        # Never the text itself: it may be a secret.
+        raise UsageError(f"this is not a {what}", reason=f"it should be <name>:<base64 of {size} bytes>")
+    return _checked_name(name), raw
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} is not a name for a key", hint="use 1 to 128 printable ASCII characters, no blank, no colon"
+        )
+    return name
+
+
+def _is_valid(key: PublicKey, signature: bytes, message: bytes) -> bool:
+    try:
+        Ed25519PublicKey.from_public_bytes(key.raw).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True

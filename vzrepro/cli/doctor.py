@@ -1,0 +1,90 @@
+"""`vzrepro doctor`: is everything here that vzrepro needs, and if not, what to type."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+
+import click
+
+from vzrepro import console, pin, sandbox
+from vzrepro.cli.options import json_option
+from vzrepro.cli.session import Session
+from vzrepro.errors import VzreproError
+from vzrepro.evaluate import evaluate
+
+_ROOM_BYTES = 15 * 10**9
+
+
+@click.command()
+@json_option
+@click.pass_obj
+def doctor(session: Session) -> None:
+    """Check Docker, QEMU, the disk, the workspace, its lock and the caches."""
+    checks: list[tuple[str, Callable[[Session], str]]] = [
+        ("python", _python),
+        ("container engine", _engine),
+        ("qemu", _qemu),
+        ("workspace", _workspace),
+        ("lock", _lock),
+        ("store", _store),
+        ("caches", _caches),
+    ]
+    rows: list[tuple[str, str, str]] = []
+    for name, check in checks:
+        try:
+            rows.append((name, "ok", check(session)))
+        except VzreproError as error:
+            rows.append((name, "FAILED", f"{error.message} — {error.hint or error.reason or ''}".rstrip(" —")))
+    session.console.print_table(("what", "state", "detail"), rows)
+    bad = [name for name, state, _ in rows if state != "ok"]
+    if bad:
+        raise VzreproError(f"not in order: {', '.join(bad)}", hint="the table above says what to do")
+
+
+def _python(_session: Session) -> str:
+    return sys.version.split()[0]
+
+
+def _engine(_session: Session) -> str:
+    found = sandbox.check()
+    return (
+        f"{found.engine} {found.server_version}, {found.storage_driver}, cgroup v{found.cgroup_version}, "
+        f"{found.cpus} CPUs, {console.size(found.memory_bytes)}"
+    )
+
+
+def _qemu(_session: Session) -> str:
+    found = shutil.which("qemu-system-aarch64")
+    if found is None:
+        raise VzreproError("qemu-system-aarch64 is not installed", hint="apt-get install qemu-system-arm")
+    return found
+
+
+def _workspace(session: Session) -> str:
+    return f"{session.root}, {len(session.graph.targets)} targets"
+
+
+def _lock(session: Session) -> str:
+    wants = evaluate(session.root, session.lock, session.config.platform, lenient=True).wants
+    faults = pin.check(wants, session.lock, session.config.platform)
+    if faults:
+        raise VzreproError(faults[0], hint="run: vzrepro lock")
+    return f"{len(wants)} requests pinned"
+
+
+def _store(session: Session) -> str:
+    place = session.config.store
+    existing = next(folder for folder in (place, *place.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < _ROOM_BYTES:
+        raise VzreproError(
+            f"{place} has {console.size(free)} free, all targets need {console.size(_ROOM_BYTES)}",
+            hint="make room with: vzrepro store gc, or set VZREPRO_STORE",
+        )
+    return f"{place}, {console.size(free)} free"
+
+
+def _caches(session: Session) -> str:
+    return ", ".join(cache.url for cache in session.caches) or "none"

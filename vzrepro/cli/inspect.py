@@ -1,0 +1,188 @@
+"""Verbs that only look: targets, show, why, graph, log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from vzrepro import plan
+from vzrepro.cli.options import json_option
+from vzrepro.cli.session import Session
+from vzrepro.errors import VzreproError
+from vzrepro.evaluate import DrvGraph
+from vzrepro.recipe import Node
+
+
+@click.command()
+@click.option("--all", "everything", is_flag=True, help="Also images and sources.")
+@json_option
+@click.pass_obj
+def targets(session: Session, everything: bool) -> None:
+    """List what can be realized."""
+    rows = [
+        (node.target, node.version or None, node.path.base, "yes" if session.store.query(node.path) else "no")
+        for node in session.graph.targets.values()
+        if everything or node.kind == "recipe"
+    ]
+    session.console.print_table(("target", "version", "store path", "here"), rows)
+
+
+@click.command()
+@click.argument("target")
+@json_option
+@click.pass_obj
+def show(session: Session, target: str) -> None:
+    """Show TARGET's derivation: everything its hash is made of."""
+    node = session.target(target)
+    document: dict[str, Any] = {
+        "target": node.target,
+        "recipe": node.place,
+        "store_path": str(node.path),
+        "drv_hash": node.drv_hash.hex,
+        "derivation": node.drv.document(),
+        "files": {name: {"url": file.url, "size": file.size} for name, file in node.files.items()},
+        "timeout_secs": node.timeout_secs,
+        "memory_bytes": node.memory_bytes,
+    }
+    session.console.print_text(json.dumps(document, indent=2, ensure_ascii=False), document)
+
+
+@click.command()
+@click.argument("target")
+@json_option
+@click.pass_obj
+def why(session: Session, target: str) -> None:
+    """Explain why TARGET would be realized: what changed since its recipe was realized before."""
+    node = session.target(target)
+    console = session.console
+    steps = plan.make_plan(session.graph, [node], session.realizer()).steps
+    step = next(step for step in steps if step.node.drv_hash == node.drv_hash)
+    found = plan.why(session.graph, node, session.store)
+    document = {
+        "target": node.target,
+        "action": step.verb,
+        "reason": step.reason,
+        "changes": [
+            {"target": name, "field": change.field, "before": change.before, "after": change.after}
+            for name, changes in found
+            for change in changes
+        ],
+    }
+    lines = [f"{node.target}: {step.verb}: {step.reason}"]
+    if not found and step.verb != "have":
+        lines.append("it was never realized here before, so there is nothing to compare with")
+    for name, changes in found:
+        lines.append(f"{name}, compared with the one realized before:")
+        lines += [f"  {change.field}: {_shown(change.before)} → {_shown(change.after)}" for change in changes]
+    console.print_text("\n".join(lines), document)
+
+
+def _shown(value: object) -> str:
+    return "absent" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+@click.command()
+@click.argument("target")
+@click.option("--format", "form", type=click.Choice(["text", "dot", "mermaid", "json"]), default="text")
+@click.pass_obj
+def graph(session: Session, target: str, form: str) -> None:
+    """Draw what TARGET is built from."""
+    node = session.target(target)
+    nodes = session.graph.closure([node])
+    session.console.print_text(_DRAWINGS[form](session.graph, node, nodes))
+
+
+def _text(graph: DrvGraph, root: Node, _nodes: Sequence[Node]) -> str:
+    lines: list[str] = []
+    shown: set[Node] = set()
+
+    def draw(node: Node, lead: str, branch: str, name: str) -> None:
+        label = f"{name}: {node.target}" if name and name != node.target else node.target
+        again = node.drv_hash in {one.drv_hash for one in shown}
+        inputs = _inputs(graph, node)
+        lines.append(f"{lead}{branch}{label} ({node.drv.builder}){' …' if again and inputs else ''}")
+        if again:
+            return
+        shown.add(node)
+        deeper = lead + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
+        for number, (key, dep) in enumerate(inputs):
+            draw(dep, deeper, "└─ " if number == len(inputs) - 1 else "├─ ", key)
+
+    draw(root, "", "", "")
+    return "\n".join(lines)
+
+
+def _inputs(graph: DrvGraph, node: Node) -> list[tuple[str, Node]]:
+    image = [("image", graph.nodes[node.drv.image])] if node.drv.image else []
+    return image + [(name, graph.nodes[drv]) for name, drv in sorted(node.drv.inputs.items())]
+
+
+def _dot(graph: DrvGraph, root: Node, nodes: Sequence[Node]) -> str:
+    lines = [f'digraph "{root.target}" {{', "  rankdir=LR;", "  node [shape=box];"]
+    lines += [f'  "{node.path.base}" [label="{node.target}"];' for node in nodes]
+    lines += [
+        f'  "{node.path.base}" -> "{dep.path.base}" [label="{name}"];'
+        for node in nodes
+        for name, dep in _inputs(graph, node)
+    ]
+    return "\n".join([*lines, "}"])
+
+
+def _mermaid(graph: DrvGraph, _root: Node, nodes: Sequence[Node]) -> str:
+    short = {node.drv_hash: f"n{number}" for number, node in enumerate(nodes)}
+    lines = ["graph LR", *(f'  {short[node.drv_hash]}["{node.target}"]' for node in nodes)]
+    lines += [
+        f"  {short[node.drv_hash]} -->|{name}| {short[dep.drv_hash]}"
+        for node in nodes
+        for name, dep in _inputs(graph, node)
+    ]
+    return "\n".join(lines)
+
+
+def _json(graph: DrvGraph, root: Node, nodes: Sequence[Node]) -> str:
+    document = {
+        "root": root.drv_hash.hex,
+        "nodes": {
+            node.drv_hash.hex: {
+                "target": node.target,
+                "builder": node.drv.builder,
+                "store_path": str(node.path),
+                "inputs": {name: dep.drv_hash.hex for name, dep in _inputs(graph, node)},
+            }
+            for node in nodes
+        },
+    }
+    return json.dumps(document, indent=2)
+
+
+_DRAWINGS: dict[str, Callable[[DrvGraph, Node, Sequence[Node]], str]] = {
+    "text": _text,
+    "dot": _dot,
+    "mermaid": _mermaid,
+    "json": _json,
+}
+
+
+@click.command()
+@click.argument("target")
+@click.pass_obj
+def log(session: Session, target: str) -> None:
+    """Print the log of TARGET's last build, from this machine or a cache."""
+    path = session.path(target)
+    local = session.store.log_path(path)
+    if local.is_file():
+        session.console.print_text(local.read_text(errors="replace"))
+        return
+    for cache in session.caches:
+        text = cache.log(path)
+        if text is not None:
+            session.console.print_text(text.decode(errors="replace"))
+            return
+    raise VzreproError(
+        f"there is no log of {target}",
+        reason="it was not built in the sandbox on this machine, and no cache has its log",
+        hint=f"build it with: vzrepro realize {target} --no-substitute",
+    )

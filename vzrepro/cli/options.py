@@ -1,0 +1,17 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def json_option(function: F) -> F:
+    """`--json`, which `cli.main` has already acted upon when the verb runs."""
+    return click.option(
+        "--json", is_flag=True, expose_value=False, help="Print one JSON object per line (docs/events.md)."
+    )(function)

@@ -1,0 +1,154 @@
+"""One command's view of the world: workspace, configuration, lock, graph, store and realizer, each made when needed."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import vzrepro
+from vzrepro import fetch, noop
+from vzrepro import lock as locks
+from vzrepro.cache.binary import BinaryCache, machine_cache
+from vzrepro.config import USER_FILE, Config, find_workspace, load
+from vzrepro.console import Console
+from vzrepro.errors import UsageError
+from vzrepro.evaluate import DrvGraph, evaluate
+from vzrepro.events import Notice
+from vzrepro.lock import Lock
+from vzrepro.model import ObjectInfo, StorePath
+from vzrepro.pin import Pinner
+from vzrepro.realize import Realizer
+from vzrepro.recipe import Node
+from vzrepro.store import LocalStore
+
+
+class Session:
+    """Lazily made parts; `start` is where the workspace is looked for."""
+
+    def __init__(self, console: Console, start: Path) -> None:
+        self.console = console
+        self._start = start
+        self._overrides: dict[str, object] = {}
+        self._begun_ns = time.time_ns()
+
+    def override(self, **settings: object) -> None:
+        """Let options win over the configuration; None says nothing. Before the configuration is first used."""
+        self._overrides.update({key: value for key, value in settings.items() if value is not None})
+
+    @cached_property
+    def root(self) -> Path:
+        """The workspace."""
+        return find_workspace(self._start)
+
+    @cached_property
+    def config(self) -> Config:
+        """The settings, options included."""
+        return load(self.root).model_copy(update=self._overrides)
+
+    @property
+    def lock_file(self) -> Path:
+        """The workspace's lock."""
+        return self.root / "lock.toml"
+
+    @cached_property
+    def lock(self) -> Lock:
+        """All pins."""
+        return locks.load(self.lock_file)
+
+    @cached_property
+    def graph(self) -> DrvGraph:
+        """The evaluated recipes."""
+        return evaluate(self.root, self.lock, self.config.platform)
+
+    @cached_property
+    def store(self) -> LocalStore:
+        """The local store."""
+        return LocalStore(self.config.store)
+
+    @cached_property
+    def mirrors(self) -> fetch.Mirrors:
+        """Where `mirror://` names are."""
+        return fetch.Mirrors.of_host(self.config.mirrors, os.environ, get=fetch.get)
+
+    @cached_property
+    def caches(self) -> list[BinaryCache]:
+        """The machine's own cache, unless it is turned off."""
+        if not self.config.machine_cache:
+            return []
+        return [
+            machine_cache(
+                self.config.machine_cache_dir,
+                self.config.key_dir,
+                max_bytes=self.config.machine_cache_gib << 30,
+                warn=self.warn,
+            )
+        ]
+
+    def warn(self, message: str) -> None:
+        """Tell the user something that does not end the command."""
+        self.console.report(Notice("warning", message))
+
+    def realizer(self, *, substitute: bool = True, keep_failed: bool = False) -> Realizer:
+        """What executes plans, with this session's parts."""
+        return Realizer(
+            graph=self.graph,
+            store=self.store,
+            caches=self.caches,
+            config=self.config,
+            mirrors=self.mirrors,
+            snapshot=self.lock.snapshot(),
+            report=self.console.report,
+            substitute=substitute,
+            keep_failed=keep_failed,
+        )
+
+    def pinner(self, update: Sequence[str] | None, *, allow_expired: bool) -> Pinner:
+        """What `vzrepro lock` resolves with."""
+        return Pinner(
+            root=self.root,
+            platform=self.config.platform,
+            mirrors=self.mirrors,
+            keyring=self.config.debian_keyring,
+            downloads=self.config.store / ".vzrepro" / "downloads",
+            now=dt.datetime.now(dt.UTC),
+            update=update,
+            allow_expired=allow_expired,
+            say=lambda line: self.console.report(Notice("info", line)),
+        )
+
+    def target(self, name: str) -> Node:
+        """The node called `name`; a store path or object directory of this workspace's graph is understood too."""
+        base = Path(name).name
+        for node in self.graph.nodes.values():
+            if node.path.base == base:
+                return node
+        return self.graph.find(name)
+
+    def path(self, name: str) -> StorePath:
+        """The store path that `name` means: a store path, an object's directory, or a target."""
+        try:
+            return StorePath.parse(Path(name).name)
+        except UsageError:
+            return self.graph.find(name).path
+
+    def remember(self, nodes: Sequence[Node], found: Sequence[ObjectInfo]) -> None:
+        """Write the evaluation cache, so that the same command is answered at once next time."""
+        package = Path(vzrepro.__file__).parent
+        reads = {
+            *self.graph.reads,
+            self.lock_file,
+            self.root / "pyproject.toml",
+            USER_FILE,
+            *package.glob("*.py"),
+        }
+        noop.remember(
+            str(self.root),
+            os.environ,
+            self._begun_ns,
+            map(str, reads),
+            {node.target: str(self.store.location(info.path)) for node, info in zip(nodes, found, strict=True)},
+        )

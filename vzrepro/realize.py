@@ -1,0 +1,561 @@
+"""Execute a `Plan`: fetch, import, write images, build, copy, substitute and push, in parallel.
+
+One state machine: every step is in one `State`, and `_Schedule.move` is the only place that changes it. What a
+step does is in `Realizer`, which knows the store, the caches and the sandbox, but no graph beyond a step's inputs.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from vzrepro import events, fetch, image, nar, sandbox
+from vzrepro.cache.binary import BinaryCache
+from vzrepro.cache.narinfo import NarInfo
+from vzrepro.config import Config
+from vzrepro.errors import HashMismatch, Interrupted, RemoteError, Untrusted, UsageError, VzreproError
+from vzrepro.evaluate import DrvGraph
+from vzrepro.model import BuildKey, DrvHash, FileHash, ObjectInfo, Outcome, StorePath, canonical_json, store_path
+from vzrepro.plan import Offer, Plan, Step, make_plan
+from vzrepro.recipe import Node
+from vzrepro.store import LocalStore
+
+_ACTIONS: Mapping[str, events.Action] = {
+    "copy": "copy",
+    "substitute": "substitute",
+    "fetch": "fetch",
+    "import": "import",
+    "image": "build",
+    "build": "build",
+}
+_TRANSFERS = 4
+"""Downloads and substitutions that run at once, besides builds."""
+
+
+class State(enum.Enum):
+    """Where a step stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class _Gone(Exception):
+    """A cache did not give what it had offered, or an object is not what it was: plan again without it."""
+
+
+@dataclass(slots=True)
+class Realizer:
+    """What realizing needs besides a plan: a graph, a store, caches to take from and to push to, and limits.
+
+    `substitute` false leaves the caches out of reading. `snapshot` is the lock's, for public archives. Setting `stop`
+    ends running builds and downloads.
+    """
+
+    graph: DrvGraph
+    store: LocalStore
+    caches: Sequence[BinaryCache]
+    config: Config
+    mirrors: fetch.Mirrors
+    snapshot: str | None
+    report: events.Report = events.ignore
+    substitute: bool = True
+    keep_failed: bool = False
+    stop: threading.Event = field(default_factory=threading.Event)
+    _lost: set[StorePath] = field(default_factory=set)
+    _mending: frozenset[StorePath] = frozenset()
+    _load_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    # --- what planning asks -------------------------------------------------------------------------------------
+
+    def have(self, path: StorePath) -> ObjectInfo | None:
+        """The valid local object (see `plan.Known`); one that is being mended counts as absent until it is replaced."""
+        return None if path in self._mending else self.store.query(path)
+
+    def origin_known(self, path: StorePath, origin: FileHash) -> bool:
+        """Whether the object was verified from these URLs."""
+        return self.store.known_origin(path, origin)
+
+    def offer(self, path: StorePath) -> Offer | None:
+        """The first trusted cache that has the object."""
+        if not self.substitute or path in self._lost:
+            return None
+        for cache in self.caches:
+            info = cache.query(path)
+            if info is not None:
+                return Offer(info.nar_hash, info.file_size or info.nar_size, info.origin, cache.url)
+        return None
+
+    def equal(self, key: BuildKey) -> ObjectInfo | None:
+        """A valid local object of the same build key."""
+        equal = self.store.by_build_key(key)
+        return None if equal is None or equal.path in self._mending or equal.path in self._lost else equal
+
+    def expected_secs(self, target: str, verb: str) -> float | None:
+        """The median of the last times."""
+        return self.store.expected_secs(target, verb)
+
+    # --- the whole ----------------------------------------------------------------------------------------------
+
+    def realize(self, targets: Sequence[Node]) -> list[ObjectInfo]:
+        """Make every target valid in the store and return what the store knows of them, in order.
+
+        Plans again when a cache breaks its promise. Raises the first step's VzreproError; everything that
+        was finished until then stays in the store.
+        """
+        self.store.sweep()
+        while True:
+            plan = make_plan(self.graph, targets, self)
+            if plan.todo():
+                self.report(events.Planned(plan.actions(), plan.download_bytes() or None, plan.expected_secs()))
+            try:
+                self.execute(plan)
+            except _Gone:
+                continue
+            self._clear_downloads()
+            found = self.store.query_many([node.path for node in targets])
+            return [found[node.path] for node in targets]
+
+    def repair(self, paths: Sequence[StorePath]) -> list[ObjectInfo]:
+        """Replace corrupt objects by right ones, from a cache or by building them again; the old ones stay until then.
+
+        Raises UsageError for objects that neither a cache nor a recipe of this workspace can give.
+        """
+        by_path = {node.path: node for node in self.graph.nodes.values()}
+        unknown = [path for path in paths if path not in by_path]
+        if unknown:
+            raise UsageError(
+                f"{unknown[0].base} cannot be repaired: no recipe of this workspace makes it",
+                hint="remove what nothing needs any more with: vzrepro store gc",
+            )
+        self._mending = frozenset(paths)
+        return self.realize([by_path[path] for path in paths])
+
+    def _clear_downloads(self) -> None:
+        """Files are kept during a run, since images share packages; afterwards the store objects hold them."""
+        shutil.rmtree(self._downloads, ignore_errors=True)
+
+    def execute(self, plan: Plan) -> None:
+        """Run all steps, inputs first. Raises the first failure after what was running has ended."""
+        todo = plan.todo()
+        self.store.hold([step.node.path for step in plan.steps])
+        if any(step.verb == "build" for step in todo):
+            sandbox.check()
+            sandbox.sweep()
+        _Schedule(plan, self).run()
+
+    # --- one step -----------------------------------------------------------------------------------------------
+
+    def perform(self, step: Step, inputs: Mapping[DrvHash, ObjectInfo]) -> ObjectInfo:
+        """Do what one step says and return the valid object. Other processes doing the same are waited for."""
+        node, path = step.node, step.node.path
+        begun = time.monotonic()
+        action = _ACTIONS[step.verb]
+
+        def waiting(holder: str) -> None:
+            self.report(events.Waiting(node.target, str(path), holder))
+
+        with self.store.lock(path, f"{step.verb} {node.target}", waiting, cancelled=self.stop):
+            there = self.have(path)
+            if there is not None and (node.origin is None or self.store.known_origin(path, node.origin)):
+                self._finished(step, action, Outcome.ALREADY_VALID, begun, there.nar_size)
+                return there
+            self.report(events.Started(node.target, str(path), action, step.expected_secs, step.download_bytes or None))
+            try:
+                info = self._outcome(step, inputs)
+            except BaseException:
+                self._finished(step, action, Outcome.FAILED, begun, None)
+                raise
+            self.store.put_derivation(node.drv_hash, node.target, canonical_json(node.drv.document()))
+            verb = "copy" if info.outcome is Outcome.COPIED else step.verb
+            self.store.record_history(node.target, verb, time.monotonic() - begun, info.nar_size)
+            self._finished(step, action, info.outcome, begun, info.nar_size)
+        return info
+
+    def _finished(self, step: Step, action: events.Action, outcome: Outcome, begun: float, size: int | None) -> None:
+        secs = time.monotonic() - begun
+        self.report(events.Finished(step.node.target, str(step.node.path), action, outcome.value, secs, size))
+
+    def _outcome(self, step: Step, inputs: Mapping[DrvHash, ObjectInfo]) -> ObjectInfo:
+        node = step.node
+        match step.verb:
+            case "import":
+                return self._import(node)
+            case "fetch":
+                return self._fetch(node)
+            case "substitute":
+                return self._substitute(node)
+            case "copy":
+                assert step.info is not None
+                return self._copy(node, step.info)
+            case _:
+                return self._make(step, inputs)
+
+    def _import(self, node: Node) -> ObjectInfo:
+        """Local files: copied as they are now; evaluation has hashed them a moment ago."""
+        with self.store.scratch(node.target) as scratch:
+            tree = scratch / "tree"
+            for name, content in node.tree.items():
+                target = tree / name if name else tree
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(content, bytes):
+                    target.write_bytes(content)
+                elif content.is_symlink():
+                    target.symlink_to(content.readlink())
+                else:
+                    target.write_bytes(content.read_bytes())
+                    target.chmod(0o755 if content.stat().st_mode & 0o100 else 0o644)
+                if nar.nar_hash(target)[0].hex != node.drv.content[name].hex:
+                    raise UsageError(
+                        f"{content if isinstance(content, Path) else name} changed while it was being read",
+                        hint="run the command again",
+                    )
+            return self._register(node, tree, scratch, Outcome.FETCHED)
+
+    def _fetch(self, node: Node) -> ObjectInfo:
+        self._seed(node)
+        total = node.download_bytes
+
+        def progress(done: int, _total: int | None) -> None:
+            self.report(events.Progress(node.target, str(node.path), done, total))
+
+        fetch.download_all(
+            [
+                fetch.Download(
+                    self.mirrors.urls(file.url, snapshot=self.snapshot),
+                    self._downloads / file.sha256.hex,
+                    file.sha256,
+                    file.size,
+                )
+                for file in node.files.values()
+            ],
+            report=progress,
+            cancel=self.stop,
+        )
+        origin = node.origin
+        assert origin is not None
+        existing = self.have(node.path)
+        if existing is not None:
+            # The object was there; only its new URLs had to be seen to give the same bytes.
+            self.store.add_origin(node.path, origin)
+            return existing
+        with self.store.scratch(node.target) as scratch:
+            tree = scratch / "tree"
+            if "" not in node.files:
+                tree.mkdir()
+            for name, file in node.files.items():
+                _copy_file(self._downloads / file.sha256.hex, tree / name if name else tree)
+            return self._register(node, tree, scratch, Outcome.FETCHED, origin=origin)
+
+    @property
+    def _downloads(self) -> Path:
+        return self.store.root / ".vzrepro" / "downloads"
+
+    def _seed(self, node: Node) -> None:
+        """Take what an earlier object of the same recipe already has, instead of downloading it again."""
+        wanted = {file.sha256.hex for file in node.files.values()}
+        if self.have(node.path) is not None:
+            return
+        for drv_hash, canonical, _seen in self.store.derivations_named(node.target):
+            earlier = json.loads(canonical)
+            folder = self.store.location(store_path(drv_hash, earlier["name"]))
+            if not folder.is_dir():
+                continue
+            self._downloads.mkdir(parents=True, exist_ok=True)
+            for name, sha256 in earlier["content"].items():
+                if sha256 in wanted and not (self._downloads / sha256).exists() and (folder / name).is_file():
+                    _copy_file(folder / name, self._downloads / sha256)
+
+    def _substitute(self, node: Node) -> ObjectInfo:
+        for cache in self.caches:
+            info = cache.query(node.path)
+            if info is None:
+                continue
+            try:
+                return self._from_cache(node, cache, info, Outcome.SUBSTITUTED)
+            except (RemoteError, HashMismatch, Untrusted, nar.MalformedNar) as error:
+                self._warn_miss(node, cache, error)
+        self._lost.add(node.path)
+        raise _Gone
+
+    def _from_cache(
+        self, node: Node, cache: BinaryCache, info: NarInfo, outcome: Outcome, key: BuildKey | None = None
+    ) -> ObjectInfo:
+        """Unpack a cache's object, which may have been made under an earlier name, as the node's own."""
+        path = str(node.path)
+
+        def progress(done: int, total: int | None) -> None:
+            self.report(events.Progress(node.target, path, done, total))
+
+        with self.store.scratch(node.target) as scratch:
+            tree = scratch / "tree"
+            got = cache.fetch(info, tree, progress=progress)
+            found = replace(
+                got, path=node.path, drv_hash=node.drv_hash, build_key=key or got.build_key, outcome=outcome
+            )
+            return self._keep(tree, found)
+
+    def _warn_miss(self, node: Node, cache: BinaryCache, error: VzreproError) -> None:
+        message = f"{cache.url} failed to give {node.target}: {error.message}; going on without it"
+        self.report(events.Notice("warning", message))
+
+    def _copy(self, node: Node, equal: ObjectInfo, key: BuildKey | None = None) -> ObjectInfo:
+        with self.store.scratch(node.target) as scratch:
+            tree = scratch / "tree"
+            try:
+                self.store.copy_object(equal.path, tree)
+            except HashMismatch as error:
+                message = f"{error.message}; building {node.target} instead of copying it"
+                self.report(events.Notice("warning", message))
+                self._lost.add(equal.path)
+                raise _Gone from error
+            found = replace(
+                equal,
+                path=node.path,
+                drv_hash=node.drv_hash,
+                build_key=key or equal.build_key,
+                outcome=Outcome.COPIED,
+            )
+            return self._keep(tree, found)
+
+    def _make(self, step: Step, inputs: Mapping[DrvHash, ObjectInfo]) -> ObjectInfo:
+        """Build or write an image, unless the very same work was done before: here, or in a cache."""
+        node = step.node
+        key = node.drv.build_key({drv: inputs[drv].nar_hash for drv in node.drv.dependencies()})
+        equal = self.equal(key)
+        if equal is not None:
+            return self._copy(node, equal, key)
+        remote = self._equal_remote(node, key)
+        if remote is not None:
+            return remote
+        with self.store.scratch(node.target) as scratch:
+            if step.verb == "image":
+                debs = self.store.location(inputs[node.drv.inputs["debs"]].path)
+                archive = scratch / "archive"
+                image.write_image(
+                    [(deb.name, deb) for deb in debs.iterdir()], archive, platform=node.drv.platform or ""
+                )
+                return self._register(node, archive, scratch, Outcome.BUILT, key=key)
+            return self._build(node, scratch, key)
+
+    def _equal_remote(self, node: Node, key: BuildKey) -> ObjectInfo | None:
+        for cache in self.caches if self.substitute else ():
+            record = cache.by_build_key(key)
+            info = cache.query(record.path) if record is not None else None
+            if record is None or info is None or info.nar_hash != record.nar_hash:
+                continue
+            try:
+                return self._from_cache(node, cache, info, Outcome.COPIED, key)
+            except (RemoteError, HashMismatch, Untrusted, nar.MalformedNar) as error:
+                self._warn_miss(node, cache, error)
+        return None
+
+    # --- the sandbox --------------------------------------------------------------------------------------------
+
+    def job(self, node: Node, scratch: Path) -> sandbox.Job:
+        """The sandbox job of a node whose inputs are valid; `scratch` is a private directory."""
+        drv = node.drv
+        assert drv.image is not None
+        nodes = self.graph.nodes
+        log = self.store.log_path(node.path)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return sandbox.Job(
+            label=node.target,
+            image=str(image.image_id(self.store.location(nodes[drv.image].path))),
+            command=drv.command,
+            scratch=scratch,
+            log=log,
+            source_date_epoch=drv.source_date_epoch or 0,
+            cores=self.config.build_cores(),
+            env=drv.env,
+            inputs={name: self.store.location(nodes[dep].path) for name, dep in drv.inputs.items()},
+            memory_bytes=self.config.memory_bytes(node.memory_bytes),
+            timeout_secs=node.timeout_secs,
+            platform=drv.platform or "",
+            keep_failed=self.keep_failed,
+        )
+
+    def load_image(self, node: Node) -> None:
+        """Have the node's toolchain image loaded in the container engine."""
+        assert node.drv.image is not None
+        archive = self.store.location(self.graph.nodes[node.drv.image].path)
+        with self._load_lock:
+            sandbox.load_image(archive, str(image.image_id(archive)))
+
+    def _build(self, node: Node, scratch: Path, key: BuildKey) -> ObjectInfo:
+        if self.keep_failed:
+            # Kept from the start: the command that reopens the sandbox names this directory.
+            scratch = self.store.keep(scratch)
+        job = self.job(node, scratch / "sandbox")
+        job.scratch.mkdir(mode=0o700)
+        job.log.unlink(missing_ok=True)
+        self.load_image(node)
+
+        def line(text: str) -> None:
+            self.report(events.LogLine(node.target, str(node.path), text))
+
+        try:
+            sandbox.run(job, on_line=line, stop=self.stop)
+            info = self._register(node, job.out, scratch, Outcome.BUILT, key=key)
+        except BaseException:
+            if not self.keep_failed:
+                sandbox.discard(job)
+            raise
+        sandbox.discard(job)
+        if self.keep_failed:
+            shutil.rmtree(scratch)
+        return info
+
+    # --- keeping what was made ----------------------------------------------------------------------------------
+
+    def _register(
+        self,
+        node: Node,
+        made: Path,
+        scratch: Path,
+        outcome: Outcome,
+        *,
+        key: BuildKey | None = None,
+        origin: FileHash | None = None,
+    ) -> ObjectInfo:
+        """Copy what was made into canonical form, hash it, look for references, and put it into the store."""
+        inputs = {self.graph.nodes[drv].path for drv in node.drv.dependencies()}
+        needles = {path.hash_part: path for path in (*inputs, node.path)}
+        tree = scratch / "canonical"
+        nar_hash, nar_size, found = nar.canonical_copy(made, tree, needles=list(needles))
+        info = ObjectInfo(
+            path=node.path,
+            nar_hash=nar_hash,
+            nar_size=nar_size,
+            references=tuple(sorted(needles[part] for part in found)),
+            drv_hash=node.drv_hash,
+            build_key=key,
+            origin=origin,
+            outcome=outcome,
+        )
+        return self._keep(tree, info)
+
+    def _keep(self, tree: Path, info: ObjectInfo) -> ObjectInfo:
+        if info.path in self._mending:
+            return self.store.replace(tree, info)
+        return self.store.add(tree, info)
+
+    def push(self, node: Node, info: ObjectInfo) -> None:
+        """Write a new object to every cache that can be written; a failure is a warning, the object stays here."""
+        for cache in self.caches:
+            if not cache.writable or cache.query(info.path) is not None:
+                continue
+            begun = time.monotonic()
+            path = str(info.path)
+            self.report(events.Started(node.target, path, "push", None, info.nar_size))
+            outcome = "pushed"
+            try:
+                log = self.store.log_path(info.path)
+                cache.push(
+                    info,
+                    self.store.location(info.path),
+                    derivation=canonical_json(node.drv.document()),
+                    log=log if log.is_file() else None,
+                )
+            except VzreproError as error:
+                outcome = "failed"
+                self.report(events.Notice("warning", f"{cache.url}: {node.target} was not pushed: {error.message}"))
+            secs = time.monotonic() - begun
+            self.report(events.Finished(node.target, path, "push", outcome, secs, info.nar_size))
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes, sharing blocks where the file system can."""
+    with source.open("rb") as reader, target.open("xb") as writer:
+        remaining = os.fstat(reader.fileno()).st_size
+        while remaining:
+            done = os.copy_file_range(reader.fileno(), writer.fileno(), remaining)
+            if not done:
+                raise OSError(f"{source} became shorter while it was copied")
+            remaining -= done
+
+
+class _Schedule:
+    """The state machine of one plan: which steps wait, run, are done or failed."""
+
+    def __init__(self, plan: Plan, realizer: Realizer) -> None:
+        self._realizer = realizer
+        self._steps = {step.node.drv_hash: step for step in plan.steps}
+        self._state = {drv: State.DONE if step.verb == "have" else State.WAITING for drv, step in self._steps.items()}
+        self._infos = {drv: step.info for drv, step in self._steps.items() if step.verb == "have" and step.info}
+        self._needs = {drv: self._missing(step) for drv, step in self._steps.items()}
+        self._needed_by: dict[DrvHash, list[DrvHash]] = {}
+        for drv, needs in self._needs.items():
+            for need in needs:
+                self._needed_by.setdefault(need, []).append(drv)
+        self._ended: queue.SimpleQueue[tuple[DrvHash, Future[ObjectInfo]]] = queue.SimpleQueue()
+        self._errors: list[BaseException] = []
+        self._running = 0
+
+    def _missing(self, step: Step) -> set[DrvHash]:
+        """The inputs that must be done first: only what is made from inputs waits for them."""
+        if step.verb not in ("build", "image"):
+            return set()
+        return {drv for drv in step.node.drv.dependencies() if self._state[drv] is not State.DONE}
+
+    def run(self) -> None:
+        """Run until no step can start or is running; raise the first failure."""
+        jobs = self._realizer.config.build_jobs()
+        with (
+            ThreadPoolExecutor(jobs) as builds,
+            ThreadPoolExecutor(_TRANSFERS) as transfers,
+            ThreadPoolExecutor(1) as pushes,
+        ):
+            self._pools = (builds, transfers, pushes)
+            try:
+                for drv in [drv for drv, state in self._state.items() if state is State.WAITING]:
+                    if not self._needs[drv]:
+                        self.move(drv, State.RUNNING)
+                while self._running:
+                    drv, future = self._ended.get()
+                    error = future.exception()
+                    if error is None:
+                        self._infos[drv] = future.result()
+                        self.move(drv, State.DONE)
+                    else:
+                        self._errors.append(error)
+                        self.move(drv, State.FAILED)
+            except KeyboardInterrupt as error:
+                # Leaving the pools waits for what runs, and that ends soon: containers and downloads watch `stop`.
+                self._realizer.stop.set()
+                raise Interrupted("interrupted; what was finished is kept in the store") from error
+        if self._errors:
+            # An interrupt of a step tells less than the failure that caused it.
+            raise min(self._errors, key=lambda error: isinstance(error, Interrupted | _Gone))
+
+    def move(self, drv: DrvHash, to: State) -> None:
+        """The one transition function: WAITING → RUNNING → DONE or FAILED, and what follows from it."""
+        builds, transfers, pushes = self._pools
+        step = self._steps[drv]
+        self._state[drv] = to
+        if to is State.RUNNING:
+            self._running += 1
+            pool = builds if step.verb in ("build", "image") else transfers
+            inputs = {dep: self._infos[dep] for dep in step.node.drv.dependencies() if dep in self._infos}
+            future = pool.submit(self._realizer.perform, step, inputs)
+            future.add_done_callback(lambda done: self._ended.put((drv, done)))
+            return
+        self._running -= 1
+        if to is State.DONE:
+            if step.verb not in ("substitute", "import"):
+                pushes.submit(self._realizer.push, step.node, self._infos[drv])
+            if not self._errors:
+                for waiting in self._needed_by.get(drv, ()):
+                    self._needs[waiting].discard(drv)
+                    if not self._needs[waiting] and self._state[waiting] is State.WAITING:
+                        self.move(waiting, State.RUNNING)

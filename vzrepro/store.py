@@ -1,0 +1,947 @@
+"""The local store: a path is either absent, or registered and correct; docs/store.md tells how that is kept true.
+
+Layout, order of a write, locks and what `verify`, `gc` and `sweep` do: docs/store.md. One `LocalStore` may be used
+from any number of threads: they share one SQLite connection behind one lock, held for the length of a statement or
+a transaction, never while data is written, hashed or synced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import sqlite3
+import stat
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from vzrepro import disk
+from vzrepro.errors import HashMismatch, Interrupted, NotDeterministic, UsageError, VzreproError
+from vzrepro.model import BuildKey, DrvHash, FileHash, NarHash, ObjectInfo, Outcome, StorePath
+
+SCHEMA = 1
+"""The `user_version` of the databases this code reads and writes."""
+
+OLD_SECS = 30 * 24 * 3600
+"""Logs, derivations and kept build directories that belong to no object are collected after this time."""
+
+_BUSY_SECS = 60.0
+_RESERVE_BYTES = 1 << 20  # given up by gc, so that it can write its transaction on a full disk
+_PRIVATE = ".vzrepro"
+_IN_CHUNK = 500  # host parameters per statement
+
+
+class ReadOnlyStore(VzreproError):
+    """The store cannot be written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """Something that keeps `path` and its closure: `source` is an out-link's path or names a running process."""
+
+    source: str
+    path: StorePath
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something `verify` found wrong with the entry `name` of the store directory."""
+
+    name: str
+    kind: Literal["corrupt", "missing", "foreign", "unregistered"]
+    detail: str
+
+    @property
+    def path(self) -> StorePath | None:
+        """The store path that `name` is; None for a foreign entry."""
+        return _parsed(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class GcReport:
+    """What a collection deleted (or would, in a dry run) and why the rest stays.
+
+    `freed` is the bytes of the deleted objects' NARs; `kept` counts objects per reason.
+    """
+
+    deleted: tuple[StorePath, ...]
+    freed: int
+    kept: dict[str, int]
+
+
+class LocalStore:
+    """The store in the directory `root`, which is created by the first write.
+
+    Every method may raise VzreproError: the disk is full, the store is read-only, its database is newer than this
+    program or damaged, its file system lacks locks. Queries work on a read-only store.
+    """
+
+    def __init__(self, root: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self.root = root.absolute()
+        self._private = self.root / _PRIVATE
+        self._tmp = self._private / "tmp"
+        self._locks = self._private / "lock"
+        self._clock = clock
+        self._mutex = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._owner: tuple[str, int] | None = None  # this process's lock file, keeping its temp roots, and its fd
+
+    def __enter__(self) -> LocalStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop this process's temp roots and close the database."""
+        with self._mutex:
+            if self._owner is not None:
+                owner, fd = self._owner
+                self._owner = None
+                with contextlib.suppress(VzreproError), self._transaction() as run:
+                    run("DELETE FROM temp_roots WHERE owner = ?", owner)
+                with contextlib.suppress(OSError):
+                    (self._locks / owner).unlink()
+                os.close(fd)
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    # --- objects
+
+    def location(self, path: StorePath) -> Path:
+        """Where the object lies, or would lie, on this machine."""
+        return self.root / path.base
+
+    def query(self, path: StorePath) -> ObjectInfo | None:
+        """What is registered as `path`; None when nothing is, or when it is no longer on the disk."""
+        return self.query_many([path]).get(path)
+
+    def query_many(self, paths: Iterable[StorePath]) -> dict[StorePath, ObjectInfo]:
+        """As `query`; the result has only those that are there."""
+        wanted = [path.base for path in paths]
+        infos = self._infos("path", wanted)
+        return {info.path: info for info in infos if self._present(info.path)}
+
+    def by_build_key(self, build_key: BuildKey) -> ObjectInfo | None:
+        """An object that came of the same work, under whatever name; None when there is none on the disk."""
+        return next((info for info in self._infos("build_key", [build_key.hex]) if self._present(info.path)), None)
+
+    def add(self, tree: Path, info: ObjectInfo) -> ObjectInfo:
+        """Register `tree` as the object `info` describes; returns what is registered when it is done.
+
+        `tree` is canonical (`nar.unpack`, `nar.canonical_copy`), has the hash `info` says and lies in a scratch
+        directory of this store. If the object exists already, it stays and `tree` is left to its scratch directory.
+        Raises NotDeterministic when the existing object has another hash.
+        """
+        return self._enter(tree, info, repair=False)
+
+    def replace(self, tree: Path, info: ObjectInfo) -> ObjectInfo:
+        """As `add`, but `tree` takes the place of the tree on the disk, which is corrupt.
+
+        The two are swapped in one step where the system can; the corrupt one is left to the scratch directory.
+        Raises NotDeterministic when another hash is registered than `info` has: then `tree` is not the remedy.
+        """
+        return self._enter(tree, info, repair=True)
+
+    def _enter(self, tree: Path, info: ObjectInfo, *, repair: bool) -> ObjectInfo:
+        with self._explained():
+            disk.sync_tree(tree)
+        target = self.location(info.path)
+        with self._transaction(durable=True) as run:
+            known = self.query(info.path)
+            if known is not None and known.nar_hash != info.nar_hash:
+                raise NotDeterministic(
+                    f"{info.path} came out differently than before",
+                    reason=f"registered: {known.nar_hash.nix}\nnow:        {info.nar_hash.nix}",
+                    hint="its inputs are the same, so its builder is not deterministic; keep both and compare them",
+                )
+            if known is not None and not repair:
+                self._insert_origin(run, info)
+                return self.query(info.path) or info
+            undo = self._put_in_place(tree, target)
+            try:
+                disk.sync(self.root)
+                run("DELETE FROM objects WHERE path = ?", info.path.base)
+                self._insert(run, info)
+                run("COMMIT")
+            except BaseException:
+                # Without the write lock, the target may be another's by now; then the next sweep removes ours.
+                if self._connection is not None and self._connection.in_transaction:
+                    undo()
+                raise
+        return info
+
+    def _put_in_place(self, tree: Path, target: Path) -> Callable[[], None]:
+        """Move `tree` to `target`; what was there lies in the scratch directory then. Returns how to undo it."""
+        if not target.exists() and not target.is_symlink():
+            disk.move(tree, target)
+            return lambda: disk.move(target, tree)
+        old = tree.with_name(f"{tree.name}.{secrets.token_hex(4)}.old")
+        swapped = disk.exchange(tree, target)
+        if not swapped:
+            disk.move(target, old)
+            disk.move(tree, target)
+
+        def undo() -> None:
+            if swapped:
+                disk.exchange(tree, target)
+            else:
+                disk.move(target, tree)
+                disk.move(old, target)
+
+        return undo
+
+    def _insert(self, run: _Run, info: ObjectInfo) -> None:
+        run(
+            "INSERT INTO objects (path, nar_hash, nar_size, drv_hash, build_key, outcome, registered)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            info.path.base,
+            info.nar_hash.hex,
+            info.nar_size,
+            info.drv_hash and info.drv_hash.hex,
+            info.build_key and info.build_key.hex,
+            info.outcome.value,
+            int(self._clock()),
+        )
+        for reference in info.references:
+            run(
+                "INSERT OR IGNORE INTO object_references SELECT id, ? FROM objects WHERE path = ?",
+                reference.base,
+                info.path.base,
+            )
+        self._insert_origin(run, info)
+
+    @staticmethod
+    def _insert_origin(run: _Run, info: ObjectInfo) -> None:
+        if info.origin is not None:
+            run(
+                "INSERT OR REPLACE INTO origins (object, origin) SELECT id, ? FROM objects WHERE path = ?",
+                info.origin.hex,
+                info.path.base,
+            )
+
+    def copy_object(self, source: StorePath, target: Path) -> None:
+        """Copy the object's tree to `target`, which must not exist; nothing is shared with the original.
+
+        Its content is checked while it is copied: raises HashMismatch when the object is corrupt or not there.
+        """
+        from vzrepro import nar
+
+        info = self.query(source)
+        if info is None:
+            raise HashMismatch(f"{source} is not in the store {self.root}")
+        with self._explained():
+            found, _ = nar.unpack(nar.reader(nar.pack(self.location(source))), target)
+        if found != info.nar_hash:
+            raise HashMismatch(
+                f"{source} is corrupt",
+                reason=f"wanted: {info.nar_hash.nix}\nfound:  {found.nix}",
+                hint=f"vzrepro store repair {source}",
+            )
+
+    def known_origin(self, path: StorePath, origin: FileHash) -> bool:
+        """Whether the download `path` was verified from the URLs that `origin` digests."""
+        sql = "SELECT 1 FROM origins JOIN objects ON objects.id = object WHERE path = ? AND origin = ?"
+        return bool(self._rows(sql, path.base, origin.hex))
+
+    def add_origin(self, path: StorePath, origin: FileHash) -> None:
+        """Record that the registered download `path` was verified from other URLs too."""
+        with self._transaction() as run:
+            sql = "INSERT OR REPLACE INTO origins (object, origin) SELECT id, ? FROM objects WHERE path = ?"
+            run(sql, origin.hex, path.base)
+
+    def references(self, path: StorePath) -> tuple[StorePath, ...]:
+        """The store paths named inside the object, sorted."""
+        info = self.query(path)
+        return () if info is None else info.references
+
+    def referrers(self, path: StorePath) -> tuple[StorePath, ...]:
+        """The registered objects that name `path` inside them, sorted."""
+        rows = self._rows(
+            "SELECT path FROM objects JOIN object_references ON referrer = id WHERE reference = ? ORDER BY path",
+            path.base,
+        )
+        return tuple(StorePath.parse(base) for (base,) in rows)
+
+    def closure(self, paths: Iterable[StorePath]) -> tuple[StorePath, ...]:
+        """`paths` and all they refer to, directly or not, each after what it refers to (but for cycles)."""
+        edges = self._edges()
+        order: dict[StorePath, None] = {}
+        seen: set[StorePath] = set()
+        for start in paths:
+            stack = [(start, iter(edges.get(start, ())))]
+            while stack:
+                path, rest = stack[-1]
+                seen.add(path)
+                following = next((each for each in rest if each not in seen), None)
+                if following is None:
+                    order.setdefault(path)
+                    stack.pop()
+                else:
+                    stack.append((following, iter(edges.get(following, ()))))
+        return tuple(order)
+
+    def _edges(self) -> dict[StorePath, list[StorePath]]:
+        edges: dict[StorePath, list[StorePath]] = {}
+        sql = "SELECT path, reference FROM object_references JOIN objects ON referrer = id ORDER BY path, reference"
+        for base, reference in self._rows(sql):
+            edges.setdefault(StorePath.parse(base), []).append(StorePath.parse(reference))
+        return edges
+
+    def _present(self, path: StorePath) -> bool:
+        return os.path.lexists(self.location(path))
+
+    def _infos(self, column: Literal["path", "build_key"], values: Sequence[str]) -> list[ObjectInfo]:
+        infos = []
+        for start in range(0, len(values), _IN_CHUNK):
+            some = values[start : start + _IN_CHUNK]
+            where = f"WHERE {column} IN ({','.join('?' * len(some))})"
+            references: dict[int, list[StorePath]] = {}
+            with self._mutex:
+                objects = self._rows(
+                    "SELECT id, path, nar_hash, nar_size, drv_hash, build_key, outcome,"
+                    f" (SELECT origin FROM origins WHERE object = objects.id ORDER BY origins.id DESC)"
+                    f" FROM objects {where} ORDER BY id",
+                    *some,
+                )
+                for referrer, reference in self._rows(
+                    "SELECT referrer, reference FROM object_references JOIN objects ON referrer = id"
+                    f" {where} ORDER BY reference",
+                    *some,
+                ):
+                    references.setdefault(referrer, []).append(StorePath.parse(reference))
+            infos += [
+                ObjectInfo(
+                    path=StorePath.parse(base),
+                    nar_hash=NarHash(nar_hash),
+                    nar_size=nar_size,
+                    references=tuple(references.get(key, ())),
+                    drv_hash=None if drv_hash is None else DrvHash(drv_hash),
+                    build_key=None if build_key is None else BuildKey(build_key),
+                    origin=None if origin is None else FileHash(origin),
+                    outcome=Outcome(outcome),
+                )
+                for key, base, nar_hash, nar_size, drv_hash, build_key, outcome, origin in objects
+            ]
+        return infos
+
+    # --- derivations, history, logs
+
+    def put_derivation(self, drv: DrvHash, canonical: bytes) -> None:
+        """Keep a derivation's canonical JSON; one that is known becomes the newest of its name."""
+        name = json.loads(canonical)["name"]
+        with self._transaction() as run:
+            run(
+                "INSERT INTO derivations VALUES (?, ?, ?, ?)"
+                " ON CONFLICT (drv_hash) DO UPDATE SET last_seen = excluded.last_seen",
+                drv.hex,
+                name,
+                canonical,
+                int(self._clock()),
+            )
+
+    def derivation(self, drv: DrvHash) -> bytes | None:
+        """A derivation's canonical JSON, if it is known."""
+        rows = self._rows("SELECT canonical FROM derivations WHERE drv_hash = ?", drv.hex)
+        return rows[0][0] if rows else None
+
+    def derivations_named(self, name: str) -> list[tuple[DrvHash, bytes, int]]:
+        """All known derivations called `name`, newest first, with their canonical JSON and when they were seen."""
+        sql = "SELECT drv_hash, canonical, last_seen FROM derivations WHERE name = ? ORDER BY last_seen DESC, drv_hash"
+        return [(DrvHash(drv), canonical, seen) for drv, canonical, seen in self._rows(sql, name)]
+
+    def record_history(self, name: str, action: str, secs: float, nar_size: int | None) -> None:
+        """Remember how long an action (`events.Action`) on the object called `name` took."""
+        with self._transaction() as run:
+            run(
+                "INSERT INTO history (name, action, secs, nar_size, ended) VALUES (?, ?, ?, ?, ?)",
+                name,
+                action,
+                secs,
+                nar_size,
+                int(self._clock()),
+            )
+
+    def expected_secs(self, name: str, action: str) -> float | None:
+        """The median of the last five times this action took; None the first time."""
+        sql = "SELECT secs FROM history WHERE name = ? AND action = ? ORDER BY id DESC LIMIT 5"
+        rows = self._rows(sql, name, action)
+        return statistics.median(secs for (secs,) in rows) if rows else None
+
+    def log_path(self, path: StorePath) -> Path:
+        """Where the build log of `path` belongs; the directory is there once anything has been written."""
+        return self._private / "log" / f"{path.base}.log"
+
+    # --- scratch directories and locks
+
+    @contextlib.contextmanager
+    def scratch(self, label: str) -> Iterator[Path]:
+        """An empty private directory on the store's file system, removed at the end, read-only content included.
+
+        `keep` saves it from that. If the process dies, the next `sweep` removes it. Raises VzreproError when the
+        disk fills up inside the `with` block.
+        """
+        label = re.sub(r"[^A-Za-z0-9._-]", "-", label)[:80]
+        with self._explained():
+            self._create()
+            fd = None
+            while fd is None:  # a sweeper may take a directory that is not locked yet
+                path = self._tmp / f"{label}.{secrets.token_hex(4)}.scratch"
+                path.mkdir(mode=0o700)
+                with contextlib.suppress(FileNotFoundError):
+                    fd = disk.try_lock(path, create=False)
+        try:
+            with self._explained(only_full=True):
+                yield path
+        finally:
+            try:
+                disk.remove_tree(path)
+            finally:
+                os.close(fd)
+
+    def keep(self, scratch: Path) -> Path:
+        """Let a scratch directory outlive its `with` block; returns its new place. gc removes it when it is old."""
+        with self._explained():
+            kept = scratch.with_suffix(".kept")
+            scratch.rename(kept)
+        return kept
+
+    @contextlib.contextmanager
+    def lock(
+        self,
+        path: StorePath,
+        label: str,
+        on_wait: Callable[[str], None],
+        *,
+        cancelled: threading.Event | None = None,
+    ) -> Iterator[None]:
+        """Be the only one, in all processes and threads, who makes `path`.
+
+        `on_wait` is called once, with the holder's "pid N (label)", before waiting. Ask again what is valid
+        once the lock is taken. Waiting ends with Ctrl-C in the main thread, elsewhere with `cancelled`, which
+        raises Interrupted. If the holder dies, however it dies, the lock is free.
+        """
+        file = self._lock_file(path)
+        with self._explained():
+            self._create()
+            fd = disk.try_lock(file)
+            waits = 0
+            while fd is None:
+                waits += 1
+                if waits == 2:  # gc and sweep probe locks for a moment; that is not worth a message
+                    on_wait(_holder(file))
+                pause = min(0.01 * waits, 0.25)
+                if cancelled is None:
+                    time.sleep(pause)
+                elif cancelled.wait(pause):
+                    raise Interrupted(f"interrupted while waiting for {path}")
+                fd = disk.try_lock(file)
+            try:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"pid {os.getpid()} ({label})".encode(), 0)
+            except OSError:
+                os.close(fd)
+                raise
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)  # while it is held: see disk.try_lock
+            os.close(fd)
+
+    # --- roots
+
+    def hold(self, paths: Iterable[StorePath]) -> None:
+        """Keep `paths`, whether they exist yet or not, and their closures from gc until `close` or death.
+
+        Hold first, then query: what is found then stays. On a read-only store nothing can be held, and nothing is.
+        """
+        with contextlib.suppress(ReadOnlyStore), self._mutex:
+            self._create()
+            with self._explained():
+                while self._owner is None:
+                    owner = f"process-{os.getpid()}-{secrets.token_hex(4)}"
+                    fd = disk.try_lock(self._locks / owner)
+                    if fd is not None:
+                        self._owner = owner, fd
+            owner = self._owner[0]
+            with self._transaction() as run:
+                for path in paths:
+                    run("INSERT OR IGNORE INTO temp_roots VALUES (?, ?, ?)", owner, os.getpid(), path.base)
+
+    def add_root(self, link: Path, path: StorePath) -> None:
+        """Make the symbolic link `link` to the object, which is kept for as long as the link stays and points there.
+
+        A link that is there is replaced. Raises UsageError when something else is.
+        """
+        link = link.absolute()
+        if os.path.lexists(link) and not link.is_symlink():
+            raise UsageError(
+                f"{link} exists and is no symbolic link",
+                reason="an out-link would overwrite it",
+                hint=f"choose another path, or: rm -r {link}",
+            )
+        with self._explained():
+            self._create()
+            entry = self._private / "roots" / hashlib.sha256(os.fsencode(link)).hexdigest()[:32]
+            _point(entry, link)
+        try:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            _point(link, self.location(path))
+        except OSError as error:
+            raise VzreproError(f"the out-link {link} cannot be written", reason=error.strerror) from error
+
+    def roots(self) -> list[Root]:
+        """What keeps objects: out-links, sorted by path, then the temp roots of running processes."""
+        found = []
+        for entry in _listed(self._private / "roots"):
+            link = Path(os.readlink(entry))
+            path = self._rooted(link)
+            if path is not None:
+                found.append(Root(str(link), path))
+        found.sort(key=lambda root: root.source)
+        owners: dict[str, bool] = {}
+        for owner, pid, base in self._rows("SELECT owner, pid, path FROM temp_roots ORDER BY owner, path"):
+            if owner not in owners:
+                owners[owner] = self._alive(owner)
+            if owners[owner]:
+                found.append(Root(f"{_PROCESS}{pid}", StorePath.parse(base)))
+        return found
+
+    def _rooted(self, link: Path) -> StorePath | None:
+        """The store path an out-link points to; None if it is gone or points elsewhere."""
+        try:
+            target = link.parent / os.readlink(link)
+        except OSError:
+            return None
+        if os.path.realpath(target.parent) != os.path.realpath(self.root):
+            return None
+        return _parsed(target.name)
+
+    def _alive(self, owner: str) -> bool:
+        return (self._owner is not None and self._owner[0] == owner) or disk.held(self._locks / owner)
+
+    # --- cleaning
+
+    def gc(self, *, dry_run: bool = False, now: float | None = None, keep_newer_than: float | None = None) -> GcReport:
+        """Delete the objects that nothing keeps.
+
+        Kept are the closures of roots, of objects being made (locked) and, with `keep_newer_than` (seconds since
+        1970), of those registered after it. Then logs, derivations and kept build directories older than
+        `OLD_SECS` without an object go too. Safe beside running builds. `now` is for tests.
+        """
+        now = self._clock() if now is None else now
+        if not self._database.exists():
+            return GcReport((), 0, {})
+        if dry_run:
+            with self._mutex:
+                return self._collectable(keep_newer_than)
+        with self._explained():
+            (self._private / "reserve").unlink(missing_ok=True)
+        self.sweep()
+        with self._transaction(durable=True) as run:
+            report = self._collectable(keep_newer_than)
+            for path in report.deleted:
+                run("DELETE FROM objects WHERE path = ?", path.base)
+            run(
+                "DELETE FROM derivations WHERE last_seen < ? AND drv_hash NOT IN"
+                " (SELECT drv_hash FROM objects WHERE drv_hash IS NOT NULL)",
+                int(now) - OLD_SECS,
+            )
+        # Rows first: what is left by a crash here is unregistered trees, which the next sweep removes like this one.
+        self.sweep()
+        with self._explained():
+            self._remove_old(now)
+            self._reserve()
+        return report
+
+    def _collectable(self, keep_newer_than: float | None) -> GcReport:
+        rows = self._rows("SELECT path, nar_size, registered FROM objects ORDER BY path")
+        kept: dict[StorePath, str] = {}
+
+        def keep(paths: Iterable[StorePath], reason: str) -> None:
+            for path in self.closure(paths):
+                kept.setdefault(path, reason)
+
+        roots = self.roots()
+        locked = {file.stem for file in _listed(self._locks) if file.suffix == ".lock" and disk.held(file)}
+        registered = {StorePath.parse(base): when for base, _, when in rows}
+        keep((root.path for root in roots if not root.source.startswith(_PROCESS)), "out-link")
+        keep((root.path for root in roots if root.source.startswith(_PROCESS)), "in use")
+        keep((path for path in registered if path.hash_part in locked), "being made")
+        if keep_newer_than is not None:
+            keep((path for path, when in registered.items() if when > keep_newer_than), "recent")
+        deleted = [(StorePath.parse(base), size) for base, size, _ in rows if StorePath.parse(base) not in kept]
+        return GcReport(
+            deleted=tuple(path for path, _ in deleted),
+            freed=sum(size for _, size in deleted),
+            kept=dict(Counter(kept[path] for path in registered if path in kept)),
+        )
+
+    def _remove_old(self, now: float) -> None:
+        def old(path: Path) -> bool:
+            try:
+                return path.lstat().st_mtime < now - OLD_SECS
+            except FileNotFoundError:
+                return False
+
+        for log in _listed(self._private / "log"):
+            path = _parsed(log.stem)
+            if old(log) and (path is None or not self._registered(path)):
+                log.unlink(missing_ok=True)
+        for entry in _listed(self._private / "roots"):
+            # Not at once: add_root writes the entry before the link.
+            if old(entry) and self._rooted(Path(os.readlink(entry))) is None:
+                entry.unlink(missing_ok=True)
+        for kept in _listed(self._tmp):
+            if kept.suffix == ".kept" and old(kept):
+                disk.remove_tree(kept)
+
+    def sweep(self) -> None:
+        """Remove what dead processes left: scratch directories, temp roots, lock files, trees never registered.
+
+        A tree is removed only if its name is a store path and nobody has the path locked; other entries of the
+        store directory are `verify`'s to report. Does nothing on a read-only store.
+        """
+        if not self._private.exists():
+            return
+        with contextlib.suppress(ReadOnlyStore), self._explained():
+            for entry in _listed(self._tmp):
+                if entry.suffix == ".scratch":
+                    disk.remove_unlocked(entry)
+                elif entry.suffix == ".trash":
+                    disk.remove_tree(entry)
+            for file in _listed(self._locks):
+                disk.remove_unlocked(file)
+            owners = [owner for (owner,) in self._rows("SELECT DISTINCT owner FROM temp_roots")]
+            dead = [owner for owner in owners if not self._alive(owner)]
+            unregistered = self._unregistered()
+            if not dead and not unregistered:
+                return
+            trash = []
+            with self._transaction() as run:
+                for owner in dead:
+                    run("DELETE FROM temp_roots WHERE owner = ?", owner)
+                for path in unregistered:
+                    # Asked again under the write lock: an `add` renames and registers under it.
+                    if self._registered(path) or disk.held(self._lock_file(path)):
+                        continue
+                    with contextlib.suppress(FileNotFoundError):
+                        target = self._tmp / f"{secrets.token_hex(8)}.trash"
+                        disk.move(self.location(path), target)
+                        trash.append(target)
+            for target in trash:
+                disk.remove_tree(target)
+
+    def _registered(self, path: StorePath) -> bool:
+        return bool(self._rows("SELECT 1 FROM objects WHERE path = ?", path.base))
+
+    def _unregistered(self) -> list[StorePath]:
+        known = {base for (base,) in self._rows("SELECT path FROM objects")}
+        paths = (_parsed(entry.name) for entry in _listed(self.root) if entry.name not in known)
+        return [path for path in paths if path is not None]
+
+    # --- verifying
+
+    def verify(
+        self, paths: Iterable[StorePath] | None = None, progress: Callable[[StorePath], None] | None = None
+    ) -> list[Finding]:
+        """Compare the store with what is registered: `paths`, or everything; changes nothing.
+
+        Every file is read and hashed; modes, times, extended attributes and links are compared with the canonical
+        form, which often names the file that was changed. `progress` is called before each object.
+        With `paths` None, entries of the store directory that are no registered object are reported too.
+        """
+        entries = [entry.name for entry in _listed(self.root) if entry.name != _PRIVATE] if paths is None else []
+        registered = [StorePath.parse(base) for (base,) in self._rows("SELECT path FROM objects ORDER BY path")]
+        findings = []
+        for path in registered if paths is None else paths:
+            if progress is not None:
+                progress(path)
+            finding = self._examine(path)
+            # What gc has deleted meanwhile is not missing.
+            if finding is not None and (paths is not None or self._registered(path)):
+                findings.append(finding)
+        for name in entries:
+            entry = _parsed(name)
+            if entry is None:
+                findings.append(Finding(name, "foreign", "not made by vzrepro; nothing here touches it"))
+            elif not self._registered(entry) and self._present(entry):
+                detail = "not registered: left by an interrupted run, or put there by hand; the next build removes it"
+                findings.append(Finding(name, "unregistered", detail))
+        return findings
+
+    def _examine(self, path: StorePath) -> Finding | None:
+        from vzrepro import nar
+
+        rows = self._rows("SELECT nar_hash FROM objects WHERE path = ?", path.base)
+        if not rows:
+            return Finding(path.base, "missing", "not registered")
+        if not self._present(path):
+            return Finding(path.base, "missing", "registered, but not on the disk")
+        details = []
+        try:
+            found, _ = nar.nar_hash(self.location(path))
+            wanted = NarHash(rows[0][0])
+            if found != wanted:
+                details.append(f"its content has changed (wanted {wanted.nix}, found {found.nix})")
+            deviations = list(_deviations(self.location(path)))
+            details += deviations[:_SHOWN]
+            if len(deviations) > _SHOWN:
+                details.append(f"{len(deviations) - _SHOWN} more")
+        except (OSError, VzreproError) as error:
+            details.append(str(error))
+        return Finding(path.base, "corrupt", "; ".join(details)) if details else None
+
+    # --- the database
+
+    @property
+    def _database(self) -> Path:
+        return self._private / "db.sqlite"
+
+    def _lock_file(self, path: StorePath) -> Path:
+        return self._locks / f"{path.hash_part}.lock"
+
+    def _create(self) -> None:
+        """Make what is missing of the store's directories and database."""
+        if self._connection is not None:
+            return
+        with self._mutex, self._explained():
+            for directory in (self._tmp, self._private / "log", self._private / "roots", self._locks):
+                directory.mkdir(parents=True, exist_ok=True)
+            if self._open() is not None:
+                return
+            file = self._locks / "create"
+            while (fd := disk.try_lock(file)) is None:
+                time.sleep(0.01)
+            try:
+                if self._open() is None:
+                    connection = sqlite3.connect(self._database, timeout=_BUSY_SECS, isolation_level=None)
+                    with contextlib.closing(connection):
+                        connection.execute("PRAGMA journal_mode = WAL")
+                        schema = resources.files("vzrepro").joinpath("schema.sql").read_text("utf-8")
+                        connection.executescript(f"BEGIN IMMEDIATE; {schema} COMMIT;")
+                    self._reserve()
+            finally:
+                file.unlink(missing_ok=True)
+                os.close(fd)
+
+    def _reserve(self) -> None:
+        """Put a little of the disk aside, if there is that much."""
+        reserve = self._private / "reserve"
+        try:
+            reserve.write_bytes(bytes(_RESERVE_BYTES))
+        except OSError:
+            reserve.unlink(missing_ok=True)
+
+    def _open(self) -> sqlite3.Connection | None:
+        """The connection; None as long as the store has no database. Call with the mutex held."""
+        if self._connection is None and self._database.exists():
+            connection = self._connect("mode=rw")
+            try:
+                (version,) = connection.execute("PRAGMA user_version").fetchone()
+            except sqlite3.OperationalError as error:
+                connection.close()
+                if not _is_read_only(error):
+                    raise
+                connection = self._connect("mode=ro&immutable=1")
+                (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version != SCHEMA:
+                connection.close()
+                if version == 0:  # its creation was interrupted, or goes on
+                    return None
+                raise VzreproError(
+                    f"the store {self.root} was written by a newer vzrepro",
+                    reason=f"its database has format {version}, this program knows {SCHEMA}",
+                    hint="update vzrepro, or use another store: export VZREPRO_STORE=DIR",
+                )
+            connection.execute("PRAGMA foreign_keys = ON")
+            self._connection = connection
+        return self._connection
+
+    def _connect(self, options: str) -> sqlite3.Connection:
+        uri = f"{self._database.as_uri()}?{options}"
+        return sqlite3.connect(uri, uri=True, timeout=_BUSY_SECS, isolation_level=None, check_same_thread=False)
+
+    def _rows(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
+        with self._mutex, self._explained():
+            connection = self._open()
+            return [] if connection is None else connection.execute(sql, parameters).fetchall()
+
+    @contextlib.contextmanager
+    def _transaction(self, *, durable: bool = False) -> Iterator[_Run]:
+        """The store's write lock, for as long as the `with` block runs; its changes are all made, or none.
+
+        Without `durable`, a power cut may undo the changes, but never tear them.
+        """
+        self._create()
+        with self._mutex, self._explained():
+            connection = self._open()
+            if connection is None:
+                raise VzreproError(f"the store {self.root} was removed while it was in use")
+
+            def run(sql: str, *parameters: object) -> None:
+                connection.execute(sql, parameters)
+
+            run(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            run("BEGIN IMMEDIATE")
+            try:
+                yield run
+                if connection.in_transaction:
+                    run("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    run("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _explained(self, *, only_full: bool = False) -> Iterator[None]:
+        """Turn errors of the disk and of the database into ones a user can act on."""
+        try:
+            yield
+        except OSError as error:
+            explained = self._explanation(error.errno, error.strerror or str(error), only_full=only_full)
+            if explained is None:
+                raise
+            raise explained from error
+        except sqlite3.Error as error:
+            raise self._database_explanation(error) from error
+
+    def _explanation(self, number: int | None, reason: str, *, only_full: bool) -> VzreproError | None:
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            place = self.root
+            while not place.is_mount() and not (place == place.parent):
+                place = place.parent
+            free = shutil.disk_usage(place).free
+            return VzreproError(
+                "the disk is full",
+                reason=f"{reason}: {free:,} bytes are free on {place}, where the store {self.root} is",
+                hint="vzrepro store gc",
+            )
+        if only_full:
+            return None
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return ReadOnlyStore(
+                f"the store {self.root} cannot be written",
+                reason=reason,
+                hint="use a store of your own: export VZREPRO_STORE=DIR",
+            )
+        if number in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            return VzreproError(
+                f"the store {self.root} is on a file system without file locks or shared memory",
+                reason=reason,
+                hint="put it on a local disk: export VZREPRO_STORE=DIR",
+            )
+        return None
+
+    def _database_explanation(self, error: sqlite3.Error) -> VzreproError:
+        name = getattr(error, "sqlite_errorname", "")
+        number = None
+        if name == "SQLITE_FULL" or (name.startswith("SQLITE_IOERR") and _is_full(self._private)):
+            number = errno.ENOSPC
+        elif isinstance(error, sqlite3.OperationalError) and _is_read_only(error):
+            number = errno.EROFS
+        elif name.startswith(("SQLITE_PROTOCOL", "SQLITE_IOERR_LOCK", "SQLITE_IOERR_SHM")):
+            number = errno.ENOLCK
+        explained = self._explanation(number, str(error), only_full=False)
+        if explained is not None:
+            return explained
+        if name.startswith("SQLITE_BUSY"):
+            return VzreproError(
+                f"the store {self.root} is busy",
+                reason=f"another process has kept its database locked for {_BUSY_SECS:.0f} s",
+                hint="wait for it, or end it",
+            )
+        return VzreproError(
+            f"the store's database {self._database} cannot be used",
+            reason=str(error),
+            hint=f"objects are made again after: rm {self._database}*",
+        )
+
+
+_Run = Callable[..., None]
+_PROCESS = "process "
+_SHOWN = 3  # deviations that a finding tells
+
+
+def _parsed(name: str) -> StorePath | None:
+    try:
+        path = StorePath.parse(name)
+    except UsageError:
+        return None
+    return path if path.base == name else None
+
+
+def _listed(directory: Path) -> list[Path]:
+    """The directory's entries, sorted; none if it does not exist."""
+    try:
+        return sorted(directory.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _point(link: Path, target: Path) -> None:
+    """Make or replace a symbolic link, in one step."""
+    fresh = link.with_name(f".{link.name}.{secrets.token_hex(4)}")
+    fresh.symlink_to(target)
+    try:
+        fresh.replace(link)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def _holder(file: Path) -> str:
+    try:
+        return file.read_text("utf-8", "replace") or "another process"
+    except OSError:
+        return "another process"
+
+
+def _is_read_only(error: sqlite3.OperationalError) -> bool:
+    return error.sqlite_errorname.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN"))
+
+
+def _is_full(directory: Path) -> bool:
+    try:
+        return shutil.disk_usage(directory).free < _RESERVE_BYTES
+    except OSError:
+        return False
+
+
+def _deviations(tree: Path) -> Iterator[str]:
+    """What in a tree differs from the canonical form, apart from content: one line for each entry."""
+    paths = [tree]
+    while paths:
+        path = paths.pop()
+        status = path.lstat()
+        wrong = []
+        if stat.S_ISDIR(status.st_mode):
+            paths += sorted(path.iterdir(), reverse=True)
+            modes: tuple[int, ...] = (0o555,)
+        else:
+            modes = (0o444, 0o555)
+            if status.st_nlink > 1:
+                wrong.append("has another hard link")
+        if not stat.S_ISLNK(status.st_mode) and stat.S_IMODE(status.st_mode) not in modes:
+            wrong.append(f"mode {stat.S_IMODE(status.st_mode):04o}")
+        if status.st_mtime_ns != 1_000_000_000:
+            wrong.append("modified later")
+        # Labels of security modules belong to the machine, not to the object.
+        if hasattr(os, "listxattr"):
+            names = os.listxattr(path, follow_symlinks=False)
+            wrong += [f"attribute {name}" for name in names if not name.startswith("security.") or "capab" in name]
+        if wrong:
+            yield f"{path.relative_to(tree.parent)}: {', '.join(wrong)}"

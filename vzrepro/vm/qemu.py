@@ -1,0 +1,230 @@
+"""Starts QEMU and its vsock device for one guest: the command lines, and child processes that never outlive us.
+
+The command line is the one that was measured to work for arm64 guests under QEMU 7.2 and 10.0; docs/guest.md says
+what each part is for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import sh
+
+from vzrepro.errors import VzreproError
+
+Accelerator = Literal["kvm", "tcg"]
+
+MAX_PACKET_BYTES = 28_672
+"""Largest packet vhost-device-vsock takes from a Linux 6.12 guest; bigger ones, its default, stall for ever."""
+
+VHOST_VSOCK = Path("/dev/vhost-vsock")
+_PROGRAM = "qemu-system-aarch64"
+_PR_SET_PDEATHSIG = 1
+_SOCKET_SECS = 10.0
+
+# PSCI SYSTEM_OFF, the smallest guest there is: movz w0, #8; movk w0, #0x8400, lsl #16; hvc #0; b .
+_OFF_SWITCH = struct.pack("<4I", 0x52800100, 0x72B08000, 0xD4000002, 0x14000000)
+_PROBE_SECS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """What is booted: the kernel's raw `Image`, its initramfs, the kernel command line and the size of the machine."""
+
+    kernel: Path
+    initramfs: Path
+    command_line: str = "console=hvc0 quiet panic=-1"
+    cpus: int = 1
+    memory_mib: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Vsock:
+    """The guest's vsock address and, when a vhost-device-vsock serves it, the socket QEMU meets that at."""
+
+    cid: int
+    device_socket: Path | None = None
+
+
+def find_qemu() -> str:
+    """The path of QEMU for arm64. Raises VzreproError with the line that installs it."""
+    if found := shutil.which(_PROGRAM):
+        return found
+    raise VzreproError(
+        f"{_PROGRAM} is not installed",
+        reason="booting a bundle needs QEMU with the arm64 system emulator, from the host's distribution",
+        hint="apt-get install -y --no-install-recommends qemu-system-arm",
+    )
+
+
+def arguments(guest: Guest, accelerator: Accelerator, vsock: Vsock) -> list[str]:
+    """QEMU's arguments (without the program) for `guest`, its console on standard output."""
+    cpu = ["-accel", "kvm", "-cpu", "host"]
+    if accelerator == "tcg":
+        # pauth-impdef: the architected pointer authentication costs seconds of a boot when it is emulated.
+        cpu = ["-accel", "tcg,thread=multi", "-cpu", "max,pauth-impdef=on"]
+    if vsock.device_socket is None:
+        vsock_device = ["-device", f"vhost-vsock-pci,guest-cid={vsock.cid}"]
+    else:
+        vsock_device = [
+            *("-chardev", f"socket,id=vsock,path={_option(vsock.device_socket)}"),
+            *("-device", "vhost-user-vsock-pci,chardev=vsock"),
+        ]
+    return [
+        *("-M", "virt,gic-version=3,memory-backend=mem"),
+        *cpu,
+        *("-smp", str(guest.cpus)),
+        *("-m", f"{guest.memory_mib}M"),
+        # Shared memory: a vhost-user device reads the guest's queues in its own process.
+        *("-object", f"memory-backend-memfd,id=mem,size={guest.memory_mib}M,share=on"),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-kernel", str(guest.kernel), "-initrd", str(guest.initramfs), "-append", guest.command_line),
+        *("-chardev", "stdio,id=console,signal=off"),
+        *("-device", "virtio-serial-pci", "-device", "virtconsole,chardev=console"),
+        *("-netdev", "user,id=net", "-device", "virtio-net-pci,romfile=,netdev=net"),
+        *("-device", "virtio-rng-pci"),
+        *vsock_device,
+    ]
+
+
+def vsock_device_arguments(vsock: Vsock, streams: Path) -> list[str]:
+    """vhost-device-vsock's arguments. The host connects to `streams` to reach a guest port, and listens on
+    `<streams>_<port>` for a guest that dials out."""
+    pairs = f"guest-cid={vsock.cid},socket={vsock.device_socket},uds-path={streams}"
+    return ["--vm", f"{pairs},tx-buffer-size={MAX_PACKET_BYTES}"]
+
+
+def _option(path: Path) -> str:
+    """`path` inside a QEMU option, where a comma ends a value unless it is doubled."""
+    return str(path).replace(",", ",,")
+
+
+def kernel_vsock_usable() -> bool:
+    """Whether this host's kernel can serve a guest's vsock, and may be asked by us."""
+    if not hasattr(socket, "AF_VSOCK"):
+        return False
+    try:
+        os.close(os.open(VHOST_VSOCK, os.O_RDWR | os.O_CLOEXEC))
+        socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).close()
+    except OSError:
+        return False
+    return True
+
+
+def accelerator(qemu: str) -> Accelerator:
+    """KVM where a tiny guest proves that it works, else TCG. An openable /dev/kvm may still hang its guests."""
+    if platform.machine() in ("aarch64", "arm64") and os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "kvm" if _powers_off(qemu, ["-accel", "kvm", "-cpu", "host"], _PROBE_SECS) else "tcg"
+    return "tcg"
+
+
+def _powers_off(qemu: str, cpu: Sequence[str], timeout_secs: float) -> bool:
+    """Whether a guest of three instructions boots and switches itself off within the time."""
+    with tempfile.TemporaryDirectory(prefix="vz-") as directory:
+        kernel = Path(directory, "off")
+        kernel.write_bytes(_OFF_SWITCH)
+        machine = ["-M", "virt,gic-version=3", *cpu, "-m", "64M", "-nodefaults", "-no-user-config", "-display", "none"]
+        with Child(qemu, [*machine, "-no-reboot", "-kernel", str(kernel)]) as child:
+            return child.wait(timeout_secs) == 0
+
+
+class Child:
+    """A child process in a session of its own (Ctrl-C reaches only us), which dies with us, however we end.
+
+    `on_line` gets each line of its output, standard error included, and `on_end` its exit code (negative: the signal);
+    the last call; both come from other threads. Leaving the context ends the process.
+    """
+
+    def __init__(
+        self,
+        program: str,
+        arguments: Sequence[str],
+        *,
+        on_line: Callable[[str], object] = lambda _line: None,
+        on_end: Callable[[int], object] = lambda _code: None,
+    ) -> None:
+        self.name = Path(program).name
+        self._ended = threading.Event()
+        self._code = 0
+
+        def reap() -> None:
+            # Not sh's own callback: that one may come before the last lines of the output do.
+            with contextlib.suppress(sh.ErrorReturnCode):
+                self._command.wait()
+            self._code = self._command.exit_code
+            self._ended.set()
+            on_end(self._code)
+
+        def line(text: str) -> None:
+            on_line(text.rstrip("\r\n"))
+
+        try:
+            self._command = sh.Command(program)(
+                *arguments,
+                _bg=True,
+                _bg_exc=False,
+                _out=line,
+                _err=line,
+                _tty_out=False,
+                _decode_errors="replace",
+                _no_out=True,
+                _no_err=True,
+                _new_session=True,
+                _preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+        except (sh.CommandNotFound, OSError) as error:
+            raise VzreproError(f"{program} could not be started", reason=f"{type(error).__name__}: {error}") from error
+        threading.Thread(target=reap, daemon=True).start()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return int(self._command.process.pid)
+
+    def wait(self, timeout_secs: float) -> int | None:
+        """The exit code (negative: the signal), or None when the process still runs after the time."""
+        return self._code if self._ended.wait(timeout_secs) else None
+
+    def end(self) -> None:
+        """Terminate the process and wait for it; kill it when it does not go within two seconds."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self._ended.is_set():
+                return
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+            self._ended.wait(2)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def wait_for_socket(path: Path, child: Child) -> None:
+    """Return once `child` has made the socket `path`. Raises VzreproError when it ends or takes too long."""
+    deadline = time.monotonic() + _SOCKET_SECS
+    while not path.exists():
+        if (code := child.wait(0.005)) is not None:
+            raise VzreproError(f"{child.name} ended with exit code {code} before it served {path.name}")
+        if time.monotonic() > deadline:
+            raise VzreproError(f"{child.name} did not serve {path.name} within {_SOCKET_SECS:.0f} s")
