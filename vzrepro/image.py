@@ -163,10 +163,12 @@ def write_image(
         _complete(tree, links, spools[0])
         with out.open("xb", buffering=deb.CHUNK) as file:
             try:
-                return _write_archive(tree, file, os_name, architecture)
+                identity = _write_archive(tree, file, os_name, architecture)
+                file.flush()
             except BaseException:
                 out.unlink()
                 raise
+        return identity
 
 
 def image_id(archive: Path) -> ImageId:

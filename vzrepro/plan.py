@@ -154,7 +154,7 @@ def _from_inputs(node: Node, steps: Mapping[DrvHash, Step], known: Known) -> Ste
         equal = known.equal(node.drv.build_key(nar_hashes))
         if equal is not None:
             return Step(node, "copy", f"the same inputs gave {equal.path.base}", equal)
-    changing = sorted({step.node.target for step in inputs if step.verb in ("build", "copy", "import")})
+    changing = sorted({step.node.target for step in inputs if step.verb in ("build", "copy")})
     verb: Verb = "image" if node.drv.builder == "image" else "build"
     reason = "no output for these inputs is here or in a cache"
     if changing and verb == "build":

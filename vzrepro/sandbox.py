@@ -32,8 +32,8 @@ from typing import Any, BinaryIO
 
 from vzrepro.errors import BuildFailed, Interrupted, TimedOut, VzreproError
 
-SANDBOX_USER = (1000, 100)
-"""uid and gid of every builder, whoever runs vzrepro."""
+SANDBOX_USER = (1000, 1000)
+"""uid and gid of every builder, whoever runs vzrepro: `builder` in our images' /etc/passwd."""
 
 PIDS_LIMIT = 16384
 OPEN_FILES_LIMIT = 16384
@@ -484,7 +484,8 @@ def _failure(job: Job, state: Mapping[str, Any] | None, complaint: str, tail: de
         return BuildFailed(
             f"building {job.label} ran out of memory: it needs more than {limit} (exit code {code})",
             reason=excerpt,
-            hint="set a larger `memory` in [tool.vzrepro] of pyproject.toml or in VZREPRO_MEMORY, or fewer --cores",
+            hint="raise the recipe's memory limit, or memory_gib in [tool.vzrepro] (VZREPRO_MEMORY_GIB), "
+            "or let it do less at once: --cores 1",
         )
     how = f"exit code {code}"
     if code > 128:

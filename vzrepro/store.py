@@ -507,7 +507,7 @@ class LocalStore:
         """What keeps objects: out-links, sorted by path, then the temp roots of running processes."""
         found = []
         for entry in _listed(self._private / "roots"):
-            link = Path(os.readlink(entry))
+            link = entry.readlink()
             path = self._rooted(link)
             if path is not None:
                 found.append(Root(str(link), path))
@@ -523,7 +523,7 @@ class LocalStore:
     def _rooted(self, link: Path) -> StorePath | None:
         """The store path an out-link points to; None if it is gone or points elsewhere."""
         try:
-            target = link.parent / os.readlink(link)
+            target = link.parent / link.readlink()
         except OSError:
             return None
         if os.path.realpath(target.parent) != os.path.realpath(self.root):
@@ -603,7 +603,7 @@ class LocalStore:
                 log.unlink(missing_ok=True)
         for entry in _listed(self._private / "roots"):
             # Not at once: add_root writes the entry before the link.
-            if old(entry) and self._rooted(Path(os.readlink(entry))) is None:
+            if old(entry) and self._rooted(entry.readlink()) is None:
                 entry.unlink(missing_ok=True)
         for kept in _listed(self._tmp):
             if kept.suffix == ".kept" and old(kept):
@@ -822,7 +822,7 @@ class LocalStore:
     def _explanation(self, number: int | None, reason: str, *, only_full: bool) -> VzreproError | None:
         if number in (errno.ENOSPC, errno.EDQUOT):
             place = self.root
-            while not place.is_mount() and not (place == place.parent):
+            while not place.is_mount() and place != place.parent:
                 place = place.parent
             free = shutil.disk_usage(place).free
             return VzreproError(

@@ -4,12 +4,28 @@ from vzrepro import debian_image
 
 SUITE = "trixie"
 
+_SANITIZERS = ("libasan8", "libhwasan0", "liblsan0", "libtsan2", "libubsan1")
+
 _WITHOUT = {
     "debconf": "asks questions for maintainer scripts, which never run",
+    "debianutils": "which, run-parts, savelog: no build runs them",
+    "dpkg": "python3-minimal needs it for its maintainer scripts only",
+    "libc-dev-bin": "gencat, rpcgen and the like: no build runs them",
+    "libgprofng0": "only the profiler gprofng uses it",
+    "libquadmath0": "nothing here links libquadmath",
+    "libsystemd0": "only who, users and pinky use it",
+    "openssl-provider-legacy": "obsolete ciphers, loaded on request only",
+    "readline-common": "terminal settings for interactive use",
+    "rpcsvc-proto": "rpcgen: no build runs it",
+    **{
+        f"{name}{suffix}": "run time of sanitizers and of transactional memory: nothing is linked with it"
+        for name in (*_SANITIZERS, "libitm1")
+        for suffix in ("", "-arm64-cross")
+    },
 }
 """Packages that others depend on and no build here uses: name → why it can be left out."""
 
-_SHELL = ("bash", "coreutils", "dash", "findutils", "grep", "gzip", "python3-minimal", "sed", "tar")
+_SHELL = ("bash", "coreutils", "dash", "findutils", "grep", "gzip", "libc-bin", "python3-minimal", "sed", "tar")
 
 _C = (
     *("gcc", "gcc-aarch64-linux-gnu", "libc6-dev", "libc6-dev-arm64-cross", "make"),
@@ -25,7 +41,7 @@ C_IMAGE = debian_image("c", suite=SUITE, packages=[*_SHELL, *_C, "bc", "bison", 
 RUST_IMAGE = debian_image(
     "rust",
     suite=SUITE,
-    packages=[*_SHELL, *_C, "cargo-web", "libc-bin", "libstd-rust-web-dev", "pkg-config", "rustc-web"],
+    packages=[*_SHELL, *_C, "cargo-web", "libstd-rust-web-dev", "pkg-config", "rustc-web"],
     foreign=["libseccomp-dev:arm64", "libstd-rust-web-dev:arm64"],
     without=_WITHOUT,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import threading
 import time
@@ -14,7 +13,22 @@ import pytest
 from vzrepro.cache import Backend, DirectoryBackend
 from vzrepro.errors import RemoteError, UsageError
 
-BAD_KEYS = ["", "/", "/etc/passwd", "../x", "a/../b", "a//b", "a/", ".hidden", "a/.b", "a\0b", "a b", "a\\b", "ü", "a\n"]
+BAD_KEYS = [
+    "",
+    "/",
+    "/etc/passwd",
+    "../x",
+    "a/../b",
+    "a//b",
+    "a/",
+    ".hidden",
+    "a/.b",
+    "a\0b",
+    "a b",
+    "a\\b",
+    "ü",
+    "a\n",
+]
 
 
 def content(backend: Backend, key: str) -> bytes | None:
@@ -211,17 +225,16 @@ def test_leftovers_go_after_a_day(directory: DirectoryBackend) -> None:
         assert (old.exists(), new.exists()) == (False, True)
 
 
-def _try_exclusive(root: Path, got: multiprocessing.synchronize.Event) -> None:
-    with DirectoryBackend(root).lock(exclusive=True):
-        got.set()
+def test_one_that_trims_waits_for_the_writers(directory: DirectoryBackend, tmp_path: Path) -> None:
+    trims = threading.Event()
 
+    def trim() -> None:
+        with DirectoryBackend(tmp_path / "cache").lock(exclusive=True):
+            trims.set()
 
-def test_one_that_trims_waits_for_writers_in_other_processes(directory: DirectoryBackend, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    got = context.Event()
+    other = threading.Thread(target=trim, daemon=True)
     with directory.lock(exclusive=False):
-        other = context.Process(target=_try_exclusive, args=(tmp_path / "cache", got))
         other.start()
-        assert not got.wait(0.1)
-    assert got.wait(10)
+        assert not trims.wait(0.05)
+    assert trims.wait(10)
     other.join()

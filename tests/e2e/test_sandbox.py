@@ -1,6 +1,6 @@
 """The sandbox from inside: what a builder can see, write and call, and what is left when a build is ended.
 
-Needs Docker and the `tools_image` (a shell and coreutils are enough).
+Needs Docker, and the network for the .debs of a tiny image (a shell and coreutils).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 
+from tests import trixie
 from vzrepro import sandbox
 from vzrepro.errors import BuildFailed, Interrupted, TimedOut, VzreproError
 
@@ -32,13 +33,18 @@ STORE_PATH = re.compile(rb"[0-9a-df-np-sv-z]{32}-")
 EPOCH = 1767225600
 
 
+@pytest.fixture(scope="session")
+def tiny_image(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    identity, archive = trixie.tiny_image(tmp_path_factory.mktemp("image"))
+    return str(identity), archive
+
+
 @pytest.fixture
-def tools_image() -> str:
-    """The id of an image with dash and coreutils."""
-    image = os.environ.get("VZREPRO_TEST_IMAGE")
-    if not image:
-        pytest.skip("VZREPRO_TEST_IMAGE is not set")
-    return image
+def tools_image(tiny_image: tuple[str, Path]) -> str:
+    """The id of a loaded image with dash and coreutils. Asked for anew by each test: others may unload it."""
+    identity, archive = tiny_image
+    sandbox.load_image(archive, identity)
+    return identity
 
 
 @pytest.fixture
@@ -124,7 +130,7 @@ def test_environment_is_exact(
 def test_who_and_where(new_job: Callable[..., sandbox.Job]) -> None:
     names = "uname -n; cat /proc/sys/kernel/domainname /etc/hostname"
     assert output(new_job(f"id -u; id -g; id -G; pwd; umask; {names}; ls -A /build /out")) == [
-        *("1000", "100", "100", "/build", "0022", "localhost", "(none)", "localhost"),
+        *("1000", "1000", "1000", "/build", "0022", "localhost", "(none)", "localhost"),
         *("/build:", "", "/out:"),
     ]
 
@@ -309,7 +315,7 @@ def syscalls(
     else:
         sandbox.prepare(job)
         mounts = [f"--volume={job.scratch / 'in'}:/in:ro", f"--volume={job.out}:/out"]
-        flags = ["--rm", "--network=none", "--cap-drop=ALL", "--user=1000:100", "--security-opt=seccomp=unconfined"]
+        flags = ["--rm", "--network=none", "--cap-drop=ALL", "--user=1000:1000", "--security-opt=seccomp=unconfined"]
         command = ["docker", "run", *flags, *mounts, "--entrypoint=sh", job.image, *job.command[1:]]
         subprocess.run(command, check=True, capture_output=True)
     data = (job.out / "results").read_bytes()

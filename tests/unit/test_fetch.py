@@ -656,6 +656,7 @@ def test_stopping_all_downloads_does_not_wait_for_a_silent_server(site: Site, tm
         release.wait(10)
 
     item = Download((site.serve("silent", silent),), tmp_path / "f", SHA)
+
     def stop_when_asked() -> None:
         asked.wait(10)
         cancel.set()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.debs import deb, file, folder, hardlink, symlink, write
+from vzrepro import recipe
 from vzrepro.errors import UsageError
 from vzrepro.image import IMAGE_FORMAT, ImageId, image_id, image_tag, write_image
 
@@ -85,6 +86,11 @@ def test_golden_bytes(tmp_path: Path) -> None:
     items = [folder("usr/bin"), file("usr/bin/gcc", b"gcc", 0o755), hardlink("usr/bin/gcc-14", "usr/bin/gcc")]
     identity = write_image([write(tmp_path / "p.deb", *items, file("x/" + "n" * 120))], out, platform=PLATFORM)
     assert (IMAGE_FORMAT, identity.hex) == (1, "a9fc2c305de5125e45081b943b0ba75c5d456b5d88d5c25930cef5b9e6198545")
+
+
+def test_the_derivation_carries_this_format() -> None:
+    """Evaluation may not import this module, so it has the number a second time."""
+    assert recipe.IMAGE_FORMAT == IMAGE_FORMAT
 
 
 def test_order_names_user_and_place_do_not_matter(tmp_path: Path) -> None:

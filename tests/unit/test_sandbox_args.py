@@ -69,7 +69,7 @@ def test_the_contract_is_asked_for(tmp_path: Path) -> None:
         "--ipc": "private",
         "--cgroupns": "private",
         "--hostname": "localhost",
-        "--user": "1000:100",
+        "--user": "1000:1000",
         "--workdir": "/build",
         "--pull": "never",
         "--platform": "linux/amd64",
@@ -234,7 +234,7 @@ def test_running_out_of_memory_names_the_limit(tmp_path: Path, engine: Callable[
     engine(failing(STATE % (2, "true")))
     with pytest.raises(BuildFailed, match=r"ran out of memory.*512 MiB") as caught:
         sandbox.run(make_job(tmp_path, memory_bytes=512 << 20), on_line=lambda _: None)
-    assert caught.value.hint is not None and "VZREPRO_MEMORY" in caught.value.hint
+    assert caught.value.hint is not None and "VZREPRO_MEMORY_GIB" in caught.value.hint
 
 
 def test_an_unwritable_log_is_an_error_of_its_own(tmp_path: Path, engine: Callable[[str], Path]) -> None:

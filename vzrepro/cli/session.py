@@ -12,7 +12,8 @@ from pathlib import Path
 import vzrepro
 from vzrepro import fetch, noop
 from vzrepro import lock as locks
-from vzrepro.cache.binary import BinaryCache, machine_cache
+from vzrepro.cache.binary import BinaryCache
+from vzrepro.cache.machine import machine_cache
 from vzrepro.config import USER_FILE, Config, find_workspace, load
 from vzrepro.console import Console
 from vzrepro.errors import UsageError

@@ -38,6 +38,6 @@ def boot(session: Session, bundle: str, timeout_secs: float) -> None:
         report=session.console.report,
     )
     document = report.document()
-    lines = [f"{name + ':':28}{console.duration(secs)}" for name, secs in report.phases.items()]
-    lines += [f"{name + ':':28}{value}" for name, value in document["system_info"].items()]
+    lines = [f"{phase.name + ':':28}{console.duration(phase.secs)}" for phase in report.phases]
+    lines += [f"{name + ':':28}{value}" for name, value in document["system"].items()]
     session.console.print_text("\n".join(lines), document)

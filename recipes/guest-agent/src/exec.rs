@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -138,10 +139,18 @@ fn spawn(request: &ExecRequest) -> Result<Child, String> {
         }
         command.current_dir(&request.working_dir);
     }
-    if !request.user.is_empty() {
-        // SAFETY: between fork and exec the function only makes three system calls on data made before.
-        unsafe { command.pre_exec(user.assume()) };
-    }
+    let mut assume = (!request.user.is_empty()).then(|| user.assume());
+    let between_fork_and_exec = move || {
+        if let Some(assume) = &mut assume {
+            assume()?;
+        }
+        // Nobody could read a command's output any more, or end it, once its agent is gone. After `assume`, since
+        // the kernel forgets this with a change of user.
+        set_pdeathsig(Signal::SIGKILL)?;
+        Ok(())
+    };
+    // SAFETY: the function only makes system calls, on data made before the fork.
+    unsafe { command.pre_exec(between_fork_and_exec) };
     command
         .spawn()
         .map_err(|error| format!("{:?} could not start: {error}", request.command))

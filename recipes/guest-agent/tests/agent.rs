@@ -527,6 +527,35 @@ async fn a_client_that_vanishes_takes_the_process_group_along() {
     agent.client().ping(PingRequest {}).await.unwrap();
 }
 
+#[tokio::test]
+async fn a_command_does_not_outlive_its_agent() {
+    let agent = Agent::start().await;
+    let users = if is_root() { ["", "4711"] } else { ["", ""] };
+    let (mut streams, mut pids) = (vec![], vec![]);
+    for user in users {
+        let request = ExecRequest {
+            user: user.into(),
+            ..shell("echo $$; exec sleep 1000")
+        };
+        let mut events = agent.exec(request).await.unwrap();
+        let mut seen = Vec::new();
+        while !seen.ends_with(b"\n") {
+            let event = events.message().await.unwrap().unwrap();
+            let Some(Event::Stdout(data)) = event.event else {
+                panic!("{event:?}")
+            };
+            seen.extend(data);
+        }
+        streams.push(events);
+        pids.push(String::from_utf8(seen).unwrap().trim().to_owned());
+    }
+    assert!(pids.iter().all(|pid| running(pid).is_some()));
+    drop(agent);
+    for pid in pids {
+        eventually("the command's end", || running(&pid).is_none()).await;
+    }
+}
+
 /// The process's state letter, unless it is gone or a zombie.
 fn running(pid: &str) -> Option<char> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;

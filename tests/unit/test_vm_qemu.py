@@ -1,0 +1,137 @@
+"""QEMU's command line, and child processes that end with us, without QEMU."""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vzrepro.errors import VzreproError
+from vzrepro.vm import qemu
+
+GUEST = qemu.Guest(Path("/b/vmlinux"), Path("/b/initramfs.img"), "console=hvc0 quiet panic=-1 vz.mount.0=/work")
+
+
+def option(arguments: list[str], name: str) -> list[str]:
+    return [arguments[i + 1] for i, word in enumerate(arguments) if word == name]
+
+
+def test_tcg_with_a_vhost_user_device() -> None:
+    arguments = qemu.arguments(GUEST, "tcg", qemu.Vsock(77, Path("/tmp/vz-1/device")))
+    assert option(arguments, "-accel") == ["tcg,thread=multi"]
+    assert option(arguments, "-cpu") == ["max,pauth-impdef=on"]
+    assert option(arguments, "-append") == [GUEST.command_line]
+    assert option(arguments, "-kernel") == ["/b/vmlinux"]
+    assert "socket,id=vsock,path=/tmp/vz-1/device" in option(arguments, "-chardev")
+    assert "vhost-user-vsock-pci,chardev=vsock" in option(arguments, "-device")
+    # A vhost-user device needs shared memory, and as much of it as the machine has.
+    assert option(arguments, "-m") == ["512M"]
+    assert option(arguments, "-object") == ["memory-backend-memfd,id=mem,size=512M,share=on"]
+
+
+def test_kvm_with_the_hosts_vsock() -> None:
+    arguments = qemu.arguments(GUEST, "kvm", qemu.Vsock(77))
+    assert option(arguments, "-accel") == ["kvm"]
+    assert option(arguments, "-cpu") == ["host"]
+    assert "vhost-vsock-pci,guest-cid=77" in option(arguments, "-device")
+    assert not [chardev for chardev in option(arguments, "-chardev") if chardev.startswith("socket")]
+
+
+def test_a_comma_in_a_path_stays_in_the_path() -> None:
+    arguments = qemu.arguments(GUEST, "tcg", qemu.Vsock(77, Path("/tmp/a,b/device")))
+    assert "socket,id=vsock,path=/tmp/a,,b/device" in option(arguments, "-chardev")
+
+
+def test_the_vsock_device_takes_packets_that_linux_can_send() -> None:
+    arguments = qemu.vsock_device_arguments(qemu.Vsock(77, Path("/t/device")), Path("/t/vsock"))
+    assert arguments == ["--vm", "guest-cid=77,socket=/t/device,uds-path=/t/vsock,tx-buffer-size=28672"]
+
+
+def test_no_qemu_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(VzreproError) as error:
+        qemu.find_qemu()
+    assert error.value.hint is not None
+    assert "apt-get install" in error.value.hint
+
+
+def test_kvm_of_a_foreign_architecture_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qemu.platform, "machine", lambda: "x86_64")
+    assert qemu.accelerator("/nonexistent") == "tcg"
+
+
+@pytest.mark.parametrize(("script", "accelerator"), [("exit 0", "kvm"), ("exit 1", "tcg"), ("exec sleep 60", "tcg")])
+def test_kvm_is_used_only_when_a_guest_ran_on_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, accelerator: str
+) -> None:
+    program = tmp_path / "qemu"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(qemu.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(qemu.os, "access", lambda *_: True)
+    monkeypatch.setattr(qemu, "_PROBE_SECS", 0.5 if "sleep" in script else 30.0)
+    assert qemu.accelerator(str(program)) == accelerator
+
+
+def test_a_childs_lines_come_before_its_end() -> None:
+    seen: queue.SimpleQueue[object] = queue.SimpleQueue()
+    script = "echo one; echo two >&2; printf 'no end \\377'; exit 3"
+    with qemu.Child("/bin/sh", ["-c", script], on_line=seen.put, on_end=seen.put) as child:
+        assert child.wait(30) == 3
+        got = [seen.get(timeout=30) for _ in range(4)]
+    assert sorted(map(str, got[:3])) == ["no end �", "one", "two"]
+    assert got[3] == 3
+
+
+def test_a_signal_is_a_negative_code() -> None:
+    with qemu.Child("/bin/sh", ["-c", "kill -KILL $$"]) as child:
+        assert child.wait(30) == -signal.SIGKILL
+
+
+def test_leaving_ends_a_child_that_ignores_sigterm() -> None:
+    with qemu.Child("/bin/sh", ["-c", "trap '' TERM; echo up; while :; do sleep 1; done"]) as child:
+        pid = child.pid
+        assert child.wait(0.2) is None
+    assert child.wait(30) == -signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_program_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(VzreproError, match="could not be started"):
+        qemu.Child(str(tmp_path / "nothing"), [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a child that its parent died")
+def test_a_child_dies_with_us_even_when_we_are_killed() -> None:
+    code = (
+        "import time; from vzrepro.vm import qemu\n"
+        "child = qemu.Child('/bin/sleep', ['600'])\n"
+        "print(child.pid, flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout and parent.stdout.close()
+    for _ in range(500):
+        if not _runs(pid):
+            return
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the child outlived its parent")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        # A zombie has ended; whose turn it is to reap it is not our matter.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
