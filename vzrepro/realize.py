@@ -6,6 +6,7 @@ step does is in `Realizer`, which knows the store, the caches and the sandbox, b
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import os
@@ -22,7 +23,7 @@ from vzrepro import events, fetch, image, nar, sandbox
 from vzrepro.cache.binary import BinaryCache
 from vzrepro.cache.narinfo import NarInfo
 from vzrepro.config import Config
-from vzrepro.errors import HashMismatch, Interrupted, RemoteError, Untrusted, UsageError, VzreproError
+from vzrepro.errors import HashMismatch, Interrupted, RemoteError, UsageError, VzreproError
 from vzrepro.evaluate import DrvGraph
 from vzrepro.model import BuildKey, DrvHash, FileHash, ObjectInfo, Outcome, StorePath, canonical_json, store_path
 from vzrepro.plan import Offer, Plan, Step, make_plan
@@ -281,10 +282,9 @@ class Realizer:
             info = cache.query(node.path)
             if info is None:
                 continue
-            try:
+            # A cache that breaks its promise has warned of it once; here it is only a miss.
+            with contextlib.suppress(RemoteError):
                 return self._from_cache(node, cache, info, Outcome.SUBSTITUTED)
-            except (RemoteError, HashMismatch, Untrusted, nar.MalformedNar) as error:
-                self._warn_miss(node, cache, error)
         self._lost.add(node.path)
         raise _Gone
 
@@ -304,10 +304,6 @@ class Realizer:
                 got, path=node.path, drv_hash=node.drv_hash, build_key=key or got.build_key, outcome=outcome
             )
             return self._keep(tree, found)
-
-    def _warn_miss(self, node: Node, cache: BinaryCache, error: VzreproError) -> None:
-        message = f"{cache.url} failed to give {node.target}: {error.message}; going on without it"
-        self.report(events.Notice("warning", message))
 
     def _copy(self, node: Node, equal: ObjectInfo, key: BuildKey | None = None) -> ObjectInfo:
         with self.store.scratch(node.target) as scratch:
@@ -354,10 +350,8 @@ class Realizer:
             info = cache.query(record.path) if record is not None else None
             if record is None or info is None or info.nar_hash != record.nar_hash:
                 continue
-            try:
+            with contextlib.suppress(RemoteError):
                 return self._from_cache(node, cache, info, Outcome.COPIED, key)
-            except (RemoteError, HashMismatch, Untrusted, nar.MalformedNar) as error:
-                self._warn_miss(node, cache, error)
         return None
 
     # --- the sandbox --------------------------------------------------------------------------------------------
@@ -453,23 +447,22 @@ class Realizer:
     def push(self, node: Node, info: ObjectInfo) -> None:
         """Write a new object to every cache that can be written; a failure is a warning, the object stays here."""
         for cache in self.caches:
-            if not cache.writable or cache.query(info.path) is not None:
+            if not cache.writable:
                 continue
             begun = time.monotonic()
             path = str(info.path)
             self.report(events.Started(node.target, path, "push", None, info.nar_size))
-            outcome = "pushed"
             try:
                 log = self.store.log_path(info.path)
-                cache.push(
+                outcome = cache.push(
                     info,
                     self.store.location(info.path),
                     derivation=canonical_json(node.drv.document()),
                     log=log if log.is_file() else None,
-                )
-            except VzreproError as error:
+                ).kept.value
+            except (VzreproError, OSError) as error:
                 outcome = "failed"
-                self.report(events.Notice("warning", f"{cache.url}: {node.target} was not pushed: {error.message}"))
+                self.report(events.Notice("warning", f"{cache.url}: {node.target} was not pushed: {error}"))
             secs = time.monotonic() - begun
             self.report(events.Finished(node.target, path, "push", outcome, secs, info.nar_size))
 

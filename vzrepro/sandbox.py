@@ -20,6 +20,7 @@ import secrets
 import select
 import shlex
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -58,8 +59,9 @@ _START_SECS = 2.0
 _ETC = {"hosts": "127.0.0.1\tlocalhost\n::1\tlocalhost\n", "hostname": "localhost\n", "resolv.conf": ""}
 
 # What is writable or tells about the host by default, and is neither /build, /out nor /tmp: hidden under empty
-# read-only file systems. /sys is the machine's hardware; /dev/shm and /dev/mqueue are writable.
-_HIDDEN = ("/sys", "/dev/shm", "/dev/mqueue")
+# read-only file systems. /sys is the machine's hardware; /dev/shm and /dev/mqueue are writable, and Podman makes /run
+# and /var/tmp so.
+_HIDDEN = ("/sys", "/dev/shm", "/dev/mqueue", "/run", "/var/tmp")
 
 # The first shell holds what the engine and the user's docker configuration put into the environment (HOSTNAME,
 # HOME, proxies); `env -i` drops all of that before anything of the recipe runs, so that not even /proc/1/environ
@@ -479,17 +481,25 @@ def _failure(job: Job, state: Mapping[str, Any] | None, complaint: str, tail: de
         return _engine_trouble(complaint or f"the container of {job.label} ended without a result")
     code = int(state["ExitCode"])
     excerpt = _log_excerpt(job, tail)
+    limit = None if job.memory_bytes is None else f"its memory limit of {job.memory_bytes / 2**20:.0f} MiB"
+    more_memory = (
+        "raise the recipe's memory limit, or memory_gib in [tool.vzrepro] (VZREPRO_MEMORY_GIB), "
+        "or let it do less at once: --cores 1"
+    )
     if state.get("OOMKilled"):
-        limit = "the host's" if job.memory_bytes is None else f"its limit of {job.memory_bytes / 2**20:.0f} MiB"
         return BuildFailed(
-            f"building {job.label} ran out of memory: it needs more than {limit} (exit code {code})",
+            f"building {job.label} ran out of memory: it needs more than {limit or 'the host has'} (exit code {code})",
             reason=excerpt,
-            hint="raise the recipe's memory limit, or memory_gib in [tool.vzrepro] (VZREPRO_MEMORY_GIB), "
-            "or let it do less at once: --cores 1",
+            hint=more_memory,
         )
-    how = f"exit code {code}"
-    if code > 128:
-        how += f", killed by signal {code - 128}"
+    if code == 128 + signal.SIGKILL and limit is not None:
+        # Engines miss some kills for memory; nothing else in a sandbox is likely to send this signal.
+        return BuildFailed(
+            f"building {job.label} failed: it was killed (exit code {code}), most likely for {limit}",
+            reason=excerpt,
+            hint=more_memory,
+        )
+    how = f"exit code {code}, killed by signal {code - 128}" if code > 128 else f"exit code {code}"
     return BuildFailed(f"building {job.label} failed: {how}", reason=excerpt, hint=_reopen(job))
 
 

@@ -166,6 +166,15 @@ def test_the_layout_is_the_documented_one(cache: BinaryCache, backend: Backend, 
     assert read(backend, "nix-cache-info").startswith(b"StoreDir: /nix/store\n")
 
 
+def test_the_log_can_be_read_by_those_who_trust_the_object(cache: BinaryCache, made: Made, warnings: Warnings) -> None:
+    assert cache.log(made.info.path) is None
+    cache.push(made.info, made.tree)
+    assert cache.log(made.info.path) is None
+    push(cache, made)
+    assert cache.log(made.info.path) == b"cc -o run\n"
+    assert reader(cache, warnings, STRANGER).log(made.info.path) is None
+
+
 def test_the_narinfo_is_written_last_and_the_nar_first(made: Made) -> None:
     backend = MemoryBackend()
     push(BinaryCache(backend, TrustedKeys([KEY.public]), KEY), made)
@@ -434,6 +443,31 @@ def test_a_bad_nar_is_refused_and_leaves_nothing(
     assert len(warnings.lines) == 1
     assert "what is wrong there is built here" in warnings.lines[0]
     assert cache.query(made.info.path) is not None  # others may be fine: the cache is still asked
+
+
+def test_a_link_in_the_tampered_nars_place_is_removed_and_not_followed(
+    cache: BinaryCache, made: Made, tmp_path: Path
+) -> None:
+    push(cache, made)
+    target = tmp_path / "target"
+    (target / "inside").mkdir(parents=True, mode=0o755)
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    info = replace_nar(cache, made, zstd(packed(link)))
+    with pytest.raises(Damaged, match="another"):
+        cache.fetch(info, tmp_path / "dest")
+    assert not os.path.lexists(tmp_path / "dest")
+    assert (target / "inside").stat().st_mode & 0o777 == 0o755
+
+
+def test_what_is_at_the_destination_already_stays(cache: BinaryCache, made: Made, tmp_path: Path) -> None:
+    push(cache, made)
+    info = cache.query(made.info.path)
+    assert info is not None
+    (tmp_path / "dest").write_text("mine")
+    with pytest.raises(FileExistsError):
+        cache.fetch(info, tmp_path / "dest")
+    assert (tmp_path / "dest").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -42,13 +42,13 @@ class Nix:
             ),
         }
 
-    def run(self, *args: str | Path) -> subprocess.CompletedProcess[str]:
+    def run(self, *args: object) -> subprocess.CompletedProcess[str]:
         (self.root / "home").mkdir(parents=True, exist_ok=True)
         return subprocess.run(
             list(map(str, args)), env=self.environ, text=True, capture_output=True, check=False, timeout=120
         )
 
-    def ok(self, *args: str | Path) -> str:
+    def ok(self, *args: object) -> str:
         done = self.run(*args)
         assert done.returncode == 0, f"{' '.join(map(str, args))}\n{done.stdout}{done.stderr}"
         return done.stdout

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -95,6 +96,17 @@ def die_at(step: int) -> None:
     disk.exchange = counted(disk.exchange)
 
 
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory where there is one: a kill is no power cut, so waiting for a disk proves nothing."""
+    shm = Path("/dev/shm")
+    if not os.access(shm, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shm) as directory:
+        yield Path(directory)
+
+
 def killed_at_every_step(prepare: Callable[[int], Callable[[], None]], check: Callable[[int], None]) -> None:
     """For n = 0, 1, …: prepare, run the work with death at step n, check; until the work survives."""
     step = 0
@@ -118,7 +130,7 @@ def private(store: LocalStore, name: str) -> list[str]:
     return sorted(path.name for path in (store.root / ".vzrepro" / name).iterdir())
 
 
-def test_kill_while_adding_leaves_a_path_absent_or_correct(tmp_path: Path) -> None:
+def test_kill_while_adding_leaves_a_path_absent_or_correct(memory: Path) -> None:
     derivation = Derivation(name="x", builder="sandbox")
 
     def work(root: Path) -> None:
@@ -133,35 +145,35 @@ def test_kill_while_adding_leaves_a_path_absent_or_correct(tmp_path: Path) -> No
             store.add_root(root.parent / f"{root.name}-result", path_of("x"))
 
     def prepare(step: int) -> Callable[[], None]:
-        return lambda: work(tmp_path / str(step))
+        return lambda: work(memory / str(step))
 
     def check(step: int) -> None:
-        with LocalStore(tmp_path / str(step)) as store:
+        with LocalStore(memory / str(step)) as store:
             store.sweep()
             assert store.verify() == []
             if store.root.exists() and (store.root / ".vzrepro" / "lock").exists():
                 assert private(store, "tmp") == []
                 assert private(store, "lock") == []
             assert all(root.source.startswith("/") for root in store.roots())
-        work(tmp_path / str(step))
-        with LocalStore(tmp_path / str(step)) as store:
+        work(memory / str(step))
+        with LocalStore(memory / str(step)) as store:
             assert store.verify() == []
             assert set(store.query_many([path_of("x"), path_of("y")])) == {path_of("x"), path_of("y")}
             assert store.gc().deleted == (path_of("y"),)
-        disk.remove_tree(tmp_path / str(step))
+        disk.remove_tree(memory / str(step))
 
     killed_at_every_step(prepare, check)
 
 
 @pytest.mark.parametrize("swap", [True, False])
 def test_kill_while_repairing_never_loses_a_right_object(
-    tmp_path: Path, swap: bool, monkeypatch: pytest.MonkeyPatch
+    memory: Path, swap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not swap:
         monkeypatch.setattr(disk, "exchange", lambda one, other: False)
 
     def prepare(step: int) -> Callable[[], None]:
-        root = tmp_path / str(step)
+        root = memory / str(step)
         with LocalStore(root) as store:
             info = put(store, "x")
             file = store.location(info.path) / "file"
@@ -176,25 +188,25 @@ def test_kill_while_repairing_never_loses_a_right_object(
         return work
 
     def check(step: int) -> None:
-        with LocalStore(tmp_path / str(step)) as store:
+        with LocalStore(memory / str(step)) as store:
             store.sweep()
             kinds = {finding.kind for finding in store.verify()}
             assert kinds <= ({"corrupt"} if swap else {"corrupt", "missing"})
             assert private(store, "tmp") == []
             put(store, "x", repair=True)
             assert store.verify() == []
-        disk.remove_tree(tmp_path / str(step))
+        disk.remove_tree(memory / str(step))
 
     killed_at_every_step(prepare, check)
 
 
-def test_kill_while_collecting_deletes_whole_objects_only(tmp_path: Path) -> None:
+def test_kill_while_collecting_deletes_whole_objects_only(memory: Path) -> None:
     def prepare(step: int) -> Callable[[], None]:
-        root = tmp_path / str(step)
+        root = memory / str(step)
         with LocalStore(root) as store:
             for name in ("kept", "loose", "also-loose"):
                 put(store, name)
-            store.add_root(tmp_path / f"{step}-result", path_of("kept"))
+            store.add_root(memory / f"{step}-result", path_of("kept"))
 
         def work() -> None:
             with LocalStore(root) as store:
@@ -203,7 +215,7 @@ def test_kill_while_collecting_deletes_whole_objects_only(tmp_path: Path) -> Non
         return work
 
     def check(step: int) -> None:
-        with LocalStore(tmp_path / str(step)) as store:
+        with LocalStore(memory / str(step)) as store:
             store.sweep()
             assert store.verify() == []
             assert private(store, "tmp") == []
@@ -211,7 +223,7 @@ def test_kill_while_collecting_deletes_whole_objects_only(tmp_path: Path) -> Non
             store.gc()
             entries = sorted(path.name for path in store.root.iterdir())
             assert entries == sorted([".vzrepro", path_of("kept").base])
-        disk.remove_tree(tmp_path / str(step))
+        disk.remove_tree(memory / str(step))
 
     killed_at_every_step(prepare, check)
 

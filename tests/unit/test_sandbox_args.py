@@ -237,6 +237,12 @@ def test_running_out_of_memory_names_the_limit(tmp_path: Path, engine: Callable[
     assert caught.value.hint is not None and "VZREPRO_MEMORY_GIB" in caught.value.hint
 
 
+def test_a_kill_that_the_engine_did_not_explain(tmp_path: Path, engine: Callable[[str], Path]) -> None:
+    engine(failing(STATE % (137, "false")))
+    with pytest.raises(BuildFailed, match=r"most likely for its memory limit of 512 MiB"):
+        sandbox.run(make_job(tmp_path, memory_bytes=512 << 20), on_line=lambda _: None)
+
+
 def test_an_unwritable_log_is_an_error_of_its_own(tmp_path: Path, engine: Callable[[str], Path]) -> None:
     calls = engine('[ "$1" != run ] || echo text')
     with pytest.raises(VzreproError, match="log /dev/full cannot be written") as caught:

@@ -42,6 +42,7 @@ from vzrepro.model import (
 CACHE_INFO = "nix-cache-info"
 _CACHE_INFO = f"StoreDir: {STORE_DIR}\nWantMassQuery: 1\nPriority: 40\n".encode()
 _MAX_RECORD = 1 << 16
+_MAX_LOG = 64 << 20
 _PIECE = 1 << 20
 
 Warn = Callable[[str], None]
@@ -141,6 +142,8 @@ class BinaryCache:
         lost or not what was promised, else the cache has failed and is not asked again. OSError and other
         VzreproErrors are this machine's own.
         """
+        if os.path.lexists(dest):
+            raise FileExistsError(f"{dest} is there already")  # and not ours to remove
         try:
             self._unpack(info, dest, progress)
         except BaseException as error:
@@ -173,6 +176,15 @@ class BinaryCache:
             if realization.build_key != key:
                 raise Untrusted(f"the record {build_record_key(key)} is that of another build key")
             return realization
+        return None
+
+    def log(self, path: StorePath) -> bytes | None:
+        """The log of this object's build, if the cache has object and log. Logs are plain text that nobody signs."""
+        info = self.query(path)
+        if info is None or info.deriver is None:
+            return None
+        with self._as_miss():
+            return self._read(f"log/{info.deriver}", _MAX_LOG)
         return None
 
     # --- giving -------------------------------------------------------------------------------------------------------
@@ -565,12 +577,12 @@ class _Push:
 
 def _remove(tree: Path) -> None:
     """Remove what a failed unpacking left; its directories may be read-only already."""
+    if tree.is_symlink() or not tree.is_dir():  # a hostile NAR may be a link to anywhere: it is never followed
+        tree.unlink(missing_ok=True)
+        return
     for directory, _, _ in os.walk(tree):
         Path(directory).chmod(0o700)
-    if tree.is_dir() and not tree.is_symlink():
-        shutil.rmtree(tree)
-    else:
-        tree.unlink(missing_ok=True)
+    shutil.rmtree(tree)
 
 
 def build_record_key(key: BuildKey) -> str:

@@ -11,8 +11,10 @@ import click
 from vzrepro import plan
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
+from vzrepro.console import clean
 from vzrepro.errors import VzreproError
 from vzrepro.evaluate import DrvGraph
+from vzrepro.model import DrvHash
 from vzrepro.recipe import Node
 
 
@@ -97,16 +99,16 @@ def graph(session: Session, target: str, form: str) -> None:
 
 def _text(graph: DrvGraph, root: Node, _nodes: Sequence[Node]) -> str:
     lines: list[str] = []
-    shown: set[Node] = set()
+    shown: set[DrvHash] = set()
 
     def draw(node: Node, lead: str, branch: str, name: str) -> None:
         label = f"{name}: {node.target}" if name and name != node.target else node.target
-        again = node.drv_hash in {one.drv_hash for one in shown}
+        again = node.drv_hash in shown
         inputs = _inputs(graph, node)
         lines.append(f"{lead}{branch}{label} ({node.drv.builder}){' …' if again and inputs else ''}")
         if again:
             return
-        shown.add(node)
+        shown.add(node.drv_hash)
         deeper = lead + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
         for number, (key, dep) in enumerate(inputs):
             draw(dep, deeper, "└─ " if number == len(inputs) - 1 else "├─ ", key)
@@ -173,14 +175,12 @@ def log(session: Session, target: str) -> None:
     """Print the log of TARGET's last build, from this machine or a cache."""
     path = session.path(target)
     local = session.store.log_path(path)
-    if local.is_file():
-        session.console.print_text(local.read_text(errors="replace"))
+    kept = [local.read_bytes()] if local.is_file() else (cache.log(path) for cache in session.caches)
+    text = next((text for text in kept if text is not None), None)
+    if text is not None:
+        lines = text.decode(errors="replace").splitlines()
+        session.console.print_text("\n".join(map(clean, lines)))
         return
-    for cache in session.caches:
-        text = cache.log(path)
-        if text is not None:
-            session.console.print_text(text.decode(errors="replace"))
-            return
     raise VzreproError(
         f"there is no log of {target}",
         reason="it was not built in the sandbox on this machine, and no cache has its log",

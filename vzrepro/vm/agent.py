@@ -35,6 +35,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     ("grpc.enable_http_proxy", 0),
+    # Else the socket's path, percent-encoded, which the agent's HTTP/2 library refuses as malformed.
+    ("grpc.default_authority", "localhost"),
 )
 
 Dial = Callable[[], socket.socket]

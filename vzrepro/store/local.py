@@ -8,43 +8,30 @@ a transaction, never while data is written, hashed or synced.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
 import secrets
-import shutil
-import sqlite3
-import stat
 import statistics
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from vzrepro import disk
 from vzrepro.errors import HashMismatch, Interrupted, NotDeterministic, UsageError, VzreproError
 from vzrepro.model import BuildKey, DrvHash, FileHash, NarHash, ObjectInfo, Outcome, StorePath
-
-SCHEMA = 1
-"""The `user_version` of the databases this code reads and writes."""
+from vzrepro.store.database import PRIVATE, Database, ReadOnlyStore, Run
 
 OLD_SECS = 30 * 24 * 3600
 """Logs, derivations and kept build directories that belong to no object are collected after this time."""
 
-_BUSY_SECS = 60.0
-_RESERVE_BYTES = 1 << 20  # given up by gc, so that it can write its transaction on a full disk
-_PRIVATE = ".vzrepro"
 _IN_CHUNK = 500  # host parameters per statement
-
-
-class ReadOnlyStore(VzreproError):
-    """The store cannot be written."""
+_PROCESS = "process "
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +77,10 @@ class LocalStore:
 
     def __init__(self, root: Path, *, clock: Callable[[], float] = time.time) -> None:
         self.root = root.absolute()
-        self._private = self.root / _PRIVATE
-        self._tmp = self._private / "tmp"
-        self._locks = self._private / "lock"
+        self._db = Database(self.root)
+        self._tmp = self._db.private / "tmp"
+        self._locks = self._db.private / "lock"
         self._clock = clock
-        self._mutex = threading.RLock()
-        self._connection: sqlite3.Connection | None = None
         self._owner: tuple[str, int] | None = None  # this process's lock file, keeping its temp roots, and its fd
 
     def __enter__(self) -> LocalStore:
@@ -106,18 +91,16 @@ class LocalStore:
 
     def close(self) -> None:
         """Drop this process's temp roots and close the database."""
-        with self._mutex:
+        with self._db.mutex:
             if self._owner is not None:
                 owner, fd = self._owner
                 self._owner = None
-                with contextlib.suppress(VzreproError), self._transaction() as run:
+                with contextlib.suppress(VzreproError), self._db.transaction() as run:
                     run("DELETE FROM temp_roots WHERE owner = ?", owner)
                 with contextlib.suppress(OSError):
                     (self._locks / owner).unlink()
                 os.close(fd)
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+            self._db.close()
 
     # --- objects
 
@@ -157,10 +140,10 @@ class LocalStore:
         return self._enter(tree, info, repair=True)
 
     def _enter(self, tree: Path, info: ObjectInfo, *, repair: bool) -> ObjectInfo:
-        with self._explained():
+        with self._db.explained():
             disk.sync_tree(tree)
         target = self.location(info.path)
-        with self._transaction(durable=True) as run:
+        with self._db.transaction(durable=True) as run:
             known = self.query(info.path)
             if known is not None and known.nar_hash != info.nar_hash:
                 raise NotDeterministic(
@@ -179,7 +162,7 @@ class LocalStore:
                 run("COMMIT")
             except BaseException:
                 # Without the write lock, the target may be another's by now; then the next sweep removes ours.
-                if self._connection is not None and self._connection.in_transaction:
+                if self._db.in_transaction:
                     undo()
                 raise
         return info
@@ -204,7 +187,7 @@ class LocalStore:
 
         return undo
 
-    def _insert(self, run: _Run, info: ObjectInfo) -> None:
+    def _insert(self, run: Run, info: ObjectInfo) -> None:
         run(
             "INSERT INTO objects (path, nar_hash, nar_size, drv_hash, build_key, outcome, registered)"
             " VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -225,7 +208,7 @@ class LocalStore:
         self._insert_origin(run, info)
 
     @staticmethod
-    def _insert_origin(run: _Run, info: ObjectInfo) -> None:
+    def _insert_origin(run: Run, info: ObjectInfo) -> None:
         if info.origin is not None:
             run(
                 "INSERT OR REPLACE INTO origins (object, origin) SELECT id, ? FROM objects WHERE path = ?",
@@ -243,8 +226,8 @@ class LocalStore:
         info = self.query(source)
         if info is None:
             raise HashMismatch(f"{source} is not in the store {self.root}")
-        with self._explained():
-            found, _ = nar.unpack(nar.reader(nar.pack(self.location(source))), target)
+        with self._db.explained():
+            found, _, _ = nar.canonical_copy(self.location(source), target)
         if found != info.nar_hash:
             raise HashMismatch(
                 f"{source} is corrupt",
@@ -255,11 +238,11 @@ class LocalStore:
     def known_origin(self, path: StorePath, origin: FileHash) -> bool:
         """Whether the download `path` was verified from the URLs that `origin` digests."""
         sql = "SELECT 1 FROM origins JOIN objects ON objects.id = object WHERE path = ? AND origin = ?"
-        return bool(self._rows(sql, path.base, origin.hex))
+        return bool(self._db.rows(sql, path.base, origin.hex))
 
     def add_origin(self, path: StorePath, origin: FileHash) -> None:
         """Record that the registered download `path` was verified from other URLs too."""
-        with self._transaction() as run:
+        with self._db.transaction() as run:
             sql = "INSERT OR REPLACE INTO origins (object, origin) SELECT id, ? FROM objects WHERE path = ?"
             run(sql, origin.hex, path.base)
 
@@ -270,7 +253,7 @@ class LocalStore:
 
     def referrers(self, path: StorePath) -> tuple[StorePath, ...]:
         """The registered objects that name `path` inside them, sorted."""
-        rows = self._rows(
+        rows = self._db.rows(
             "SELECT path FROM objects JOIN object_references ON referrer = id WHERE reference = ? ORDER BY path",
             path.base,
         )
@@ -297,7 +280,7 @@ class LocalStore:
     def _edges(self) -> dict[StorePath, list[StorePath]]:
         edges: dict[StorePath, list[StorePath]] = {}
         sql = "SELECT path, reference FROM object_references JOIN objects ON referrer = id ORDER BY path, reference"
-        for base, reference in self._rows(sql):
+        for base, reference in self._db.rows(sql):
             edges.setdefault(StorePath.parse(base), []).append(StorePath.parse(reference))
         return edges
 
@@ -310,14 +293,14 @@ class LocalStore:
             some = values[start : start + _IN_CHUNK]
             where = f"WHERE {column} IN ({','.join('?' * len(some))})"
             references: dict[int, list[StorePath]] = {}
-            with self._mutex:
-                objects = self._rows(
+            with self._db.mutex:
+                objects = self._db.rows(
                     "SELECT id, path, nar_hash, nar_size, drv_hash, build_key, outcome,"
                     f" (SELECT origin FROM origins WHERE object = objects.id ORDER BY origins.id DESC)"
                     f" FROM objects {where} ORDER BY id",
                     *some,
                 )
-                for referrer, reference in self._rows(
+                for referrer, reference in self._db.rows(
                     "SELECT referrer, reference FROM object_references JOIN objects ON referrer = id"
                     f" {where} ORDER BY reference",
                     *some,
@@ -343,7 +326,7 @@ class LocalStore:
     def put_derivation(self, drv: DrvHash, canonical: bytes) -> None:
         """Keep a derivation's canonical JSON; one that is known becomes the newest of its name."""
         name = json.loads(canonical)["name"]
-        with self._transaction() as run:
+        with self._db.transaction() as run:
             run(
                 "INSERT INTO derivations VALUES (?, ?, ?, ?)"
                 " ON CONFLICT (drv_hash) DO UPDATE SET last_seen = excluded.last_seen",
@@ -355,17 +338,17 @@ class LocalStore:
 
     def derivation(self, drv: DrvHash) -> bytes | None:
         """A derivation's canonical JSON, if it is known."""
-        rows = self._rows("SELECT canonical FROM derivations WHERE drv_hash = ?", drv.hex)
+        rows = self._db.rows("SELECT canonical FROM derivations WHERE drv_hash = ?", drv.hex)
         return rows[0][0] if rows else None
 
     def derivations_named(self, name: str) -> list[tuple[DrvHash, bytes, int]]:
         """All known derivations called `name`, newest first, with their canonical JSON and when they were seen."""
         sql = "SELECT drv_hash, canonical, last_seen FROM derivations WHERE name = ? ORDER BY last_seen DESC, drv_hash"
-        return [(DrvHash(drv), canonical, seen) for drv, canonical, seen in self._rows(sql, name)]
+        return [(DrvHash(drv), canonical, seen) for drv, canonical, seen in self._db.rows(sql, name)]
 
     def record_history(self, name: str, action: str, secs: float, nar_size: int | None) -> None:
         """Remember how long an action (`events.Action`) on the object called `name` took."""
-        with self._transaction() as run:
+        with self._db.transaction() as run:
             run(
                 "INSERT INTO history (name, action, secs, nar_size, ended) VALUES (?, ?, ?, ?, ?)",
                 name,
@@ -378,12 +361,12 @@ class LocalStore:
     def expected_secs(self, name: str, action: str) -> float | None:
         """The median of the last five times this action took; None the first time."""
         sql = "SELECT secs FROM history WHERE name = ? AND action = ? ORDER BY id DESC LIMIT 5"
-        rows = self._rows(sql, name, action)
+        rows = self._db.rows(sql, name, action)
         return statistics.median(secs for (secs,) in rows) if rows else None
 
     def log_path(self, path: StorePath) -> Path:
         """Where the build log of `path` belongs; the directory is there once anything has been written."""
-        return self._private / "log" / f"{path.base}.log"
+        return self._db.private / "log" / f"{path.base}.log"
 
     # --- scratch directories and locks
 
@@ -395,8 +378,8 @@ class LocalStore:
         disk fills up inside the `with` block.
         """
         label = re.sub(r"[^A-Za-z0-9._-]", "-", label)[:80]
-        with self._explained():
-            self._create()
+        with self._db.explained():
+            self._db.create()
             fd = None
             while fd is None:  # a sweeper may take a directory that is not locked yet
                 path = self._tmp / f"{label}.{secrets.token_hex(4)}.scratch"
@@ -404,7 +387,7 @@ class LocalStore:
                 with contextlib.suppress(FileNotFoundError):
                     fd = disk.try_lock(path, create=False)
         try:
-            with self._explained(only_full=True):
+            with self._db.explained(only_full=True):
                 yield path
         finally:
             try:
@@ -414,7 +397,7 @@ class LocalStore:
 
     def keep(self, scratch: Path) -> Path:
         """Let a scratch directory outlive its `with` block; returns its new place. gc removes it when it is old."""
-        with self._explained():
+        with self._db.explained():
             kept = scratch.with_suffix(".kept")
             scratch.rename(kept)
         return kept
@@ -435,8 +418,8 @@ class LocalStore:
         raises Interrupted. If the holder dies, however it dies, the lock is free.
         """
         file = self._lock_file(path)
-        with self._explained():
-            self._create()
+        with self._db.explained():
+            self._db.create()
             fd = disk.try_lock(file)
             waits = 0
             while fd is None:
@@ -468,16 +451,16 @@ class LocalStore:
 
         Hold first, then query: what is found then stays. On a read-only store nothing can be held, and nothing is.
         """
-        with contextlib.suppress(ReadOnlyStore), self._mutex:
-            self._create()
-            with self._explained():
+        with contextlib.suppress(ReadOnlyStore), self._db.mutex:
+            self._db.create()
+            with self._db.explained():
                 while self._owner is None:
                     owner = f"process-{os.getpid()}-{secrets.token_hex(4)}"
                     fd = disk.try_lock(self._locks / owner)
                     if fd is not None:
                         self._owner = owner, fd
             owner = self._owner[0]
-            with self._transaction() as run:
+            with self._db.transaction() as run:
                 for path in paths:
                     run("INSERT OR IGNORE INTO temp_roots VALUES (?, ?, ?)", owner, os.getpid(), path.base)
 
@@ -493,9 +476,9 @@ class LocalStore:
                 reason="an out-link would overwrite it",
                 hint=f"choose another path, or: rm -r {link}",
             )
-        with self._explained():
-            self._create()
-            entry = self._private / "roots" / hashlib.sha256(os.fsencode(link)).hexdigest()[:32]
+        with self._db.explained():
+            self._db.create()
+            entry = self._db.private / "roots" / hashlib.sha256(os.fsencode(link)).hexdigest()[:32]
             _point(entry, link)
         try:
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -506,14 +489,14 @@ class LocalStore:
     def roots(self) -> list[Root]:
         """What keeps objects: out-links, sorted by path, then the temp roots of running processes."""
         found = []
-        for entry in _listed(self._private / "roots"):
+        for entry in _listed(self._db.private / "roots"):
             link = entry.readlink()
             path = self._rooted(link)
             if path is not None:
                 found.append(Root(str(link), path))
         found.sort(key=lambda root: root.source)
         owners: dict[str, bool] = {}
-        for owner, pid, base in self._rows("SELECT owner, pid, path FROM temp_roots ORDER BY owner, path"):
+        for owner, pid, base in self._db.rows("SELECT owner, pid, path FROM temp_roots ORDER BY owner, path"):
             if owner not in owners:
                 owners[owner] = self._alive(owner)
             if owners[owner]:
@@ -543,15 +526,15 @@ class LocalStore:
         `OLD_SECS` without an object go too. Safe beside running builds. `now` is for tests.
         """
         now = self._clock() if now is None else now
-        if not self._database.exists():
+        if not self._db.file.exists():
             return GcReport((), 0, {})
         if dry_run:
-            with self._mutex:
+            with self._db.mutex:
                 return self._collectable(keep_newer_than)
-        with self._explained():
-            (self._private / "reserve").unlink(missing_ok=True)
+        with self._db.explained():
+            (self._db.private / "reserve").unlink(missing_ok=True)
         self.sweep()
-        with self._transaction(durable=True) as run:
+        with self._db.transaction(durable=True) as run:
             report = self._collectable(keep_newer_than)
             for path in report.deleted:
                 run("DELETE FROM objects WHERE path = ?", path.base)
@@ -562,13 +545,13 @@ class LocalStore:
             )
         # Rows first: what is left by a crash here is unregistered trees, which the next sweep removes like this one.
         self.sweep()
-        with self._explained():
+        with self._db.explained():
             self._remove_old(now)
-            self._reserve()
+            self._db.reserve()
         return report
 
     def _collectable(self, keep_newer_than: float | None) -> GcReport:
-        rows = self._rows("SELECT path, nar_size, registered FROM objects ORDER BY path")
+        rows = self._db.rows("SELECT path, nar_size, registered FROM objects ORDER BY path")
         kept: dict[StorePath, str] = {}
 
         def keep(paths: Iterable[StorePath], reason: str) -> None:
@@ -597,11 +580,11 @@ class LocalStore:
             except FileNotFoundError:
                 return False
 
-        for log in _listed(self._private / "log"):
+        for log in _listed(self._db.private / "log"):
             path = _parsed(log.stem)
             if old(log) and (path is None or not self._registered(path)):
                 log.unlink(missing_ok=True)
-        for entry in _listed(self._private / "roots"):
+        for entry in _listed(self._db.private / "roots"):
             # Not at once: add_root writes the entry before the link.
             if old(entry) and self._rooted(entry.readlink()) is None:
                 entry.unlink(missing_ok=True)
@@ -615,9 +598,9 @@ class LocalStore:
         A tree is removed only if its name is a store path and nobody has the path locked; other entries of the
         store directory are `verify`'s to report. Does nothing on a read-only store.
         """
-        if not self._private.exists():
+        if not self._db.private.exists():
             return
-        with contextlib.suppress(ReadOnlyStore), self._explained():
+        with contextlib.suppress(ReadOnlyStore), self._db.explained():
             for entry in _listed(self._tmp):
                 if entry.suffix == ".scratch":
                     disk.remove_unlocked(entry)
@@ -625,13 +608,13 @@ class LocalStore:
                     disk.remove_tree(entry)
             for file in _listed(self._locks):
                 disk.remove_unlocked(file)
-            owners = [owner for (owner,) in self._rows("SELECT DISTINCT owner FROM temp_roots")]
+            owners = [owner for (owner,) in self._db.rows("SELECT DISTINCT owner FROM temp_roots")]
             dead = [owner for owner in owners if not self._alive(owner)]
             unregistered = self._unregistered()
             if not dead and not unregistered:
                 return
             trash = []
-            with self._transaction() as run:
+            with self._db.transaction() as run:
                 for owner in dead:
                     run("DELETE FROM temp_roots WHERE owner = ?", owner)
                 for path in unregistered:
@@ -645,11 +628,14 @@ class LocalStore:
             for target in trash:
                 disk.remove_tree(target)
 
+    def _lock_file(self, path: StorePath) -> Path:
+        return self._locks / f"{path.hash_part}.lock"
+
     def _registered(self, path: StorePath) -> bool:
-        return bool(self._rows("SELECT 1 FROM objects WHERE path = ?", path.base))
+        return bool(self._db.rows("SELECT 1 FROM objects WHERE path = ?", path.base))
 
     def _unregistered(self) -> list[StorePath]:
-        known = {base for (base,) in self._rows("SELECT path FROM objects")}
+        known = {base for (base,) in self._db.rows("SELECT path FROM objects")}
         paths = (_parsed(entry.name) for entry in _listed(self.root) if entry.name not in known)
         return [path for path in paths if path is not None]
 
@@ -664,8 +650,8 @@ class LocalStore:
         form, which often names the file that was changed. `progress` is called before each object.
         With `paths` None, entries of the store directory that are no registered object are reported too.
         """
-        entries = [entry.name for entry in _listed(self.root) if entry.name != _PRIVATE] if paths is None else []
-        registered = [StorePath.parse(base) for (base,) in self._rows("SELECT path FROM objects ORDER BY path")]
+        entries = [entry.name for entry in _listed(self.root) if entry.name != PRIVATE] if paths is None else []
+        registered = [StorePath.parse(base) for (base,) in self._db.rows("SELECT path FROM objects ORDER BY path")]
         findings = []
         for path in registered if paths is None else paths:
             if progress is not None:
@@ -684,196 +670,15 @@ class LocalStore:
         return findings
 
     def _examine(self, path: StorePath) -> Finding | None:
-        from vzrepro import nar
+        from vzrepro.store.examine import differences
 
-        rows = self._rows("SELECT nar_hash FROM objects WHERE path = ?", path.base)
+        rows = self._db.rows("SELECT nar_hash FROM objects WHERE path = ?", path.base)
         if not rows:
             return Finding(path.base, "missing", "not registered")
         if not self._present(path):
             return Finding(path.base, "missing", "registered, but not on the disk")
-        details = []
-        try:
-            found, _ = nar.nar_hash(self.location(path))
-            wanted = NarHash(rows[0][0])
-            if found != wanted:
-                details.append(f"its content has changed (wanted {wanted.nix}, found {found.nix})")
-            deviations = list(_deviations(self.location(path)))
-            details += deviations[:_SHOWN]
-            if len(deviations) > _SHOWN:
-                details.append(f"{len(deviations) - _SHOWN} more")
-        except (OSError, VzreproError) as error:
-            details.append(str(error))
+        details = differences(self.location(path), NarHash(rows[0][0]))
         return Finding(path.base, "corrupt", "; ".join(details)) if details else None
-
-    # --- the database
-
-    @property
-    def _database(self) -> Path:
-        return self._private / "db.sqlite"
-
-    def _lock_file(self, path: StorePath) -> Path:
-        return self._locks / f"{path.hash_part}.lock"
-
-    def _create(self) -> None:
-        """Make what is missing of the store's directories and database."""
-        if self._connection is not None:
-            return
-        with self._mutex, self._explained():
-            for directory in (self._tmp, self._private / "log", self._private / "roots", self._locks):
-                directory.mkdir(parents=True, exist_ok=True)
-            if self._open() is not None:
-                return
-            file = self._locks / "create"
-            while (fd := disk.try_lock(file)) is None:
-                time.sleep(0.01)
-            try:
-                if self._open() is None:
-                    connection = sqlite3.connect(self._database, timeout=_BUSY_SECS, isolation_level=None)
-                    with contextlib.closing(connection):
-                        connection.execute("PRAGMA journal_mode = WAL")
-                        schema = resources.files("vzrepro").joinpath("schema.sql").read_text("utf-8")
-                        connection.executescript(f"BEGIN IMMEDIATE; {schema} COMMIT;")
-                    self._reserve()
-            finally:
-                file.unlink(missing_ok=True)
-                os.close(fd)
-
-    def _reserve(self) -> None:
-        """Put a little of the disk aside, if there is that much."""
-        reserve = self._private / "reserve"
-        try:
-            reserve.write_bytes(bytes(_RESERVE_BYTES))
-        except OSError:
-            reserve.unlink(missing_ok=True)
-
-    def _open(self) -> sqlite3.Connection | None:
-        """The connection; None as long as the store has no database. Call with the mutex held."""
-        if self._connection is None and self._database.exists():
-            connection = self._connect("mode=rw")
-            try:
-                (version,) = connection.execute("PRAGMA user_version").fetchone()
-            except sqlite3.OperationalError as error:
-                connection.close()
-                if not _is_read_only(error):
-                    raise
-                connection = self._connect("mode=ro&immutable=1")
-                (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version != SCHEMA:
-                connection.close()
-                if version == 0:  # its creation was interrupted, or goes on
-                    return None
-                raise VzreproError(
-                    f"the store {self.root} was written by a newer vzrepro",
-                    reason=f"its database has format {version}, this program knows {SCHEMA}",
-                    hint="update vzrepro, or use another store: export VZREPRO_STORE=DIR",
-                )
-            connection.execute("PRAGMA foreign_keys = ON")
-            self._connection = connection
-        return self._connection
-
-    def _connect(self, options: str) -> sqlite3.Connection:
-        uri = f"{self._database.as_uri()}?{options}"
-        return sqlite3.connect(uri, uri=True, timeout=_BUSY_SECS, isolation_level=None, check_same_thread=False)
-
-    def _rows(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
-        with self._mutex, self._explained():
-            connection = self._open()
-            return [] if connection is None else connection.execute(sql, parameters).fetchall()
-
-    @contextlib.contextmanager
-    def _transaction(self, *, durable: bool = False) -> Iterator[_Run]:
-        """The store's write lock, for as long as the `with` block runs; its changes are all made, or none.
-
-        Without `durable`, a power cut may undo the changes, but never tear them.
-        """
-        self._create()
-        with self._mutex, self._explained():
-            connection = self._open()
-            if connection is None:
-                raise VzreproError(f"the store {self.root} was removed while it was in use")
-
-            def run(sql: str, *parameters: object) -> None:
-                connection.execute(sql, parameters)
-
-            run(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            run("BEGIN IMMEDIATE")
-            try:
-                yield run
-                if connection.in_transaction:
-                    run("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    run("ROLLBACK")
-                raise
-
-    @contextlib.contextmanager
-    def _explained(self, *, only_full: bool = False) -> Iterator[None]:
-        """Turn errors of the disk and of the database into ones a user can act on."""
-        try:
-            yield
-        except OSError as error:
-            explained = self._explanation(error.errno, error.strerror or str(error), only_full=only_full)
-            if explained is None:
-                raise
-            raise explained from error
-        except sqlite3.Error as error:
-            raise self._database_explanation(error) from error
-
-    def _explanation(self, number: int | None, reason: str, *, only_full: bool) -> VzreproError | None:
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            place = self.root
-            while not place.is_mount() and place != place.parent:
-                place = place.parent
-            free = shutil.disk_usage(place).free
-            return VzreproError(
-                "the disk is full",
-                reason=f"{reason}: {free:,} bytes are free on {place}, where the store {self.root} is",
-                hint="vzrepro store gc",
-            )
-        if only_full:
-            return None
-        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
-            return ReadOnlyStore(
-                f"the store {self.root} cannot be written",
-                reason=reason,
-                hint="use a store of your own: export VZREPRO_STORE=DIR",
-            )
-        if number in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            return VzreproError(
-                f"the store {self.root} is on a file system without file locks or shared memory",
-                reason=reason,
-                hint="put it on a local disk: export VZREPRO_STORE=DIR",
-            )
-        return None
-
-    def _database_explanation(self, error: sqlite3.Error) -> VzreproError:
-        name = getattr(error, "sqlite_errorname", "")
-        number = None
-        if name == "SQLITE_FULL" or (name.startswith("SQLITE_IOERR") and _is_full(self._private)):
-            number = errno.ENOSPC
-        elif isinstance(error, sqlite3.OperationalError) and _is_read_only(error):
-            number = errno.EROFS
-        elif name.startswith(("SQLITE_PROTOCOL", "SQLITE_IOERR_LOCK", "SQLITE_IOERR_SHM")):
-            number = errno.ENOLCK
-        explained = self._explanation(number, str(error), only_full=False)
-        if explained is not None:
-            return explained
-        if name.startswith("SQLITE_BUSY"):
-            return VzreproError(
-                f"the store {self.root} is busy",
-                reason=f"another process has kept its database locked for {_BUSY_SECS:.0f} s",
-                hint="wait for it, or end it",
-            )
-        return VzreproError(
-            f"the store's database {self._database} cannot be used",
-            reason=str(error),
-            hint=f"objects are made again after: rm {self._database}*",
-        )
-
-
-_Run = Callable[..., None]
-_PROCESS = "process "
-_SHOWN = 3  # deviations that a finding tells
 
 
 def _parsed(name: str) -> StorePath | None:
@@ -908,40 +713,3 @@ def _holder(file: Path) -> str:
         return file.read_text("utf-8", "replace") or "another process"
     except OSError:
         return "another process"
-
-
-def _is_read_only(error: sqlite3.OperationalError) -> bool:
-    return error.sqlite_errorname.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN"))
-
-
-def _is_full(directory: Path) -> bool:
-    try:
-        return shutil.disk_usage(directory).free < _RESERVE_BYTES
-    except OSError:
-        return False
-
-
-def _deviations(tree: Path) -> Iterator[str]:
-    """What in a tree differs from the canonical form, apart from content: one line for each entry."""
-    paths = [tree]
-    while paths:
-        path = paths.pop()
-        status = path.lstat()
-        wrong = []
-        if stat.S_ISDIR(status.st_mode):
-            paths += sorted(path.iterdir(), reverse=True)
-            modes: tuple[int, ...] = (0o555,)
-        else:
-            modes = (0o444, 0o555)
-            if status.st_nlink > 1:
-                wrong.append("has another hard link")
-        if not stat.S_ISLNK(status.st_mode) and stat.S_IMODE(status.st_mode) not in modes:
-            wrong.append(f"mode {stat.S_IMODE(status.st_mode):04o}")
-        if status.st_mtime_ns != 1_000_000_000:
-            wrong.append("modified later")
-        # Labels of security modules belong to the machine, not to the object.
-        if hasattr(os, "listxattr"):
-            names = os.listxattr(path, follow_symlinks=False)
-            wrong += [f"attribute {name}" for name in names if not name.startswith("security.") or "capab" in name]
-        if wrong:
-            yield f"{path.relative_to(tree.parent)}: {', '.join(wrong)}"

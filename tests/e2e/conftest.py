@@ -1,0 +1,172 @@
+"""What tests of the whole need: the CLI in a workspace of its own, and objects that are realized once per session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+SMALL = """
+from recipes.toolchain import TOOLS_IMAGE
+from vzrepro import build, local, text
+
+LOW = build("low", image=TOOLS_IMAGE, command=["sh", "/in/src/low.sh"], inputs={"src": local("low.sh")})
+HIGH = build(
+    "high",
+    image=TOOLS_IMAGE,
+    command=["sh", "-c", "sleep ${PAUSE-0} && cat /in/low/low > /out/high && date -u -d @$SOURCE_DATE_EPOCH >> /out/high"],
+    inputs={"low": LOW},
+)
+"""
+LOW_SH = "echo low > /out/low; cat /out/low\n"
+
+
+@dataclass
+class Cli:
+    """`vzrepro` run as a process in the workspace `root` with the store `store`."""
+
+    root: Path
+    store: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("VZREPRO_")}
+        return {**kept, "VZREPRO_STORE": str(self.store), **self.env}
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "vzrepro", *words],
+            cwd=self.root,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run to the end; fails the test unless the exit code is `code`."""
+        with self.start(*words) as process:
+            out, err = process.communicate(timeout=3000)
+        assert process.returncode == code, f"exit {process.returncode}, wanted {code}\n--- out\n{out}\n--- err\n{err}"
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    def realize(self, *targets: str) -> list[Path]:
+        return [Path(line) for line in self.run("realize", *targets).stdout.splitlines()]
+
+    def write(self, **recipes: str) -> None:
+        for name, source in recipes.items():
+            folder = self.root / "recipes" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "__init__.py").write_text(source)
+
+
+@pytest.fixture(scope="session")
+def project() -> Cli:
+    """The project's own workspace and store, with the user's machine cache: what is built once stays built."""
+    return Cli(PROJECT, PROJECT / "store")
+
+
+@pytest.fixture(scope="session")
+def bundle(project: Cli) -> Path:
+    """The realized container-bundle."""
+    return project.realize("container-bundle")[0]
+
+
+@pytest.fixture(scope="session")
+def seeded(project: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that has the tools image, to be copied."""
+    store = tmp_path_factory.mktemp("seed") / "store"
+    Cli(project.root, store).realize("image-tools")
+    return store
+
+
+@pytest.fixture(scope="session")
+def tools_image(project: Cli) -> str:
+    """The id of the tools image, loaded into the container engine."""
+    from vzrepro import image, sandbox
+
+    archive = project.realize("image-tools")[0]
+    identity = str(image.image_id(archive))
+    sandbox.load_image(archive, identity)
+    return identity
+
+
+@pytest.fixture
+def small(tmp_path: Path, seeded: Path) -> Cli:
+    """A workspace with two little recipes (`high` is made from `low`), a store of its own with the tools image, and
+    a machine cache of its own."""
+    root = tmp_path / "small"
+    shutil.copytree(PROJECT / "recipes" / "toolchain", root / "recipes" / "toolchain")
+    shutil.copy(PROJECT / "lock.toml", root)
+    store = tmp_path / "store"
+    shutil.copytree(seeded, store, symlinks=True)
+    cli = Cli(
+        root,
+        store,
+        {
+            "VZREPRO_MACHINE_CACHE_DIR": str(tmp_path / "cache"),
+            "VZREPRO_KEY_DIR": str(tmp_path / "keys"),
+            "XDG_CACHE_HOME": str(tmp_path / "xdg"),
+        },
+    )
+    cli.write(small=SMALL)
+    (root / "recipes" / "small" / "low.sh").write_text(LOW_SH)
+    return cli
+
+
+def interrupt_when(process: subprocess.Popen[str], text: str, number: int = signal.SIGINT) -> tuple[str, str]:
+    """Send a signal once `text` has been written to stderr; return what was written on both."""
+    assert process.stderr is not None
+    assert process.stdout is not None
+    lines: list[str] = []
+    out: list[str] = []
+    reader = threading.Thread(target=lambda: out.append(process.stdout.read()))  # type: ignore[union-attr]
+    reader.start()
+    sent = False
+    for line in process.stderr:
+        lines.append(line)
+        if text in line and not sent:
+            process.send_signal(number)
+            sent = True
+    process.wait(60)
+    reader.join()
+    assert sent, f"{text!r} was never written:\n{''.join(lines)}"
+    return "".join(out), "".join(lines)
+
+
+def containers(cli: Cli) -> list[str]:
+    """The names of all containers, running or not, that have something of this store mounted."""
+    names = subprocess.run(["docker", "ps", "-aq"], capture_output=True, text=True, check=True).stdout.split()
+    if not names:
+        return []
+    # One that another test's vzrepro removes meanwhile makes the command fail, and is none of ours.
+    inspect = ["docker", "inspect", "--format", "{{.Name}} {{json .Mounts}} {{json .HostConfig}}", *names]
+    listed = subprocess.run(inspect, capture_output=True, text=True, check=False).stdout
+    return [line.split()[0] for line in listed.splitlines() if str(cli.store) in line]
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mount a tmpfs with these options: `mounted("size=1m")` gives its directory. Needs root."""
+    places: list[Path] = []
+
+    def mount(options: str) -> Path:
+        place = tmp_path / f"mount{len(places)}"
+        place.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], check=True)
+        places.append(place)
+        return place
+
+    yield mount
+    for place in places:
+        subprocess.run(["umount", "-l", str(place)], check=True)

@@ -1,0 +1,117 @@
+"""./run from nothing: it makes .venv from the lock, once, keeps stdout clean, and mends what was interrupted.
+
+Needs a package index or pip's cache; no Docker.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SAYS = """\
+    import sys
+    import vzrepro, zstandard
+    print(sys.argv[1:], vzrepro.__file__)
+    """
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of the launcher and the locks, with a program in vzrepro's place that says how it was called."""
+    root = tmp_path_factory.mktemp("launcher") / "a clone"
+    (root / "vzrepro").mkdir(parents=True)
+    for name in ("run", "requirements.lock", "requirements-test.lock"):
+        shutil.copy(ROOT / name, root / name)
+    (root / "vzrepro" / "__init__.py").write_text("")
+    (root / "vzrepro" / "__main__.py").write_text(f"def main():\n{textwrap.indent(textwrap.dedent(SAYS), '    ')}")
+    yield root
+    shutil.rmtree(root)
+
+
+def run(clone: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [clone / "run", *arguments], cwd=clone.parent, env=os.environ | environ, capture_output=True, text=True
+    )
+
+
+def said(clone: Path, *arguments: str) -> str:
+    return f"{list(arguments)} {clone / 'vzrepro' / '__init__.py'}\n"
+
+
+def test_set_up_is_done_once_mended_and_redone(clone: Path) -> None:
+    first = subprocess.Popen(
+        [clone / "run", "targets"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not list(clone.glob(".venv/lib/*/site-packages/pydantic*")):
+        assert time.monotonic() < deadline and first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert first.communicate()[0] == b""
+
+    pair = [
+        subprocess.Popen([clone / "run", "targets", word], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for word in ("a b", "*")
+    ]
+    outputs = [process.communicate() for process in pair]
+    assert [out for out, _ in outputs] == [said(clone, "targets", "a b"), said(clone, "targets", "*")], outputs
+    assert sum("making .venv" in err for _, err in outputs) == 1, "both made it, or none"
+
+    start = clone / ".venv" / "bin" / "vzrepro"
+    again = run(clone, "--help")
+    assert (again.stdout, again.stderr, again.returncode) == (said(clone, "--help"), "", 0)
+    direct = subprocess.run([start, "x"], capture_output=True, text=True, check=True, cwd="/")
+    assert direct.stdout == said(clone, "x")
+
+    # Nothing is installed while nothing changes, so a pip that cannot work is not noticed; after a change it is.
+    with (clone / "requirements.lock").open("a") as lock:
+        lock.write("not-hashed==1.0\n")
+    changed = run(clone, "targets")
+    assert (changed.stdout, changed.returncode) == ("", 105)
+    assert "error: the Python packages of requirements.lock could not be installed" in changed.stderr
+    shutil.copy(ROOT / "requirements.lock", clone / "requirements.lock")
+    mended = run(clone, "targets")
+    assert mended.stdout == said(clone, "targets")
+    assert "making .venv" in mended.stderr
+
+    # The same folder elsewhere: scripts in a .venv hold its path.
+    moved = clone.rename(clone.with_name("moved"))
+    try:
+        elsewhere = run(moved, "targets")
+        assert elsewhere.stdout == said(moved, "targets")
+        assert "making .venv" in elsewhere.stderr
+    finally:
+        moved.rename(clone)
+
+
+@pytest.fixture
+def bare_path(tmp_path: Path) -> str:
+    """A PATH with a shell's usual programs, without Docker and without apt."""
+    tools = ("sh", "cmp", "id", "sed", "tr", "cat", "rm", "cp", "flock", "sleep")
+    for name in tools:
+        found = shutil.which(name)
+        assert found, name
+        (tmp_path / name).symlink_to(found)
+    return str(tmp_path)
+
+
+def test_missing_programs_are_named_and_nothing_is_done(clone: Path, bare_path: str) -> None:
+    done = run(clone, "realize", "busybox", PATH=bare_path, VZREPRO_DOCKER="")
+    assert (done.stdout, done.returncode) == ("", 2)
+    assert done.stderr.startswith("error: missing on this machine: docker\n  hint: ")
+
+
+def test_a_machine_without_python_is_told_so(clone: Path, bare_path: str) -> None:
+    shutil.rmtree(clone / ".venv", ignore_errors=True)
+    done = run(clone, "targets", PATH=bare_path)
+    assert (done.stdout, done.returncode) == ("", 2)
+    assert done.stderr.startswith("error: no Python 3.11 or later")
