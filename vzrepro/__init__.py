@@ -6,8 +6,7 @@ no-op path of `vzrepro realize`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # not from `typing`, whose import costs milliseconds
 if TYPE_CHECKING:
     from vzrepro.recipe import build, cargo_crates, crate_source, debian_image, debian_source, local, read, text
 
@@ -19,7 +18,7 @@ DSL = ("build", "cargo_crates", "crate_source", "debian_image", "debian_source",
 __all__ = ["DSL", "build", "cargo_crates", "crate_source", "debian_image", "debian_source", "local", "read", "text"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in DSL:
         import importlib
 

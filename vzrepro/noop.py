@@ -11,7 +11,10 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+
+TYPE_CHECKING = False  # not from `typing`, whose import costs milliseconds
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 _FORMAT = 1
 _RACY_NS = 50_000_000  # a file changed this short before it was read could change again without its stat showing it

@@ -193,7 +193,7 @@ def build(
     env: Mapping[str, str] | None = None,
     source_date_epoch: int = SOURCE_DATE_EPOCH,
     timeout_secs: int = 3600,
-    memory_gib: int | None = None,
+    memory_gib: int = 8,
 ) -> Node:
     """An artifact built in the sandbox: `command` runs in `image` and sees each input at `/in/<input name>`.
 
@@ -222,8 +222,7 @@ def build(
         inputs={key: node.drv_hash for key, node in inputs.items()},
         source_date_epoch=source_date_epoch,
     )
-    memory = None if memory_gib is None else memory_gib << 30
-    return _add(_node(name, "recipe", drv, place, timeout_secs=timeout_secs, memory_bytes=memory))
+    return _add(_node(name, "recipe", drv, place, timeout_secs=timeout_secs, memory_bytes=memory_gib << 30))
 
 
 def debian_image(

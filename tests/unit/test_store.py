@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sqlite3
@@ -215,8 +216,12 @@ def test_a_failed_registration_leaves_everything_as_it_was(
     damage(store, info)
     bad = (store.location(info.path) / "file").read_bytes()
 
-    def fail(_path: Path) -> None:
-        raise OSError(5, "Input/output error")
+    sync = disk.sync
+
+    def fail(path: Path) -> None:
+        if path == store.root:  # the tree is in place, and about to be registered
+            raise OSError(5, "Input/output error")
+        sync(path)
 
     monkeypatch.setattr(disk, "sync", fail)
     with pytest.raises(OSError, match="Input/output"):
@@ -445,6 +450,25 @@ def test_many_threads_take_turns(store: LocalStore) -> None:
     for thread in threads:
         thread.join()
     assert worst == 1
+
+
+def test_a_lock_file_that_goes_away_meanwhile_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock = fcntl.flock
+
+    def late(fd: int, operation: int) -> None:
+        (tmp_path / "lock").unlink()
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert disk.try_lock(tmp_path / "lock") is None
+    monkeypatch.undo()
+    fd = disk.try_lock(tmp_path / "lock")
+    assert fd is not None
+    assert disk.try_lock(tmp_path / "lock") is None
+    assert disk.held(tmp_path / "lock")
+    os.close(fd)
+    assert not disk.held(tmp_path / "lock")
+    assert not disk.held(tmp_path / "absent")
 
 
 def test_threads_share_a_store(store: LocalStore) -> None:

@@ -31,6 +31,7 @@ TAIL_LINES = 30
 _INIT_LINE = "vz-init: start"
 _AGENT_LINE = "vz-init: agent start"
 _POWER_OFF_SECS = 20.0
+_CONSOLE_LAG_SECS = 2.0
 # Ready is pushed. Where the push does not come (an agent that pushes nothing, a host port that is taken), asking finds
 # out as well, late enough not to disturb: seconds, doubled up to the second number.
 _ASK_AFTER_SECS = (1.0, 4.0)
@@ -154,7 +155,7 @@ class _Watch:
                         f"{max(60, round(2 * timeout_secs))}",
                     )
                 case _Ready() as ready:
-                    self._drain()
+                    self._catch_up(ready.at)
                     self.reached("ready", ready.at)
                     return ready
                 case _Ended() as ended:
@@ -169,10 +170,10 @@ class _Watch:
         while True:
             match self._next(deadline):
                 case None:
-                    raise TimedOut(f"the guest did not power off within {timeout_secs:g} s", reason=self._story())
+                    raise TimedOut(f"the guest did not power off within {timeout_secs:g} s", reason=self._story(_OFF))
                 case _Ended(at, name, code) if name.startswith("qemu"):
                     if code:
-                        raise VzreproError(f"{name} ended with {_exit(code)}", reason=self._story())
+                        raise VzreproError(f"{name} ended with {_exit(code)}", reason=self._story(_OFF))
                     self.reached("off", at)
                     return
 
@@ -187,15 +188,19 @@ class _Watch:
                 return message
             self._note(message)
 
-    def _drain(self) -> None:
-        """Take in the lines that came meanwhile: the console and the vsock are not in step with each other."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                message = self.messages.get_nowait()
-                if not isinstance(message, _Line):
-                    self.messages.put(message)
-                    return
-                self._note(message)
+    def _catch_up(self, ready_at: float) -> None:
+        """Take in the console up to the agent's start: it and the vsock are not in step with each other."""
+        deadline = time.monotonic() + _CONSOLE_LAG_SECS
+        while all(phase.name != "agent" for phase in self.phases):
+            try:
+                message = self.messages.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return
+            if not isinstance(message, _Line):
+                self.messages.put(message)
+                return
+            # However late we learn of it: it was before the agent listened.
+            self._note(_Line(min(message.at, ready_at), message.text))
 
     def _note(self, line: _Line) -> None:
         self.tail.append(line.text)
@@ -204,22 +209,22 @@ class _Watch:
         elif line.text.startswith(_AGENT_LINE):
             self.reached("agent", line.at)
 
-    def _story(self) -> str:
+    def _story(self, waited: str | None = None) -> str:
         reached = ", ".join(f"{phase.name} at {phase.secs:.2f} s" for phase in self.phases) or "nothing"
-        names = [phase.name for phase in self.phases]
-        waited = next(
-            (what for name, what in _WAITED_FOR.items() if name not in names), "the guest to switch itself off"
-        )
+        if waited is None:
+            names = [phase.name for phase in self.phases]
+            waited = next(what for name, what in _WAITED_FOR.items() if name not in names)
         console = "\n".join(f"    {line}" for line in self.tail) or "    (empty)"
         return f"reached: {reached}; waited for: {waited}\n  last lines of the console:\n{console}"
 
 
+# What each phase up to `ready` stands for.
 _WAITED_FOR = {
     "init": f"the kernel to start /init, which prints {_INIT_LINE!r}",
     "agent": f"init to start the agent, which it announces with {_AGENT_LINE!r}",
     "ready": f"the agent to listen on vsock port {agent.AGENT_PORT}",
-    "answer": "the agent to answer Ping",
 }
+_OFF = "the guest to switch itself off"
 
 
 def _exit(code: int) -> str:
