@@ -177,7 +177,7 @@ class Realizer:
             except BaseException:
                 self._finished(step, action, Outcome.FAILED, begun, None)
                 raise
-            self.store.put_derivation(node.drv_hash, canonical_json(node.drv.document()))
+            self.store.put_derivation(node.drv_hash, node.target, canonical_json(node.drv.document()))
             verb = "copy" if info.outcome is Outcome.COPIED else step.verb
             self.store.record_history(node.target, verb, time.monotonic() - begun, info.nar_size)
             self._finished(step, action, info.outcome, begun, info.nar_size)

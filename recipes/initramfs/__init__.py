@@ -9,6 +9,10 @@ from vzrepro import build, local
 INITRAMFS = build(
     "initramfs",
     image=TOOLS_IMAGE,
-    inputs={"busybox": BUSYBOX, "agent": GUEST_AGENT, "src": local("newc.py", "manifest", "init", "udhcpc.script", "fstab", "passwd", "group", "hosts")},
+    inputs={
+        "busybox": BUSYBOX,
+        "agent": GUEST_AGENT,
+        "src": local("newc.py", "manifest", "init", "udhcpc.script", "fstab", "passwd", "group", "hosts"),
+    },
     command=["python3", "/in/src/newc.py", "/in/src/manifest", "/out/initramfs.img"],
 )

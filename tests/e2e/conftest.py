@@ -24,8 +24,13 @@ LOW = build("low", image=TOOLS_IMAGE, command=["sh", "/in/src/low.sh"], inputs={
 HIGH = build(
     "high",
     image=TOOLS_IMAGE,
-    command=["sh", "-c", "sleep ${PAUSE-0} && cat /in/low/low > /out/high && date -u -d @$SOURCE_DATE_EPOCH >> /out/high"],
-    inputs={"low": LOW},
+    command=["sh", "/in/script"],
+    inputs={
+        "low": LOW,
+        "script": text(
+            "script", "sleep ${PAUSE-0}; cat /in/low/low > /out/high; date -u -d @$SOURCE_DATE_EPOCH >> /out/high"
+        ),
+    },
 )
 """
 LOW_SH = "echo low > /out/low; cat /out/low\n"

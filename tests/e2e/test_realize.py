@@ -74,7 +74,7 @@ def test_no_substitute_builds(small: Cli, tmp_path: Path, seeded: Path) -> None:
     other = Cli(small.root, tmp_path / "other", small.env)
     shutil.copytree(seeded, other.store, symlinks=True)
     actions = _actions(other, "high", "--no-substitute")
-    assert actions == {"files-small": "fetched", "low": "built", "high": "built"}
+    assert actions == {"files-small": "fetched", "low": "built", "script": "fetched", "high": "built"}
     assert small.run("store", "info", "high", "--json").stdout.replace(str(small.store), "") == other.run(
         "store", "info", "high", "--json"
     ).stdout.replace(str(other.store), "")
@@ -95,11 +95,8 @@ def test_two_processes_build_once(small: Cli) -> None:
 
 def test_dry_run_prints_the_plan(small: Cli) -> None:
     out = small.run("realize", "high", "--dry-run").stdout
-    assert [line.split()[:2] for line in out.splitlines()[1:]] == [
-        ["import", "files-small"],
-        ["build", "low"],
-        ["build", "high"],
-    ]
+    steps = [line.split()[:2] for line in out.splitlines()[1:]]
+    assert steps == [["import", "files-small"], ["build", "low"], ["import", "script"], ["build", "high"]]
     assert "unless low come out as they were" in out
     small.realize("high")
     assert "nothing to do" in small.run("realize", "high", "--dry-run").stdout

@@ -139,7 +139,7 @@ def test_kill_while_adding_leaves_a_path_absent_or_correct(memory: Path) -> None
             store.hold([path_of("x")])
             with store.lock(path_of("x"), "build", lambda _: None):
                 put(store, "x")
-            store.put_derivation(derivation.drv_hash(), canonical_json(derivation.document()))
+            store.put_derivation(derivation.drv_hash(), derivation.name, canonical_json(derivation.document()))
             store.record_history("x", "build", 1.0, 10)
             put(store, "y")
             store.add_root(root.parent / f"{root.name}-result", path_of("x"))

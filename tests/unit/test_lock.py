@@ -72,7 +72,7 @@ def test_comments_survive() -> None:
     again = render(parse(text), text)
     for comment in ("# why gcc\n", "# about the kernel", "# behind the header", "# behind the value"):
         assert comment in again
-    assert again.index("# why gcc") < again.index('"debian/pool/main/g/gcc_1.0-1_amd64.deb" =') < again.index("# why gcc") + 60
+    assert '# why gcc\n"debian/pool/main/g/gcc_1.0-1_amd64.deb" =' in again
     assert parse(again) == FULL
 
 

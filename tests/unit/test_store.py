@@ -300,7 +300,7 @@ def test_derivations_are_found_by_hash_and_by_name_newest_first(store: LocalStor
     def keep(name: str, version: str) -> tuple[DrvHash, bytes]:
         derivation = Derivation(name=name, builder="sandbox", version=version)
         canonical = canonical_json(derivation.document())
-        store.put_derivation(derivation.drv_hash(), canonical)
+        store.put_derivation(derivation.drv_hash(), derivation.name, canonical)
         clock.now += 1
         return derivation.drv_hash(), canonical
 
@@ -581,7 +581,7 @@ def test_gc_drops_old_logs_and_derivations_without_object(store: LocalStore, clo
     store.hold([info.path])
     derivations = [Derivation(name=name, builder="sandbox") for name in ("kept", "gone")]
     for derivation in derivations:
-        store.put_derivation(derivation.drv_hash(), canonical_json(derivation.document()))
+        store.put_derivation(derivation.drv_hash(), derivation.name, canonical_json(derivation.document()))
     kept_log, old_log = store.log_path(info.path), store.log_path(path_of("gone"))
     for log in (kept_log, old_log):
         log.write_text("built")

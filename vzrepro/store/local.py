@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -323,9 +322,11 @@ class LocalStore:
 
     # --- derivations, history, logs
 
-    def put_derivation(self, drv: DrvHash, canonical: bytes) -> None:
-        """Keep a derivation's canonical JSON; one that is known becomes the newest of its name."""
-        name = json.loads(canonical)["name"]
+    def put_derivation(self, drv: DrvHash, name: str, canonical: bytes) -> None:
+        """Keep a derivation's canonical JSON; one that is known becomes the newest of its name.
+
+        `name` is the target's, which stays the same when a version in the store path's name changes.
+        """
         with self._db.transaction() as run:
             run(
                 "INSERT INTO derivations VALUES (?, ?, ?, ?)"

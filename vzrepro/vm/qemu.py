@@ -7,13 +7,13 @@ what each part is for.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import platform
 import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -22,8 +22,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import sh
 
 from vzrepro.errors import VzreproError
 
@@ -34,7 +32,6 @@ MAX_PACKET_BYTES = 28_672
 
 VHOST_VSOCK = Path("/dev/vhost-vsock")
 _PROGRAM = "qemu-system-aarch64"
-_PR_SET_PDEATHSIG = 1
 _SOCKET_SECS = 10.0
 
 # PSCI SYSTEM_OFF, the smallest guest there is: movz w0, #8; movk w0, #0x8400, lsl #16; hvc #0; b .
@@ -146,8 +143,8 @@ def _powers_off(qemu: str, cpu: Sequence[str], timeout_secs: float) -> bool:
 class Child:
     """A child process in a session of its own (Ctrl-C reaches only us), which dies with us, however we end.
 
-    `on_line` gets each line of its output, standard error included, and `on_end` its exit code (negative: the signal);
-    the last call; both come from other threads. Leaving the context ends the process.
+    `on_line` gets each line of its output, standard error included, and `on_end`, last, its exit code (negative: the
+    signal); both are called from another thread. Leaving the context ends the process.
     """
 
     def __init__(
@@ -160,36 +157,32 @@ class Child:
     ) -> None:
         self.name = Path(program).name
         self._ended = threading.Event()
-        self._code = 0
-
-        def reap() -> None:
-            # Not sh's own callback: that one may come before the last lines of the output do.
-            with contextlib.suppress(sh.ErrorReturnCode):
-                self._command.wait()
-            self._code = self._command.exit_code
-            self._ended.set()
-            on_end(self._code)
-
-        def line(text: str) -> None:
-            on_line(text.rstrip("\r\n"))
-
+        if shutil.which(program) is None:
+            raise VzreproError(f"{program} could not be started", reason="there is no such program")
+        # setpriv and not a preexec_fn: that one needs a fork, and gRPC's fork handlers may abort the child when calls
+        # are under way, as they are when a second guest is started. Without one Python uses vfork.
+        dies_with_us = ["setpriv", "--pdeathsig", "KILL", "--"] if sys.platform == "linux" else []
         try:
-            self._command = sh.Command(program)(
-                *arguments,
-                _bg=True,
-                _bg_exc=False,
-                _out=line,
-                _err=line,
-                _tty_out=False,
-                _decode_errors="replace",
-                _no_out=True,
-                _no_err=True,
-                _new_session=True,
-                _preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            self._process = subprocess.Popen(
+                [*dies_with_us, program, *arguments],
+                # A pipe that stays open: at the end of its input QEMU would close the guest's console.
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
-        except (sh.CommandNotFound, OSError) as error:
-            raise VzreproError(f"{program} could not be started", reason=f"{type(error).__name__}: {error}") from error
-        threading.Thread(target=reap, daemon=True).start()
+        except OSError as error:
+            raise VzreproError(f"{program} could not be started", reason=str(error)) from error
+
+        def follow() -> None:
+            with self._process:  # closes the pipes, waits for the end
+                assert self._process.stdout is not None
+                for line in self._process.stdout:
+                    on_line(line.decode("utf-8", "replace").rstrip("\r\n"))
+            self._ended.set()
+            on_end(self._process.returncode)
+
+        threading.Thread(target=follow, daemon=True).start()
 
     def __enter__(self) -> Child:
         return self
@@ -200,11 +193,11 @@ class Child:
     @property
     def pid(self) -> int:
         """The process id."""
-        return int(self._command.process.pid)
+        return self._process.pid
 
     def wait(self, timeout_secs: float) -> int | None:
         """The exit code (negative: the signal), or None when the process still runs after the time."""
-        return self._code if self._ended.wait(timeout_secs) else None
+        return self._process.returncode if self._ended.wait(timeout_secs) else None
 
     def end(self) -> None:
         """Terminate the process and wait for it; kill it when it does not go within two seconds."""
@@ -214,10 +207,6 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
             self._ended.wait(2)
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def wait_for_socket(path: Path, child: Child) -> None:
