@@ -266,10 +266,11 @@ class Index:
             resolution.request(request)
         return resolution.close()
 
-    def source(self, name: str, series: str) -> SourcePackage:
-        """The highest version of source package `name` whose upstream version is in `series`: `6.12` holds 6.12.117.
+    def sources(self, name: str, series: str) -> tuple[SourcePackage, ...]:
+        """The versions of source package `name` whose upstream version is in `series`, newest first.
 
-        Raises UsageError when there is no such package, no such version, or no upstream tarball.
+        `6.12` holds 6.12.117; of several Debian revisions of an upstream version the newest counts. Raises UsageError
+        when there is no such package, no such version, or none of them has an upstream tarball.
         """
         versions: dict[str, tuple[Archive, dict[str, str]]] = {}
         known: set[str] = set()
@@ -287,16 +288,14 @@ class Index:
                 reason=f"the suites have {', '.join(sorted(versions, key=NativeVersion))}",
                 hint="declare the series of one of these versions",
             )
-        version = max(fitting, key=NativeVersion)
-        archive, stanza = versions[version]
-        tarball = re.compile(re.escape(f"{name}_{_upstream(version)}.orig.tar.") + r"[a-z0-9]+")
-        for line in stanza.get("Checksums-Sha256", "").splitlines():
-            if len(parts := line.split()) == 3 and tarball.fullmatch(parts[2]):
-                pool_path = _pool_path(f"{stanza['Directory']}/{parts[2]}")
-                return SourcePackage(
-                    name, version, _upstream(version), archive, pool_path, int(parts[1]), FileHash(parts[0])
-                )
-        raise UsageError(f"source package {name} {version} has no upstream tarball (.orig.tar.*)")
+        found: dict[str, SourcePackage] = {}
+        for version in sorted(fitting, key=NativeVersion, reverse=True):
+            package = _source_package(name, version, *versions[version])
+            if package is not None:
+                found.setdefault(package.upstream, package)
+        if not found:
+            raise UsageError(f"source package {name} {max(fitting, key=NativeVersion)} has no upstream tarball")
+        return tuple(found.values())
 
     def candidate(self, name: str, arch: str) -> _Package | None:
         """The highest version of a package in one architecture's indexes; the first suite wins a tie."""
@@ -417,6 +416,15 @@ def _index_file(download: Download, release: _Release, path: str) -> bytes:
             hint="try another mirror",
         )
     return plain
+
+
+def _source_package(name: str, version: str, archive: Archive, stanza: Mapping[str, str]) -> SourcePackage | None:
+    tarball = re.compile(re.escape(f"{name}_{_upstream(version)}.orig.tar.") + r"[a-z0-9]+")
+    for line in stanza.get("Checksums-Sha256", "").splitlines():
+        if len(parts := line.split()) == 3 and tarball.fullmatch(parts[2]):
+            path = _pool_path(f"{stanza['Directory']}/{parts[2]}")
+            return SourcePackage(name, version, _upstream(version), archive, path, int(parts[1]), FileHash(parts[0]))
+    return None
 
 
 def _pool_path(path: str) -> str:

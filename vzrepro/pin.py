@@ -141,7 +141,15 @@ class Pinner:
             version, sha256 = self._newest_crate(want.name, series)
             file = self._crate_file(crates.Crate(want.name, version, sha256))
             return SourcePin(want.request, version, file)
-        found = self._index(str(want.ask["suite"])).source(want.name, series)
+        packages = self._index(str(want.ask["suite"])).sources(want.name, series)
+        found = next((package for package in packages if fetch.served(self.mirrors.urls(package.url))), None)
+        if found is None:
+            raise RemoteError(
+                f"no mirror has {want.name} {packages[0].upstream}, nor another version of the series {series}",
+                hint="name a complete mirror: export VZREPRO_MIRRORS='debian=https://…'",
+            )
+        if found is not packages[0]:
+            self.say(f"{want.name} {packages[0].upstream} is in the index, but no mirror has its file yet")
         return SourcePin(want.request, found.upstream, PinnedFile(found.url, found.sha256, found.size))
 
     def _newest_crate(self, name: str, series: str) -> tuple[str, FileHash]:

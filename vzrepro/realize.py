@@ -160,6 +160,8 @@ class Realizer:
     def perform(self, step: Step, inputs: Mapping[DrvHash, ObjectInfo]) -> ObjectInfo:
         """Do what one step says and return the valid object. Other processes doing the same are waited for."""
         node, path = step.node, step.node.path
+        if self.stop.is_set():
+            raise Interrupted(f"interrupted before {node.target} was begun")
         begun = time.monotonic()
         action = _ACTIONS[step.verb]
 
@@ -492,6 +494,7 @@ class _Schedule:
             for need in needs:
                 self._needed_by.setdefault(need, []).append(drv)
         self._ended: queue.SimpleQueue[tuple[DrvHash, Future[ObjectInfo]]] = queue.SimpleQueue()
+        self._futures: dict[DrvHash, Future[ObjectInfo]] = {}
         self._errors: list[BaseException] = []
         self._running = 0
 
@@ -516,23 +519,30 @@ class _Schedule:
                         self.move(drv, State.RUNNING)
                 while self._running:
                     drv, future = self._ended.get()
-                    error = future.exception()
-                    if error is None:
-                        self._infos[drv] = future.result()
-                        self.move(drv, State.DONE)
-                    else:
+                    if future.cancelled():
+                        self.move(drv, State.WAITING)
+                    elif (error := future.exception()) is not None:
                         self._errors.append(error)
                         self.move(drv, State.FAILED)
+                    else:
+                        self._infos[drv] = future.result()
+                        self.move(drv, State.DONE)
             except KeyboardInterrupt as error:
                 # Leaving the pools waits for what runs, and that ends soon: containers and downloads watch `stop`.
                 self._realizer.stop.set()
+                self._cancel_queued()
                 raise Interrupted("interrupted; what was finished is kept in the store") from error
         if self._errors:
             # An interrupt of a step tells less than the failure that caused it.
             raise min(self._errors, key=lambda error: isinstance(error, Interrupted | _Gone))
 
+    def _cancel_queued(self) -> None:
+        """What a pool has not begun goes back to WAITING, for good: nothing is started after a failure."""
+        for future in self._futures.values():
+            future.cancel()
+
     def move(self, drv: DrvHash, to: State) -> None:
-        """The one transition function: WAITING → RUNNING → DONE or FAILED, and what follows from it."""
+        """The one transition function: WAITING → RUNNING → DONE or FAILED (or WAITING, cancelled before it began)."""
         builds, transfers, pushes = self._pools
         step = self._steps[drv]
         self._state[drv] = to
@@ -541,9 +551,12 @@ class _Schedule:
             pool = builds if step.verb in ("build", "image") else transfers
             inputs = {dep: self._infos[dep] for dep in step.node.drv.dependencies() if dep in self._infos}
             future = pool.submit(self._realizer.perform, step, inputs)
+            self._futures[drv] = future
             future.add_done_callback(lambda done: self._ended.put((drv, done)))
             return
         self._running -= 1
+        if to is State.FAILED:
+            self._cancel_queued()
         if to is State.DONE:
             if step.verb not in ("substitute", "import"):
                 pushes.submit(self._realizer.push, step.node, self._infos[drv])

@@ -9,7 +9,7 @@ _SANITIZERS = ("libasan8", "libhwasan0", "liblsan0", "libtsan2", "libubsan1")
 _WITHOUT = {
     "debconf": "asks questions for maintainer scripts, which never run",
     "debianutils": "which, run-parts, savelog: no build runs them",
-    "dpkg": "python3-minimal needs it for its maintainer scripts only",
+    "dpkg": "python3 needs it for its maintainer scripts only",
     "libc-dev-bin": "gencat, rpcgen and the like: no build runs them",
     "libgprofng0": "only the profiler gprofng uses it",
     "libquadmath0": "nothing here links libquadmath",
@@ -25,7 +25,7 @@ _WITHOUT = {
 }
 """Packages that others depend on and no build here uses: name → why it can be left out."""
 
-_SHELL = ("bash", "coreutils", "dash", "findutils", "grep", "gzip", "libc-bin", "python3-minimal", "sed", "tar")
+_SHELL = ("bash", "coreutils", "dash", "findutils", "grep", "gzip", "libc-bin", "python3", "sed", "tar")
 
 _C = (
     *("gcc", "gcc-aarch64-linux-gnu", "libc6-dev", "libc6-dev-arm64-cross", "make"),

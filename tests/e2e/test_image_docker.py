@@ -59,7 +59,7 @@ def test_nothing_in_it_is_setuid_or_unreadable(loaded: ImageId) -> None:
 
 
 def test_the_newest_kernel_of_a_series_is_found() -> None:
-    found = trixie.index().source("linux", "6.12")
+    found = trixie.index().sources("linux", "6.12")[0]
     assert found.upstream.startswith("6.12.")
     assert found.url.endswith(f"/main/l/linux/linux_{found.upstream}.orig.tar.xz")
     assert found.size > 100 << 20

@@ -480,17 +480,18 @@ def test_the_newest_source_of_a_series() -> None:
         source("linux", "6.13~rc1-1", "linux_6.13~rc1.orig.tar.xz"),
         source("linux-doc", "6.12.999-1", "linux-doc_6.12.999.orig.tar.xz"),
     )
-    found = index.source("linux", "6.12")
+    found, *older = index.sources("linux", "6.12")
+    assert [package.upstream for package in older] == ["6.12.9"]
     name = "linux_6.12.117.orig.tar.xz"
     assert (found.version, found.upstream) == ("6.12.117-1", "6.12.117")
     assert found.url == f"mirror://debian-security/pool/main/l/linux/{name}"
     assert (found.size, found.sha256.hex) == (len(name), hashlib.sha256(name.encode()).hexdigest())
-    assert index.source("linux", "6.12.9").upstream == "6.12.9"
+    assert index.sources("linux", "6.12.9")[0].upstream == "6.12.9"
 
 
 def test_a_source_with_an_epoch_and_signature_files() -> None:
     files = ("busybox_1.37.0.orig.tar.bz2.asc", "busybox_1.37.0.orig-extra.tar.gz", "busybox_1.37.0.orig.tar.bz2")
-    found = sources(source("busybox", "1:1.37.0-6", *files)).source("busybox", "1.37")
+    (found,) = sources(source("busybox", "1:1.37.0-6", *files)).sources("busybox", "1.37")
     assert (found.version, found.upstream, found.pool_path) == (
         "1:1.37.0-6",
         "1.37.0",
@@ -503,12 +504,12 @@ def test_sources_that_are_not_there() -> None:
         source("linux", "6.12.9-1", "linux_6.12.9.orig.tar.xz"), source("native", "3.1", "native_3.1.tar.xz")
     )
     with pytest.raises(UsageError, match="no source package linus") as caught:
-        index.source("linus", "6.12")
+        index.sources("linus", "6.12")
     assert "linux" in (caught.value.hint or "")
     with pytest.raises(UsageError, match=r"no version in the series 6\.13") as caught:
-        index.source("linux", "6.13")
+        index.sources("linux", "6.13")
     assert "6.12.9-1" in (caught.value.reason or "")
     with pytest.raises(UsageError, match=r"no version in the series 6\.1\n"):
-        index.source("linux", "6.1")
+        index.sources("linux", "6.1")
     with pytest.raises(UsageError, match="no upstream tarball"):
-        index.source("native", "3")
+        index.sources("native", "3")

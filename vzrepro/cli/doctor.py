@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import click
 
-from vzrepro import console, pin, sandbox
+from vzrepro import console, sandbox
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
 from vzrepro.errors import VzreproError
@@ -67,6 +67,8 @@ def _workspace(session: Session) -> str:
 
 
 def _lock(session: Session) -> str:
+    from vzrepro import pin
+
     wants = evaluate(session.root, session.lock, session.config.platform, lenient=True).wants
     faults = pin.check(wants, session.lock, session.config.platform)
     if faults:

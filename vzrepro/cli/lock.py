@@ -7,7 +7,6 @@ import os
 import click
 
 from vzrepro import lock as locks
-from vzrepro import pin
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
 from vzrepro.errors import UsageError
@@ -40,6 +39,8 @@ def lock(session: Session, names: tuple[str, ...], check: bool, update: bool, al
         temporary = session.lock_file.with_suffix(f".{os.getpid()}")
         temporary.write_text(text)
         temporary.replace(session.lock_file)
+    from vzrepro import pin
+
     moves = pin.moves(before, after)
     if moves:
         session.console.print_table(("pin", "old", "new"), [(move.what, move.before, move.after) for move in moves])
@@ -48,6 +49,8 @@ def lock(session: Session, names: tuple[str, ...], check: bool, update: bool, al
 
 
 def _check(session: Session) -> None:
+    from vzrepro import pin
+
     wants = evaluate(session.root, session.lock, session.config.platform, lenient=True).wants
     faults = pin.check(wants, session.lock, session.config.platform)
     if faults:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import vzrepro
 from vzrepro import fetch, noop
@@ -21,10 +22,12 @@ from vzrepro.evaluate import DrvGraph, evaluate
 from vzrepro.events import Notice
 from vzrepro.lock import Lock
 from vzrepro.model import ObjectInfo, StorePath
-from vzrepro.pin import Pinner
 from vzrepro.realize import Realizer
 from vzrepro.recipe import Node
 from vzrepro.store import LocalStore
+
+if TYPE_CHECKING:
+    from vzrepro.pin import Pinner
 
 
 class Session:
@@ -109,7 +112,9 @@ class Session:
 
     def pinner(self, update: Sequence[str] | None, *, allow_expired: bool) -> Pinner:
         """What `vzrepro lock` resolves with."""
-        return Pinner(
+        from vzrepro import pin  # OpenPGP and the resolvers: only `lock` needs them
+
+        return pin.Pinner(
             root=self.root,
             platform=self.config.platform,
             mirrors=self.mirrors,

@@ -9,7 +9,6 @@ import click
 from vzrepro import console
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
-from vzrepro.vm.boot import boot as boot_bundle
 
 DEVICE = "vhost-device-vsock"
 """The target that is the host's end of the guest's vsock."""
@@ -27,6 +26,8 @@ def vm() -> None:
 @click.pass_obj
 def boot(session: Session, bundle: str, timeout_secs: float) -> None:
     """Boot a bundle, wait for its agent, call Ping and SystemInfo, show the phases, power off."""
+    from vzrepro.vm.boot import boot as boot_bundle  # gRPC takes a while to load, and only this verb needs it
+
     names = [DEVICE] if (Path(bundle) / "vmlinux").is_file() else [DEVICE, bundle]
     nodes = [session.target(name) for name in names]
     found = [session.store.location(info.path) for info in session.realizer().realize(nodes)]

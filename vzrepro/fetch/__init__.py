@@ -7,8 +7,20 @@ from vzrepro.fetch.download import (
     download,
     download_all,
     get,
+    served,
 )
 from vzrepro.fetch.mirrors import Mirrors, index_url
 from vzrepro.fetch.wire import Http
 
-__all__ = ["Download", "Http", "Mirrors", "NotFound", "Patience", "download", "download_all", "get", "index_url"]
+__all__ = [
+    "Download",
+    "Http",
+    "Mirrors",
+    "NotFound",
+    "Patience",
+    "download",
+    "download_all",
+    "get",
+    "index_url",
+    "served",
+]

@@ -399,6 +399,27 @@ def get(
     return sink.bytes()
 
 
+def served(urls: Sequence[str], *, patience: Patience | None = None, http: Http | None = None) -> bool:
+    """Whether one of `urls` has its file; nothing of it is read. A mirror's index may be ahead of its files.
+
+    False only when every place says that it has none: a place that cannot be asked may have it.
+    """
+    patience, http = patience or Patience(), http or _shared_http()
+    missing = []
+    for url in urls:
+        try:
+            if url.startswith("file:"):
+                body = open_file(url, 0)
+            else:
+                body = http.open(url, 0, None, patience.connect_secs, patience.read_secs)
+        except Failed as failure:
+            missing.append(failure.missing)
+        else:
+            body.close()
+            return True
+    return not all(missing)
+
+
 def download(
     urls: Sequence[str],
     dest: Path,
