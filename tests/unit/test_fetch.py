@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from vzrepro.errors import HashMismatch, Interrupted, RemoteError, VzreproError
-from vzrepro.fetch import Download, Http, NotFound, Patience, download, download_all, get
+from vzrepro.fetch import Download, Http, NotFound, Patience, download, download_all, get, served
 from vzrepro.fetch.download import _Part
 from vzrepro.model import FileHash
 
@@ -668,3 +668,16 @@ def test_stopping_all_downloads_does_not_wait_for_a_silent_server(site: Site, tm
         assert not release.is_set()
     finally:
         release.set()
+
+
+def test_served_asks_without_reading(site: Site, tmp_path: Path) -> None:
+    there, gone = site.serve("there", good()), site.serve("gone", status(404))
+    assert served([gone, there])
+    assert not served([gone])
+    assert not served([(tmp_path / "nothing").as_uri(), gone])
+    (tmp_path / "file").write_bytes(DATA)
+    assert served([gone, (tmp_path / "file").as_uri()])
+
+
+def test_a_place_that_cannot_be_asked_may_have_it(site: Site) -> None:
+    assert served([site.serve("gone", status(404)), "http://127.0.0.1:9/file"])

@@ -1,0 +1,67 @@
+"""Configuration: three places in order, and mistakes named with their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vzrepro.config import Config, find_workspace, load
+from vzrepro.errors import UsageError
+
+
+def _load(root: Path, environ: dict[str, str] | None = None, user: str = "") -> Config:
+    file = root / "user.toml"
+    file.write_text(user)
+    return load(root, environ or {}, file)
+
+
+def test_later_places_win(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[tool.vzrepro]\ncores = 1\njobs = 1\nstore = "project"\n')
+    config = _load(tmp_path, {"VZREPRO_CORES": "3"}, "cores = 2\njobs = 2\n")
+    assert (config.cores, config.jobs, config.store) == (3, 2, tmp_path / "project")
+
+
+def test_defaults(tmp_path: Path) -> None:
+    config = _load(tmp_path)
+    assert config.store == tmp_path / "store"
+    assert config.machine_cache
+    assert config.build_cores() >= 1
+    assert config.build_jobs() >= 1
+
+
+def test_absolute_store(tmp_path: Path) -> None:
+    assert _load(tmp_path, {"VZREPRO_STORE": "/elsewhere"}).store == Path("/elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("user", "environ", "complaint"),
+    [
+        ("nonsense = 1\n", {}, "user.toml: nonsense"),
+        ("cores = -1\n", {}, "user.toml: cores"),
+        ("cores = [", {}, "user.toml: cannot be read as TOML"),
+        ("", {"VZREPRO_JOBS": "many"}, "VZREPRO_JOBS: jobs"),
+        ("", {"VZREPRO_MACHINE_CACHE": "perhaps"}, "VZREPRO_MACHINE_CACHE: machine-cache"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, user: str, environ: dict[str, str], complaint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        _load(tmp_path, environ, user)
+    assert complaint in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit", "wanted"),
+    [(None, None, None), (5 << 30, None, 5 << 30), (5 << 30, 2, 2 << 30), (None, 2, 2 << 30)],
+)
+def test_memory_is_bounded_by_the_user(asked: int | None, limit: int | None, wanted: int | None) -> None:
+    assert Config.model_validate({"memory-gib": limit}).memory_bytes(asked) == wanted
+
+
+def test_workspace_is_found_upwards(tmp_path: Path) -> None:
+    deep = tmp_path / "ws" / "a" / "b"
+    deep.mkdir(parents=True)
+    (tmp_path / "ws" / "recipes").mkdir()
+    assert find_workspace(deep) == (tmp_path / "ws").resolve()
+    with pytest.raises(UsageError, match="no workspace"):
+        find_workspace(tmp_path)
