@@ -50,8 +50,8 @@ class Config(BaseModel):
         return self.cores or _host_cores()
 
     def build_jobs(self) -> int:
-        """Builds that run at the same time."""
-        return self.jobs or max(1, min(4, _host_cores() // 2))
+        """Builds that run at the same time: two at least, since each has stretches that keep one core busy."""
+        return self.jobs or max(2, min(4, _host_cores() // 2))
 
     def memory_bytes(self, asked: int | None) -> int | None:
         """The memory limit of one build: the recipe's wish, bounded by the user's."""

@@ -95,17 +95,6 @@ def seeded(project: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
-@pytest.fixture(scope="session")
-def tools_image(project: Cli) -> str:
-    """The id of the tools image, loaded into the container engine."""
-    from vzrepro import image, sandbox
-
-    archive = project.realize("image-tools")[0]
-    identity = str(image.image_id(archive))
-    sandbox.load_image(archive, identity)
-    return identity
-
-
 @pytest.fixture
 def small(tmp_path: Path, seeded: Path) -> Cli:
     """A workspace with two little recipes (`high` is made from `low`), a store of its own with the tools image, and

@@ -1,5 +1,6 @@
 """Reaching an agent: the handshake with the vsock device, the proxy, and the calls, against servers of our own."""
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ class Streams:
             threading.Thread(target=self._serve, args=(stream,), daemon=True).start()
 
     def _serve(self, stream: socket.socket) -> None:
-        with stream:
+        with stream, contextlib.suppress(OSError):  # the other side may be gone
             self.answer(stream, agent.read_line(stream))
 
 

@@ -184,11 +184,12 @@ def test_a_guest_that_never_gets_ready_shows_its_console_and_what_was_missing(wo
 
 
 def test_a_panic_ends_the_wait_at_once(world: World) -> None:
-    with pytest.raises(VzreproError, match="qemu-system-aarch64 ended with exit code 0") as error:
-        world.boot(["say Kernel panic - not syncing: no init", "exit 0"], timeout_secs=600)
+    trace = [f"say  0x{number:016x}" for number in range(50)]
+    with pytest.raises(VzreproError, match="the guest's kernel panicked: no init") as error:
+        world.boot(["say [ 0.8] Kernel panic - not syncing: no init", *trace, "exit 0"], timeout_secs=600)
     assert error.value.reason is not None
     assert "waited for: the kernel to start /init" in error.value.reason
-    assert "Kernel panic - not syncing: no init" in error.value.reason
+    assert f"0x{49:016x}" in error.value.reason
 
 
 def test_qemus_own_complaint_is_shown(world: World) -> None:

@@ -109,8 +109,9 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a child that its parent died")
 def test_a_child_dies_with_us_even_when_we_are_killed() -> None:
     code = (
-        "import time; from vzrepro.vm import qemu\n"
+        "import pathlib, time; from vzrepro.vm import qemu\n"
         "child = qemu.Child('/bin/sleep', ['600'])\n"
+        "while pathlib.Path(f'/proc/{child.pid}/comm').read_text() != 'sleep\\n': time.sleep(0.01)\n"
         "print(child.pid, flush=True); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -30,6 +30,7 @@ TAIL_LINES = 30
 
 _INIT_LINE = "vz-init: start"
 _AGENT_LINE = "vz-init: agent start"
+_PANIC = "Kernel panic - not syncing:"
 _POWER_OFF_SECS = 20.0
 _CONSOLE_LAG_SECS = 2.0
 # Ready is pushed. Where the push does not come (an agent that pushes nothing, a host port that is taken), asking finds
@@ -132,6 +133,7 @@ class _Watch:
     messages: queue.SimpleQueue[_Line | _Ended | _Ready] = field(default_factory=queue.SimpleQueue)
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
     phases: list[events.Phase] = field(default_factory=list)
+    panic: str | None = None
 
     def line(self, text: str) -> None:
         self.messages.put(_Line(time.monotonic(), text))
@@ -159,10 +161,10 @@ class _Watch:
                     self.reached("ready", ready.at)
                     return ready
                 case _Ended() as ended:
-                    raise VzreproError(
-                        f"{ended.name} ended with {_exit(ended.code)} before the guest's agent was ready",
-                        reason=self._story(),
-                    )
+                    what = f"{ended.name} ended with {_exit(ended.code)} before the guest's agent was ready"
+                    if self.panic is not None:
+                        what = f"the guest's kernel panicked: {self.panic}"
+                    raise VzreproError(what, reason=self._story())
 
     def wait_until_off(self, timeout_secs: float) -> None:
         """Raises TimedOut, or VzreproError when QEMU fails."""
@@ -208,6 +210,8 @@ class _Watch:
             self.reached("init", line.at)
         elif line.text.startswith(_AGENT_LINE):
             self.reached("agent", line.at)
+        elif _PANIC in line.text and self.panic is None:
+            self.panic = line.text.partition(_PANIC)[2].strip()
 
     def _story(self, waited: str | None = None) -> str:
         reached = ", ".join(f"{phase.name} at {phase.secs:.2f} s" for phase in self.phases) or "nothing"
