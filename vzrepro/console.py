@@ -183,7 +183,7 @@ class _Work:
                     known.line = line
                 return known
             case Finished():
-                self.done += 1
+                self.done += event.action != "push"  # pushes are not part of the plan
                 return self.jobs.pop(event.path, None)
         return None
 
@@ -484,8 +484,8 @@ def _lasting_line(event: Event) -> Pieces | None:
             if event.expected_secs is not None and parts:
                 parts.append(f"about {duration(event.expected_secs)}")
             return [("plan ", "bold"), (", ".join(parts) or "nothing to do", "")]
-        case Finished(outcome="failed" | "not-tried"):
-            verb = "failed after" if event.outcome == "failed" else "not tried after"
+        case Finished(outcome="failed" | "interrupted"):
+            verb = f"{event.outcome} after"
             return [(f"{event.action} ", "red"), (f"{event.target} {verb} {duration(event.secs)}", "red")]
         case Finished():
             nar = "" if event.nar_size is None else f", {size(event.nar_size)}"

@@ -273,7 +273,7 @@ class Outcome(enum.Enum):
     FETCHED = "fetched"
     SUBSTITUTED = "substituted"
     FAILED = "failed"
-    NOT_TRIED = "not-tried"
+    INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True, slots=True)

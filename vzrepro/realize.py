@@ -176,8 +176,9 @@ class Realizer:
             self.report(events.Started(node.target, str(path), action, step.expected_secs, step.download_bytes or None))
             try:
                 info = self._outcome(step, inputs)
-            except BaseException:
-                self._finished(step, action, Outcome.FAILED, begun, None)
+            except BaseException as error:
+                outcome = Outcome.INTERRUPTED if isinstance(error, Interrupted) else Outcome.FAILED
+                self._finished(step, action, outcome, begun, None)
                 raise
             self.store.put_derivation(node.drv_hash, node.target, canonical_json(node.drv.document()))
             verb = "copy" if info.outcome is Outcome.COPIED else step.verb
