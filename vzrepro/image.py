@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from vzrepro import deb
-from vzrepro.errors import UsageError
+from vzrepro.errors import Interrupted, UsageError
 from vzrepro.model import Digest
 
 IMAGE_FORMAT = 1
@@ -136,14 +136,16 @@ def write_image(
     drop: Sequence[str] = DROP,
     keep: Sequence[str] = KEEP,
     max_bytes: int = MAX_BYTES,
+    stop: threading.Event | None = None,
 ) -> ImageId:
     """Write the docker-archive of the packages to the new file `out`; return the id it will have once loaded.
 
     `debs` are (name for errors, file), each name once; their order does not matter. `platform` is `os/arch`.
     File bodies are spooled to nameless temporary files beside `out`; at most `max_bytes` in all are unpacked.
     Raises UsageError when a package is unsound (`deb.read_deb`) or two packages disagree about a path, OSError when
-    the disk is full. An `out` that could not be finished is removed.
+    the disk is full, Interrupted soon after `stop` was set. An `out` that could not be finished is removed.
     """
+    stop = stop or threading.Event()
     packages = sorted(debs)
     names = [name for name, _path in packages]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -152,7 +154,7 @@ def write_image(
     with ExitStack() as stack:
         threads = min(_THREADS, os.cpu_count() or 1)
         spools = [stack.enter_context(tempfile.TemporaryFile(dir=out.parent)) for _thread in range(threads)]
-        unpack = _Unpacking(drop, keep, max_bytes, spools)
+        unpack = _Unpacking(drop, keep, max_bytes, spools, stop)
         pool = stack.enter_context(ThreadPoolExecutor(threads))
         try:
             trees = list(pool.map(unpack.tree, names, (path for _name, path in packages)))
@@ -163,7 +165,7 @@ def write_image(
         _complete(tree, links, spools[0])
         with out.open("xb", buffering=deb.CHUNK) as file:
             try:
-                identity = _write_archive(tree, file, os_name, architecture)
+                identity = _write_archive(tree, file, os_name, architecture, stop)
                 file.flush()
             except BaseException:
                 out.unlink()
@@ -193,7 +195,15 @@ def image_tag(identity: ImageId) -> str:
 class _Unpacking:
     """Reads packages, several at once: they share one limit of bytes and one stop."""
 
-    def __init__(self, drop: Sequence[str], keep: Sequence[str], max_bytes: int, spools: Iterable[BinaryIO]) -> None:
+    def __init__(
+        self,
+        drop: Sequence[str],
+        keep: Sequence[str],
+        max_bytes: int,
+        spools: Iterable[BinaryIO],
+        interrupted: threading.Event,
+    ) -> None:
+        self._interrupted = interrupted
         self._spools: queue.SimpleQueue[BinaryIO] = queue.SimpleQueue()
         for spool in spools:
             self._spools.put(spool)
@@ -240,6 +250,7 @@ class _Unpacking:
         return tree
 
     def _spend(self, name: str, size: int) -> None:
+        _check(self._interrupted)
         with self._lock:
             self._left -= size
             if self._left < 0 or self._stopped:
@@ -248,6 +259,11 @@ class _Unpacking:
                     reason=f"the limit was reached in {name}",
                     hint="ask for fewer packages, or raise the limit if the image is meant to be this large",
                 )
+
+
+def _check(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise Interrupted("interrupted while an image was being written")
 
 
 def _pattern(globs: Sequence[str]) -> re.Pattern[str]:
@@ -341,13 +357,16 @@ def _complete(tree: _Tree, links: Mapping[str, Sequence[str]], spool: BinaryIO) 
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def _write_archive(tree: _Tree, file: BinaryIO, os_name: str, architecture: str) -> ImageId:
+def _write_archive(
+    tree: _Tree, file: BinaryIO, os_name: str, architecture: str, stop: threading.Event
+) -> ImageId:
     """layer.tar first, since the config needs its hash; its size is known before its bytes are."""
     entries = list(_layer_entries(tree))
     size = sum(len(header) + -(-(body.size if body else 0) // _BLOCK) * _BLOCK for header, body in entries) + 2 * _BLOCK
     file.write(_header(b"layer.tar", b"0", 0o644, size))
     digest = hashlib.sha256()
     for piece in _layer_bytes(entries):
+        _check(stop)
         digest.update(piece)
         file.write(piece)
     config = _json(

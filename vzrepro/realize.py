@@ -115,6 +115,8 @@ class Realizer:
         was finished until then stays in the store.
         """
         self.store.sweep()
+        # Held first, then looked at: what the plan finds then stays until it has been used.
+        self.store.hold([node.path for node in self.graph.closure(targets)])
         while True:
             plan = make_plan(self.graph, targets, self)
             if plan.todo():
@@ -149,7 +151,6 @@ class Realizer:
     def execute(self, plan: Plan) -> None:
         """Run all steps, inputs first. Raises the first failure after what was running has ended."""
         todo = plan.todo()
-        self.store.hold([step.node.path for step in plan.steps])
         if any(step.verb == "build" for step in todo):
             sandbox.check()
             sandbox.sweep()
@@ -298,6 +299,7 @@ class Realizer:
         path = str(node.path)
 
         def progress(done: int, total: int | None) -> None:
+            self._stop_here()
             self.report(events.Progress(node.target, path, done, total))
 
         with self.store.scratch(node.target) as scratch:
@@ -341,9 +343,8 @@ class Realizer:
             if step.verb == "image":
                 debs = self.store.location(inputs[node.drv.inputs["debs"]].path)
                 archive = scratch / "archive"
-                image.write_image(
-                    [(deb.name, deb) for deb in debs.iterdir()], archive, platform=node.drv.platform or ""
-                )
+                packages = [(deb.name, deb) for deb in debs.iterdir()]
+                image.write_image(packages, archive, platform=node.drv.platform or "", stop=self.stop)
                 return self._register(node, archive, scratch, Outcome.BUILT, key=key)
             return self._build(node, scratch, key)
 
@@ -413,6 +414,11 @@ class Realizer:
             shutil.rmtree(scratch)
         return info
 
+    def _stop_here(self, *_progress: int | None) -> None:
+        """Called now and then by what takes long: raises Interrupted once `stop` is set."""
+        if self.stop.is_set():
+            raise Interrupted("interrupted")
+
     # --- keeping what was made ----------------------------------------------------------------------------------
 
     def _register(
@@ -450,7 +456,7 @@ class Realizer:
     def push(self, node: Node, info: ObjectInfo) -> None:
         """Write a new object to every cache that can be written; a failure is a warning, the object stays here."""
         for cache in self.caches:
-            if not cache.writable:
+            if not cache.writable or self.stop.is_set():
                 continue
             begun = time.monotonic()
             path = str(info.path)
@@ -462,7 +468,10 @@ class Realizer:
                     self.store.location(info.path),
                     derivation=canonical_json(node.drv.document()),
                     log=log if log.is_file() else None,
+                    progress=self._stop_here,
                 ).kept.value
+            except Interrupted:
+                outcome = Outcome.INTERRUPTED.value
             except (VzreproError, OSError) as error:
                 outcome = "failed"
                 self.report(events.Notice("warning", f"{cache.url}: {node.target} was not pushed: {error}"))
