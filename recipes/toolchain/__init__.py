@@ -27,21 +27,20 @@ _WITHOUT = {
 
 _SHELL = ("bash", "coreutils", "dash", "findutils", "grep", "gzip", "libc-bin", "python3", "sed", "tar")
 
-_C = (
-    *("gcc", "gcc-aarch64-linux-gnu", "libc6-dev", "libc6-dev-arm64-cross", "make"),
-    *("bzip2", "diffutils", "gawk", "patch", "perl-base", "xz-utils"),
-)
+_COMPILERS = ("gcc", "gcc-aarch64-linux-gnu", "libc6-dev", "libc6-dev-arm64-cross")
+
+_MAKE = ("bc", "bison", "bzip2", "diffutils", "flex", "gawk", "make", "patch", "perl-base", "xz-utils")
 
 TOOLS_IMAGE = debian_image("tools", suite=SUITE, packages=_SHELL, without=_WITHOUT)
 """A shell and Python: for what is put together, not compiled."""
 
-C_IMAGE = debian_image("c", suite=SUITE, packages=[*_SHELL, *_C, "bc", "bison", "flex"], without=_WITHOUT)
+C_IMAGE = debian_image("c", suite=SUITE, packages=[*_SHELL, *_COMPILERS, *_MAKE], without=_WITHOUT)
 """C for the guest and for the tools that its builds run: the kernel and busybox."""
 
 RUST_IMAGE = debian_image(
     "rust",
     suite=SUITE,
-    packages=[*_SHELL, *_C, "cargo-web", "libstd-rust-web-dev", "pkg-config", "rustc-web"],
+    packages=[*_SHELL, *_COMPILERS, "cargo-web", "libstd-rust-web-dev", "rustc-web"],
     foreign=["libseccomp-dev:arm64", "libstd-rust-web-dev:arm64"],
     without=_WITHOUT,
 )

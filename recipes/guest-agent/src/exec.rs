@@ -8,7 +8,7 @@ use std::process::{ExitStatus, Stdio};
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::prctl::set_pdeathsig;
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::{SigHandler, Signal, killpg, signal};
 use nix::unistd::Pid;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, Command};
@@ -147,6 +147,11 @@ fn spawn(request: &ExecRequest) -> Result<Child, String> {
         // Nobody could read a command's output any more, or end it, once its agent is gone. After `assume`, since
         // the kernel forgets this with a change of user.
         set_pdeathsig(Signal::SIGKILL)?;
+        // The shell that started the agent in its background made it ignore these, and a command would inherit that.
+        for ignored in [Signal::SIGINT, Signal::SIGQUIT] {
+            // SAFETY: no handler of ours is replaced, and the default one runs no code of ours.
+            unsafe { signal(ignored, SigHandler::SigDfl) }?;
+        }
         Ok(())
     };
     // SAFETY: the function only makes system calls, on data made before the fork.

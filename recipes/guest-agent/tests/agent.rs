@@ -42,8 +42,9 @@ impl Agent {
         let directory = std::env::temp_dir().join(format!("vz-guest-agent-{}-{count}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();
         let socket = directory.join("agent.sock");
-        let process = Command::new(BINARY)
-            .arg("--listen")
+        // As the guest's init starts it: a shell makes what runs in its background ignore these two.
+        let process = Command::new("sh")
+            .args(["-c", r#"trap "" INT QUIT; exec "$0" "$@""#, BINARY, "--listen"])
             .arg(format!("unix:{}", socket.display()))
             .args(arguments)
             .env("AGENTS_OWN", "1")
@@ -346,6 +347,13 @@ async fn death_by_signal_is_128_and_its_number() {
     let agent = Agent::start().await;
     assert_eq!(agent.shell("kill -TERM $$").await.end, Event::ExitCode(143));
     assert_eq!(agent.shell("kill -KILL $$").await.end, Event::ExitCode(137));
+}
+
+#[tokio::test]
+async fn a_command_ignores_no_signal() {
+    let agent = Agent::start().await;
+    assert_eq!(agent.shell("kill -INT $$").await.end, Event::ExitCode(130));
+    assert_eq!(agent.shell("kill -QUIT $$").await.end, Event::ExitCode(131));
 }
 
 #[tokio::test]
