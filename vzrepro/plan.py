@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from vzrepro.evaluate import DrvGraph
-from vzrepro.model import BuildKey, DrvHash, FileHash, NarHash, ObjectInfo, StorePath
+from vzrepro.model import BuildKey, DrvHash, FileHash, ObjectInfo, StorePath
 from vzrepro.recipe import Node
 
 Verb = Literal["have", "copy", "substitute", "fetch", "import", "image", "build"]
@@ -23,9 +23,8 @@ local tree · write a toolchain image · build in the sandbox."""
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a cache holds under a store path: its NAR hash, its download size in bytes and the URLs' digest."""
+    """What a cache holds under a store path: its download size in bytes, and the URLs' digest."""
 
-    nar_hash: NarHash
     download_bytes: int
     origin: FileHash | None
     cache: str

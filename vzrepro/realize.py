@@ -25,6 +25,7 @@ from vzrepro.cache.narinfo import NarInfo
 from vzrepro.config import Config
 from vzrepro.errors import HashMismatch, Interrupted, RemoteError, UsageError, VzreproError
 from vzrepro.evaluate import DrvGraph
+from vzrepro.lock import PinnedFile
 from vzrepro.model import BuildKey, DrvHash, FileHash, ObjectInfo, Outcome, StorePath, canonical_json, store_path
 from vzrepro.plan import Offer, Plan, Step, make_plan
 from vzrepro.recipe import Node
@@ -94,7 +95,7 @@ class Realizer:
         for cache in self.caches:
             info = cache.query(path)
             if info is not None:
-                return Offer(info.nar_hash, info.file_size or info.nar_size, info.origin, cache.url)
+                return Offer(info.file_size or info.nar_size, info.origin, cache.url)
         return None
 
     def equal(self, key: BuildKey) -> ObjectInfo | None:
@@ -238,7 +239,7 @@ class Realizer:
             [
                 fetch.Download(
                     self.mirrors.urls(file.url, snapshot=self.snapshot),
-                    self._downloads / file.sha256.hex,
+                    self._download_of(file),
                     file.sha256,
                     file.size,
                 )
@@ -259,27 +260,32 @@ class Realizer:
             if "" not in node.files:
                 tree.mkdir()
             for name, file in node.files.items():
-                _copy_file(self._downloads / file.sha256.hex, tree / name if name else tree)
+                _copy_file(self._download_of(file), tree / name if name else tree)
             return self._register(node, tree, scratch, Outcome.FETCHED, origin=origin)
 
     @property
     def _downloads(self) -> Path:
         return self.store.root / ".vzrepro" / "downloads"
 
+    def _download_of(self, file: PinnedFile) -> Path:
+        """Where a file waits for its object. Named after URL and hash: what came from elsewhere must not stand in."""
+        return self._downloads / FileHash.of(f"{file.url} {file.sha256}".encode()).hex
+
     def _seed(self, node: Node) -> None:
-        """Take what an earlier object of the same recipe already has, instead of downloading it again."""
-        wanted = {file.sha256.hex for file in node.files.values()}
-        if self.have(node.path) is not None:
+        """Take files that an earlier set of the same recipe has under the same name, instead of downloading them."""
+        if self.have(node.path) is not None or "" in node.files:
             return
         for drv_hash, canonical, _seen in self.store.derivations_named(node.target):
             earlier = json.loads(canonical)
             folder = self.store.location(store_path(drv_hash, earlier["name"]))
-            if not folder.is_dir():
-                continue
-            self._downloads.mkdir(parents=True, exist_ok=True)
             for name, sha256 in earlier["content"].items():
-                if sha256 in wanted and not (self._downloads / sha256).exists() and (folder / name).is_file():
-                    _copy_file(folder / name, self._downloads / sha256)
+                file = node.files.get(name)
+                if file is None or file.sha256.hex != sha256 or not (folder / name).is_file():
+                    continue
+                target = self._download_of(file)
+                if not target.exists():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    _copy_file(folder / name, target)
 
     def _substitute(self, node: Node) -> ObjectInfo:
         for cache in self.caches:

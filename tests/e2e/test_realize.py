@@ -232,6 +232,21 @@ def test_url_change_under_an_unchanged_hash_is_fetched_again(small: Cli, tmp_pat
     assert _actions(small, "source-thing") == {}
 
 
+def test_a_new_url_with_the_old_hash_is_not_served_from_the_old_file(small: Cli, tmp_path: Path) -> None:
+    """A version was raised and the hash forgotten: the old bytes, still here under the old name, must not stand in."""
+    (tmp_path / "mirror/pool").mkdir(parents=True)
+    (tmp_path / "mirror/pool/thing-1.tar").write_bytes(b"one")
+    (tmp_path / "mirror/pool/thing-2.tar").write_bytes(b"two")
+    small.env["VZREPRO_MIRRORS"] = f"debian=file://{tmp_path}/mirror"
+    digest = hashlib.sha256(b"one").hexdigest()
+    _want_source(small, "thing", "pool/thing-1.tar", sha256=digest, size=3)
+    small.realize("thing")
+    _want_source(small, "thing", "pool/thing-2.tar", sha256=digest, size=3)
+    err = small.run("realize", "thing", code=102).stderr
+    assert digest in err
+    assert hashlib.sha256(b"two").hexdigest() in err
+
+
 def _want_source(cli: Cli, name: str, path: str, *, sha256: str, size: int) -> None:
     """Add a recipe that copies a pinned Debian source, and its pin."""
     cli.write(
