@@ -53,7 +53,7 @@ _FRAME_SECS = 0.125
 _PROGRESS_SECS = 10.0
 """In a log, an object's bytes are reported at most this often."""
 _ALIVE_SECS = 60.0
-"""In a log, a builder that writes lines is reported to be alive at most this often."""
+"""In a log, work that nothing else is heard of is reported to go on this often, to within a quarter."""
 
 
 def duration(secs: float) -> str:
@@ -245,6 +245,8 @@ class Console:
         """
         with self._lock:
             self._stop_drawing()
+            if self._ticker is not None:
+                self._ticker.stop()
             lost, self._out.error = self._out.error, None
         if lost is not None:
             raise VzreproError(
@@ -269,8 +271,10 @@ class Console:
                     self._above(pieces, stamp=False)
             elif self._may_draw:
                 self._draw(event)
-            elif (line := self._log_line(event, job, now)) is not None:
-                self._above(line)
+            else:
+                if (line := self._log_line(event, job, now)) is not None:
+                    self._above(line)
+                self._watch_silent_jobs()
 
     def show_error(self, error: VzreproError) -> None:
         """Show why the command ends."""
@@ -330,9 +334,23 @@ class Console:
             case LogLine() if self._verbose:
                 return [(f"{event.target}> ", "dim"), (clean(event.line), "")]
             case LogLine() if job is not None and now - job.said >= _ALIVE_SECS:
-                job.said = now
-                return [(f"{job.action} ", "cyan"), (f"{job.target} still runs, {_elapsed(job, now)}", "")]
+                return _alive_line(job, now)
         return _lasting_line(event)
+
+    def _watch_silent_jobs(self) -> None:
+        """While there is work, have a ticker say in the log that it goes on, though nothing may be heard of it."""
+        if self._work.jobs and self._ticker is None:
+            self._ticker = _Ticker(self._log_alive, _ALIVE_SECS / 4)
+        elif not self._work.jobs and self._ticker is not None:
+            self._ticker.stop()
+            self._ticker = None
+
+    def _log_alive(self) -> None:
+        with self._lock:
+            now = self._monotonic()
+            for job in self._work.jobs.values():
+                if now - job.said >= _ALIVE_SECS:
+                    self._above(_alive_line(job, now))
 
     def _draw(self, event: Event) -> None:
         if isinstance(event, Started | Waiting) and self._live is None:
@@ -366,7 +384,7 @@ class Console:
             redirect_stderr=False,
         )
         self._live.start()
-        self._ticker = _Ticker(self._tick)
+        self._ticker = _Ticker(self._tick, _FRAME_SECS)
         atexit.register(self._stop_drawing)
 
     def _stop_drawing(self) -> None:
@@ -413,16 +431,17 @@ class Console:
 
 
 class _Ticker(threading.Thread):
-    """Calls `tick` some times a second until it is stopped."""
+    """Calls `tick` every `secs` until it is stopped."""
 
-    def __init__(self, tick: Callable[[], None]) -> None:
+    def __init__(self, tick: Callable[[], None], secs: float) -> None:
         super().__init__(name="console", daemon=True)
         self._tick = tick
+        self._secs = secs
         self._stopped = threading.Event()
         self.start()
 
     def run(self) -> None:
-        while not self._stopped.wait(_FRAME_SECS):
+        while not self._stopped.wait(self._secs):
             self._tick()
 
     def stop(self) -> None:
@@ -500,6 +519,11 @@ def _lasting_line(event: Event) -> Pieces | None:
             label = "warning: " if event.level == "warning" else "note: "
             return [(label, style), (clean(event.message), "")]
     return None
+
+
+def _alive_line(job: _Job, now: float) -> Pieces:
+    job.said = now
+    return [(f"{job.action} ", "cyan"), (f"{job.target} still runs, {_elapsed(job, now)}", "")]
 
 
 def _elapsed(job: _Job, now: float) -> str:

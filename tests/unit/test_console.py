@@ -534,3 +534,22 @@ def test_threads_share_the_display(ending: list[Terminal]) -> None:
         for i in range(50):
             assert terminal.screen.count(f"t{n} built-{i}-{n}- in 1.0s".encode()) == 1
     assert terminal.screen.count(HIDE) == terminal.screen.count(SHOW)
+
+
+def test_a_log_says_that_silent_work_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A builder that writes nothing for minutes: the ticker, here a fast one, looks after it and ends with it."""
+    monkeypatch.setattr("vzrepro.console._ALIVE_SECS", 0.04)
+    setup = Setup()
+    setup.at(0, Started("kernel", "/nix/store/b-kernel", "build", 300.0))
+    setup.clock.elapsed = 75
+    deadline = time.monotonic() + 10
+    while "still runs" not in setup.err and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert setup.err.splitlines()[-1] == "2026-01-01T00:01:15Z build kernel still runs, 1m15s of about 5m00s"
+    time.sleep(0.1)
+    assert setup.err.count("still runs") == 1
+    ticker = setup.console._ticker
+    assert ticker is not None
+    setup.at(76, Finished("kernel", "/nix/store/b-kernel", "build", "built", 76, 1))
+    ticker.join(10)
+    assert not ticker.is_alive()
