@@ -1,0 +1,1 @@
+"""Virtual machines: how QEMU is started (`qemu`), how its guest is talked to (`agent`), a whole boot (`boot`)."""
