@@ -21,11 +21,11 @@ export ARCH=arm64 CROSS_COMPILE=aarch64-linux-gnu-
 KBUILD_BUILD_TIMESTAMP=$(date -u -d "@$SOURCE_DATE_EPOCH")
 export KBUILD_BUILD_TIMESTAMP KBUILD_BUILD_USER=vzrepro KBUILD_BUILD_HOST=vzrepro KBUILD_BUILD_VERSION=1
 
-# Register tables of AMD graphics, documentation, device trees and tests are a third of the tree's bytes, and no arm64
-# configuration compiles them; Kconfig files and Makefiles stay.
+# AMD's graphics registers, documentation and tests are a third of the tree's bytes, and no arm64 configuration here
+# compiles them; Kconfig files and Makefiles stay.
 mkdir linux
 tar -xJf /in/linux.tar.xz -C linux --strip-components=1 --no-same-owner --wildcards \
-    --exclude='*/drivers/gpu/drm/amd/*.h' --exclude='*/tools/testing/*' --exclude='*.dts' --exclude='*.dtsi' \
+    --exclude='*/drivers/gpu/drm/amd/*.h' --exclude='*/tools/testing/*' \
     --exclude='*/Documentation/*.rst' --exclude='*/Documentation/*.yaml' --exclude='*/Documentation/*.svg'
 cd linux
 
@@ -42,7 +42,7 @@ scripts/kconfig/merge_config.sh $unmentioned .config "/in/src/$fragment" >merge.
 make -s olddefconfig
 python3 /in/src/check_config.py --config .config --source /in/src --requirements /in/requirements.json --out .
 
-make -s -j"$VZ_CORES" Image
+make -j"$VZ_CORES" Image
 
 cp arch/arm64/boot/Image /out/vmlinux
 cp .config /out/config
