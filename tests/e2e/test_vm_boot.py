@@ -50,10 +50,12 @@ def test_the_bundle_boots_and_its_agent_answers() -> None:
     done = subprocess.run([*BOOT, "--json"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    phases = [line["name"] for line in lines if line["event"] == "phase"]
+    phases = [line["name"] for line in lines if line.get("event") == "phase"]
     assert phases == ["init", "agent", "ready", "answer", "off"]
-    secs = [line["secs"] for line in lines if line["event"] == "phase"]
+    secs = [line["secs"] for line in lines if line.get("event") == "phase"]
     assert secs == sorted(secs)
+    assert lines[-1]["agent_version"] is not None
+    assert lines[-1]["system"]["agent_protocol_revision"] == 1
 
 
 def test_a_guest_that_is_given_no_time_fails_with_its_console() -> None:

@@ -38,7 +38,7 @@ def boot(session: Session, bundle: str, timeout_secs: float) -> None:
         timeout_secs=timeout_secs,
         report=session.console.report,
     )
-    document = {"event": "boot", **report.document()}
+    document = report.document()
     lines = [f"{phase.name + ':':28}{console.duration(phase.secs)}" for phase in report.phases]
     lines += [f"{name + ':':28}{value}" for name, value in document["system"].items()]
     session.console.print_text("\n".join(lines), document)
