@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
@@ -22,13 +21,11 @@ def docker(*args: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageId]:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> ImageId:
+    """The image, loaded. It stays: another process may be using the very same one."""
     identity, archive = trixie.tiny_image(tmp_path_factory.mktemp("image"))
-    had = subprocess.run([DOCKER, "image", "inspect", str(identity)], capture_output=True, check=False).returncode == 0
     docker("load", "-q", "-i", str(archive))
-    yield identity
-    if not had:
-        docker("rmi", str(identity))
+    return identity
 
 
 def run(image: str, script: str) -> str:

@@ -1,6 +1,6 @@
 """The sandbox from inside: what a builder can see, write and call, and what is left when a build is ended.
 
-Needs Docker, and the network for the .debs of a tiny image (a shell and coreutils).
+Needs Docker, and the tools image.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any
 
 import pytest
 
-from tests import trixie
-from vzrepro import sandbox
+from tests.e2e.conftest import Cli
+from vzrepro import image, sandbox
 from vzrepro.errors import BuildFailed, Interrupted, TimedOut, VzreproError
 
 STORE_PATH = re.compile(rb"[0-9a-df-np-sv-z]{32}-")
@@ -34,14 +34,14 @@ EPOCH = 1767225600
 
 
 @pytest.fixture(scope="session")
-def tiny_image(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    identity, archive = trixie.tiny_image(tmp_path_factory.mktemp("image"))
-    return str(identity), archive
+def tiny_image(project: Cli) -> tuple[str, Path]:
+    archive = project.realize("image-tools")[0]
+    return str(image.image_id(archive)), archive
 
 
 @pytest.fixture
 def tools_image(tiny_image: tuple[str, Path]) -> str:
-    """The id of a loaded image with dash and coreutils. Asked for anew by each test: others may unload it."""
+    """The id of the tools image, loaded."""
     identity, archive = tiny_image
     sandbox.load_image(archive, identity)
     return identity
@@ -510,6 +510,7 @@ from vzrepro.errors import VzreproError
 def terminate(*_):
     raise KeyboardInterrupt
 signal.signal(signal.SIGTERM, terminate)
+signal.signal(signal.SIGINT, terminate)  # tests that run in a shell's background are started with it ignored
 scratch, image, label, script = sys.argv[1:]
 job = sandbox.Job(label=label, image=image, command=("sh", "-c", script), scratch=Path(scratch),
                   log=Path(scratch + ".log"), source_date_epoch=1, cores=1)

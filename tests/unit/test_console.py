@@ -445,6 +445,7 @@ def test_an_interrupted_program_gives_the_cursor_back(ending: list[Terminal], se
     import signal
     def stop(*_): raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)  # what a shell starts in its background ignores it
     """,
         DRAWING,
         "time.sleep(60)\n",  # nothing closes the console: leaving the interpreter has to
