@@ -333,7 +333,7 @@ class _Loader:
         level: int = 0,
     ) -> types.ModuleType:
         """`__import__` for recipes: recipes from the workspace, pure modules from the standard library, no other."""
-        place = _place(self.root)
+        place = dsl.place(self.root)
         if level:
             package = str((globals_ or {}).get("__package__") or "recipes")
             stem = package.rsplit(".", level - 1)[0] if level > 1 else package
@@ -366,14 +366,3 @@ class _Loader:
 
 def _is_recipe(name: str) -> bool:
     return name == "recipes" or name.startswith("recipes.")
-
-
-def _place(root: Path) -> str:
-    """`file:line` of the innermost recipe frame, for errors of the importer itself."""
-    frame: types.FrameType | None = sys._getframe(1)
-    prefix = str(root / "recipes")
-    while frame is not None:
-        if frame.f_code.co_filename.startswith(prefix):
-            return f"{Path(frame.f_code.co_filename).relative_to(root).as_posix()}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "recipes"

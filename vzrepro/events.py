@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-Action = Literal["build", "copy", "fetch", "import", "load", "substitute", "push"]
+Action = Literal["build", "copy", "fetch", "import", "substitute", "push"]
 """What is being done to get one object: build in the sandbox · copy an equal object (early cutoff) · download ·
-import a local tree · load an image into Docker · take from a cache · write to a cache."""
+import a local tree · take from a cache · write to a cache."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from types import FrameType
 from typing import Literal, TypeVar
 
 from vzrepro import nar
@@ -111,17 +112,22 @@ class Context:
 
     def place(self) -> str:
         """`file:line` of the innermost recipe frame."""
-        frame = sys._getframe(1)
-        recipes = str(self.root / "recipes") + "/"
-        while frame is not None:
-            if frame.f_code.co_filename.startswith(recipes):
-                return f"{frame.f_code.co_filename[len(str(self.root)) + 1 :]}:{frame.f_lineno}"
-            frame = frame.f_back  # type: ignore[assignment]
-        return "recipes"
+        return place(self.root)
 
     def folder(self) -> Path:
         """The directory of the innermost recipe file."""
         return (self.root / self.place().rpartition(":")[0]).parent
+
+
+def place(root: Path) -> str:
+    """`file:line` of the innermost frame that runs a file below `root`/recipes, relative to `root`."""
+    frame: FrameType | None = sys._getframe(1)
+    recipes = f"{root / 'recipes'}/"
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(recipes):
+            return f"{frame.f_code.co_filename[len(str(root)) + 1 :]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "recipes"
 
 
 _current: ContextVar[Context] = ContextVar("vzrepro recipe context")

@@ -12,7 +12,6 @@ from vzrepro import console, sandbox
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
 from vzrepro.errors import VzreproError
-from vzrepro.evaluate import evaluate
 
 _ROOM_BYTES = 15 * 10**9
 
@@ -67,13 +66,10 @@ def _workspace(session: Session) -> str:
 
 
 def _lock(session: Session) -> str:
-    from vzrepro import pin
-
-    wants = evaluate(session.root, session.lock, session.config.platform, lenient=True).wants
-    faults = pin.check(wants, session.lock, session.config.platform)
+    count, faults = session.check_lock()
     if faults:
         raise VzreproError(faults[0], hint="run: vzrepro lock")
-    return f"{len(wants)} requests pinned"
+    return f"{count} requests pinned"
 
 
 def _store(session: Session) -> str:

@@ -10,7 +10,6 @@ from vzrepro import lock as locks
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
 from vzrepro.errors import UsageError
-from vzrepro.evaluate import evaluate
 from vzrepro.events import Notice
 
 
@@ -49,10 +48,7 @@ def lock(session: Session, names: tuple[str, ...], check: bool, update: bool, al
 
 
 def _check(session: Session) -> None:
-    from vzrepro import pin
-
-    wants = evaluate(session.root, session.lock, session.config.platform, lenient=True).wants
-    faults = pin.check(wants, session.lock, session.config.platform)
+    count, faults = session.check_lock()
     if faults:
         raise UsageError("lock.toml does not match the recipes", reason="\n    ".join(faults), hint="run: vzrepro lock")
-    session.console.report(Notice("info", f"lock.toml answers all {len(wants)} requests"))
+    session.console.report(Notice("info", f"lock.toml answers all {count} requests"))

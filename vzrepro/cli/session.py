@@ -126,6 +126,13 @@ class Session:
             say=lambda line: self.console.report(Notice("info", line)),
         )
 
+    def check_lock(self) -> tuple[int, list[str]]:
+        """How many pins the recipes ask for, and what is wrong with the lock, a line each. Offline."""
+        from vzrepro import pin
+
+        wants = evaluate(self.root, self.lock, self.config.platform, lenient=True).wants
+        return len(wants), pin.check(wants, self.lock, self.config.platform)
+
     def target(self, name: str) -> Node:
         """The node called `name`; a store path or object directory of this workspace's graph is understood too."""
         base = Path(name).name
