@@ -357,9 +357,7 @@ def _complete(tree: _Tree, links: Mapping[str, Sequence[str]], spool: BinaryIO) 
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def _write_archive(
-    tree: _Tree, file: BinaryIO, os_name: str, architecture: str, stop: threading.Event
-) -> ImageId:
+def _write_archive(tree: _Tree, file: BinaryIO, os_name: str, architecture: str, stop: threading.Event) -> ImageId:
     """layer.tar first, since the config needs its hash; its size is known before its bytes are."""
     entries = list(_layer_entries(tree))
     size = sum(len(header) + -(-(body.size if body else 0) // _BLOCK) * _BLOCK for header, body in entries) + 2 * _BLOCK

@@ -6,11 +6,12 @@ import io
 import itertools
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from vzrepro.cache import Entry, Stream, check_key
+from vzrepro.model import FileHash
 
 
 class MemoryBackend:
@@ -19,6 +20,7 @@ class MemoryBackend:
     def __init__(self) -> None:
         self.url = "memory:"
         self.entries: dict[str, bytes] = {}
+        self.told: dict[str, FileHash | None] = {}
         self.used: dict[str, int] = {}
         self.log: list[tuple[str, str]] = []
         self._clock = itertools.count()
@@ -31,27 +33,40 @@ class MemoryBackend:
         self.used[key] = next(self._clock)
         return io.BytesIO(self.entries[key])
 
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False) -> bool:
+    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False, sha256: FileHash | None = None) -> bool:
         self.log.append(("put", check_key(key)))
         data = source if isinstance(source, bytes) else source.read_bytes()
         with self._lock:
             if if_absent and key in self.entries:
                 return False
             self.entries[key] = data
+            self.told[key] = sha256
             self.used[key] = next(self._clock)
         return True
 
-    def head(self, key: str) -> int | None:
+    def head(self, key: str) -> Entry | None:
         self.log.append(("head", check_key(key)))
-        return len(self.entries[key]) if key in self.entries else None
+        if key not in self.entries:
+            return None
+        return Entry(key, len(self.entries[key]), float(self.used[key]), self.told[key])
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         for key, data in list(self.entries.items()):
             if key.startswith(prefix):
                 yield Entry(key, len(data), float(self.used[key]))
 
-    def delete(self, key: str) -> None:
-        self.entries.pop(check_key(key), None)
+    def delete(self, keys: Collection[str]) -> None:
+        for key in keys:
+            self.entries.pop(check_key(key), None)
+
+    def refresh(self, key: str) -> bool:
+        if check_key(key) not in self.entries:
+            return False
+        self.used[key] = next(self._clock)
+        return True
+
+    def now(self) -> float:
+        return float(next(self._clock))
 
     @contextmanager
     def spool(self) -> Iterator[Path]:

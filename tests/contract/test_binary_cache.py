@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -381,7 +381,7 @@ def test_a_cache_need_not_say_whose_it_is(
     cache: BinaryCache, made: Made, warnings: Warnings, content: bytes | None
 ) -> None:
     push(cache, made)
-    cache.backend.delete("nix-cache-info")
+    cache.backend.delete(["nix-cache-info"])
     if content is not None:
         cache.backend.put("nix-cache-info", content)
     assert reader(cache, warnings).query(made.info.path) is not None
@@ -506,7 +506,7 @@ def test_an_uncompressed_nar_is_read(cache: BinaryCache, made: Made, tmp_path: P
 def test_a_lost_nar_is_damage(cache: BinaryCache, made: Made, tmp_path: Path, warnings: Warnings) -> None:
     push(cache, made)
     info = narinfo_of(cache.backend, made)
-    cache.backend.delete(info.url)
+    cache.backend.delete([info.url])
     with pytest.raises(Damaged, match="has lost"):
         cache.fetch(info, tmp_path / "dest")
     assert len(warnings.lines) == 1
@@ -532,7 +532,7 @@ def test_a_lost_or_cut_nar_heals_on_the_next_push(
     push(cache, made)
     info = narinfo_of(cache.backend, made)
     if blob is None:
-        cache.backend.delete(info.url)
+        cache.backend.delete([info.url])
     else:
         cache.backend.put(info.url, blob)
     assert push(cache, made).kept is Kept.HEALED
@@ -653,19 +653,26 @@ class Failing:
         opened = self.inner.get(key)
         return _Breaking(opened) if opened is not None and self.fails("read", key) else opened
 
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False) -> bool:
+    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False, sha256: FileHash | None = None) -> bool:
         self._ask("put", key)
-        return self.inner.put(key, source, if_absent=if_absent)
+        return self.inner.put(key, source, if_absent=if_absent, sha256=sha256)
 
-    def head(self, key: str) -> int | None:
+    def head(self, key: str) -> Entry | None:
         self._ask("head", key)
         return self.inner.head(key)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         return self.inner.list(prefix)
 
-    def delete(self, key: str) -> None:
-        self.inner.delete(key)
+    def delete(self, keys: Collection[str]) -> None:
+        self.inner.delete(keys)
+
+    def refresh(self, key: str) -> bool:
+        self._ask("refresh", key)
+        return self.inner.refresh(key)
+
+    def now(self) -> float:
+        return self.inner.now()
 
     def spool(self) -> AbstractContextManager[Path]:
         return self.inner.spool()

@@ -12,6 +12,7 @@ import pytest
 
 from vzrepro.cache import Backend, DirectoryBackend
 from vzrepro.errors import RemoteError, UsageError
+from vzrepro.model import FileHash
 
 BAD_KEYS = [
     "",
@@ -39,6 +40,11 @@ def content(backend: Backend, key: str) -> bytes | None:
         return b"".join(iter(lambda: stream.read(7), b""))
 
 
+def sized(backend: Backend, key: str) -> int | None:
+    entry = backend.head(key)
+    return None if entry is None else entry.size
+
+
 def keys(backend: Backend, prefix: str = "") -> list[str]:
     return sorted(entry.key for entry in backend.list(prefix))
 
@@ -47,7 +53,7 @@ def test_an_empty_place_has_nothing(backend: Backend) -> None:
     assert backend.get("a.narinfo") is None
     assert backend.head("nar/a") is None
     assert keys(backend) == []
-    backend.delete("nar/a")
+    backend.delete(["nar/a"])
     assert backend.url
 
 
@@ -60,8 +66,8 @@ def test_what_is_put_comes_back(backend: Backend, tmp_path: Path) -> None:
     assert content(backend, "a.narinfo") == b"from bytes"
     assert content(backend, "nar/b.nar.zst") == source.read_bytes()
     assert content(backend, "empty") == b""
-    assert backend.head("a.narinfo") == 10
-    assert backend.head("empty") == 0
+    assert sized(backend, "a.narinfo") == 10
+    assert sized(backend, "empty") == 0
     assert source.exists()
 
 
@@ -104,7 +110,7 @@ def test_an_open_entry_outlives_its_replacement_and_deletion(backend: Backend) -
     assert opened is not None
     with opened as stream:
         backend.put("a", b"new")
-        backend.delete("a")
+        backend.delete(["a"])
         assert b"".join(iter(lambda: stream.read(100), b"")) == b"old" * 1000
 
 
@@ -122,16 +128,56 @@ def test_list_goes_by_prefix_and_tells_sizes(backend: Backend) -> None:
 def test_deleting_is_for_one_entry_and_may_be_repeated(backend: Backend) -> None:
     backend.put("nar/a", b"1")
     backend.put("nar/ab", b"2")
-    backend.delete("nar/a")
-    backend.delete("nar/a")
+    backend.delete(["nar/a"])
+    backend.delete(["nar/a"])
     assert keys(backend) == ["nar/ab"]
 
 
 @pytest.mark.parametrize("key", BAD_KEYS)
 def test_bad_keys_are_refused_everywhere(backend: Backend, key: str) -> None:
-    for use in (backend.get, backend.head, backend.delete, lambda key: backend.put(key, b"")):
+    uses = (
+        backend.get,
+        backend.head,
+        backend.refresh,
+        lambda key: backend.delete([key]),
+        lambda key: backend.put(key, b""),
+    )
+    for use in uses:
         with pytest.raises(UsageError):
             use(key)
+
+
+def test_what_is_told_of_an_entry_is_what_is_there(backend: Backend) -> None:
+    digest = FileHash.of(b"data")
+    backend.put("nar/a", b"data", sha256=digest)
+    found = backend.head("nar/a")
+    assert found is not None
+    assert (found.key, found.size) == ("nar/a", 4)
+    assert found.sha256 in (None, digest)
+
+
+def test_refreshing_makes_an_entry_young_and_keeps_it_whole(backend: Backend) -> None:
+    digest = FileHash.of(b"data")
+    backend.put("nar/a", b"data", sha256=digest)
+    before = backend.head("nar/a")
+    assert before is not None
+    time.sleep(1.1)  # some places count in seconds
+    assert backend.refresh("nar/a")
+    after = backend.head("nar/a")
+    assert after is not None
+    assert after.mtime > before.mtime
+    assert after.sha256 == before.sha256
+    assert content(backend, "nar/a") == b"data"
+    assert not backend.refresh("nar/b")
+    assert backend.head("nar/b") is None
+
+
+def test_the_clock_is_the_one_that_entries_are_dated_by(backend: Backend) -> None:
+    before = backend.now()
+    backend.put("a", b"")
+    entry = backend.head("a")
+    assert entry is not None
+    assert before - 2 <= entry.mtime <= backend.now() + 2
 
 
 def test_the_lock_is_granted_to_many_writers(backend: Backend) -> None:
@@ -150,7 +196,7 @@ def directory(tmp_path: Path) -> DirectoryBackend:
 def test_reading_makes_no_directory(directory: DirectoryBackend, tmp_path: Path) -> None:
     directory.get("a")
     directory.head("a")
-    directory.delete("a")
+    directory.delete(["a"])
     list(directory.list())
     assert list(tmp_path.iterdir()) == []
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from vzrepro.errors import RemoteError, UsageError
+from vzrepro.model import FileHash
+
+FRESH_SECS = 24 * 3600.0
+"""A push refreshes what it finds in the place and relies on when it is older than this, so that who collects garbage
+may go by age: nothing that is this young is anybody's garbage."""
 
 _PART = re.compile(r"[A-Za-z0-9+\-_?=][A-Za-z0-9+\-._?=]{0,254}")
 
@@ -26,11 +31,16 @@ class Stream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One listed entry: its key, its size in bytes, when it was last written or used (seconds since the epoch)."""
+    """One entry: its key, its size in bytes, when it was last written or used (seconds since the epoch).
+
+    `sha256` is what the place itself says of the content, when it was told on writing and `head` asks; nobody vouches
+    for it, so it can show damage but prove nothing.
+    """
 
     key: str
     size: int
     mtime: float
+    sha256: FileHash | None = None
 
 
 class Backend(Protocol):
@@ -48,20 +58,27 @@ class Backend(Protocol):
     def get(self, key: str) -> AbstractContextManager[Stream] | None:
         """The entry, open from its first byte, or None when there is none. Counts as use."""
 
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False) -> bool:
+    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False, sha256: FileHash | None = None) -> bool:
         """Write an entry from bytes or from a file, which must not change any more.
 
         With `if_absent`, an entry that is there stays, also when two write at once. Says whether this one was written.
+        `sha256`, the content's, is kept beside the entry where the place can.
         """
 
-    def head(self, key: str) -> int | None:
-        """The entry's size in bytes, or None when there is none."""
+    def head(self, key: str) -> Entry | None:
+        """What the place says of the entry without sending it, or None when there is none."""
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """All entries whose key starts with `prefix`, in no order; what others left in the place may be among them."""
 
-    def delete(self, key: str) -> None:
-        """Remove the entry; it is fine if there is none."""
+    def delete(self, keys: Collection[str]) -> None:
+        """Remove the entries; it is fine if some are not there."""
+
+    def refresh(self, key: str) -> bool:
+        """Have the entry's `mtime` say now, its content as it was; False when there is no such entry."""
+
+    def now(self) -> float:
+        """The time by the clock that `mtime` is told by, in seconds since the epoch."""
 
     def spool(self) -> AbstractContextManager[Path]:
         """The name of a file on this machine's disk to make a big entry ready in, for `put`; gone in the end."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vzrepro import nar
-from vzrepro.cache.backend import Backend, Damaged, Stream
+from vzrepro.cache.backend import Backend, Damaged, Entry, Stream
 from vzrepro.cache.narinfo import MAX_SIZE, NarInfo, deriver_of, narinfo_key, own_message
 from vzrepro.cache.signing import SigningKey, TrustedKeys, parse_signature
 from vzrepro.errors import HashMismatch, RemoteError, Untrusted, UsageError, VzreproError
@@ -451,8 +451,8 @@ class _Push:
             return None
         if existing.nar_hash != self._info.nar_hash:
             return self._different(existing)
-        size = self._backend.head(existing.url)
-        if size is None or existing.file_size not in (None, size):
+        nar = self._backend.head(existing.url)
+        if nar is None or not _is_announced(nar, existing):
             return None
         if not self._cache.is_trusted(existing):
             return self._cosigned(existing)
@@ -460,8 +460,9 @@ class _Push:
         return Pushed(Kept.PRESENT, self._written)
 
     def _written_anew(self, ready: NarInfo, spool: Path, existing: NarInfo | None, damaged: bool) -> Pushed:
-        if self._backend.head(ready.url) != ready.file_size:
-            self._backend.put(ready.url, spool)
+        there = self._backend.head(ready.url)
+        if there is None or not _is_announced(there, ready):
+            self._backend.put(ready.url, spool, sha256=ready.file_hash)
             self._written += ready.file_size or 0
         self._records(ready)
         if existing is not None:
@@ -573,6 +574,11 @@ class _Push:
         written = self._backend.put(key, data, if_absent=if_absent)
         self._written += len(data) if written else 0
         return written
+
+
+def _is_announced(entry: Entry, info: NarInfo) -> bool:
+    """Whether what the place says of a NAR agrees with its narinfo."""
+    return info.file_size in (None, entry.size) and entry.sha256 in (None, info.file_hash or entry.sha256)
 
 
 def _remove(tree: Path) -> None:

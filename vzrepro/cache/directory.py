@@ -9,13 +9,14 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from io import FileIO
 from pathlib import Path
 
 from vzrepro.cache.backend import Entry, check_key, is_key
 from vzrepro.errors import RemoteError
+from vzrepro.model import FileHash
 
 _OWN = ".vzrepro"  # no key starts with a dot, and Nix clients do not look there
 _LEFTOVER_SECS = 24 * 3600.0
@@ -53,8 +54,8 @@ class DirectoryBackend:
                     os.utime(fd)
         return _Reader(fd, self._root)
 
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False) -> bool:
-        """See `Backend.put`."""
+    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False, sha256: FileHash | None = None) -> bool:
+        """See `Backend.put`; a directory has no place for `sha256`."""
         path = self._path(key)
         with self._explained("write"):
             if if_absent and path.exists():
@@ -74,10 +75,14 @@ class DirectoryBackend:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    def head(self, key: str) -> int | None:
+    def head(self, key: str) -> Entry | None:
         """See `Backend.head`."""
-        entry = self._entry(key)
-        return None if entry is None else entry.size
+        with self._explained("read"):
+            try:
+                status = self._path(key).lstat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return Entry(key, status.st_size, status.st_mtime) if stat.S_ISREG(status.st_mode) else None
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """See `Backend.list`."""
@@ -88,13 +93,27 @@ class DirectoryBackend:
             names[:] = [name for name in names if not name.startswith(".")]
             for name in files:
                 key = Path(directory, name).relative_to(self._root).as_posix()
-                if key.startswith(prefix) and is_key(key) and (entry := self._entry(key)) is not None:
+                if key.startswith(prefix) and is_key(key) and (entry := self.head(key)) is not None:
                     yield entry
 
-    def delete(self, key: str) -> None:
+    def delete(self, keys: Collection[str]) -> None:
         """See `Backend.delete`."""
-        with self._explained("write"), contextlib.suppress(NotADirectoryError):
-            self._path(key).unlink(missing_ok=True)
+        for key in keys:
+            with self._explained("write"), contextlib.suppress(NotADirectoryError):
+                self._path(key).unlink(missing_ok=True)
+
+    def refresh(self, key: str) -> bool:
+        """See `Backend.refresh`."""
+        with self._explained("write"):
+            try:
+                os.utime(self._path(key), follow_symlinks=False)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+        return True
+
+    def now(self) -> float:
+        """See `Backend.now`."""
+        return time.time()
 
     @contextmanager
     def spool(self) -> Iterator[Path]:
@@ -124,14 +143,6 @@ class DirectoryBackend:
                 with contextlib.suppress(FileNotFoundError):
                     if path.lstat().st_mtime < time.time() - _LEFTOVER_SECS:
                         path.unlink()
-
-    def _entry(self, key: str) -> Entry | None:
-        with self._explained("read"):
-            try:
-                status = self._path(key).lstat()
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-        return Entry(key, status.st_size, status.st_mtime) if stat.S_ISREG(status.st_mode) else None
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)

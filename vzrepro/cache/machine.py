@@ -96,7 +96,7 @@ def trim(backend: DirectoryBackend, max_bytes: int) -> int:
             entry = entries.pop(key, None)
             if entry is None:
                 return 0
-            backend.delete(key)
+            backend.delete([key])
             return entry.size
 
         for entry in list(entries.values()):

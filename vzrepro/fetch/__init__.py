@@ -1,4 +1,4 @@
-"""Fetching: where files are (`mirrors`), how to ask for them (`wire`), what counts as having them (`download`)."""
+"""Fetching: where files are (`mirrors`), and what counts as having them (`download`)."""
 
 from vzrepro.fetch.download import (
     Download,
@@ -10,7 +10,7 @@ from vzrepro.fetch.download import (
     served,
 )
 from vzrepro.fetch.mirrors import Mirrors, index_url
-from vzrepro.fetch.wire import Http
+from vzrepro.wire import Http
 
 __all__ = [
     "Download",

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Protocol
 
 from vzrepro.errors import HashMismatch, Interrupted, RemoteError, VzreproError
-from vzrepro.fetch.wire import JOBS, Body, Failed, Http, open_file, shown
 from vzrepro.model import FileHash
+from vzrepro.wire import JOBS, Body, Failed, Http, open_file, shown
 
 PART = ".part"
 """What is added to a file's name while it is incomplete."""

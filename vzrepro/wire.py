@@ -1,4 +1,4 @@
-"""What a download talks to: HTTP with the system's trust and proxies, and files, behind one small type of answer."""
+"""HTTP with the system's trust and proxies, and files, behind one small type of answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ _SYSTEM_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-
 
 
 class Failed(Exception):
-    """An attempt at one URL came to nothing. `again` says whether another attempt at it may do better."""
+    """An attempt at one URL came to nothing. `again` says whether another attempt at it may do better, `hint` what a
+    person can do."""
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class Failed(Exception):
         missing: bool = False,
         found: str | None = None,
         stale: bool = False,
+        hint: str | None = None,
     ) -> None:
         super().__init__(why)
         self.why = why
@@ -49,17 +51,20 @@ class Failed(Exception):
         self.missing = missing
         self.found = found
         self.stale = stale
+        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """An answer: from which byte on it is, how long the whole file is if that is known, its strong ETag, its bytes."""
+    """An answer: from which byte on it is, how long the whole file is if that is known, its strong ETag, its bytes, and
+    whether it is the answer to a range."""
 
     start: int
     total: int | None
     etag: str | None
     read: Callable[[], bytes]
     close: Callable[[], None]
+    partial: bool = False
 
 
 class Http:
@@ -213,7 +218,9 @@ def _usable_body(answer: urllib3.BaseHTTPResponse, offset: int) -> Body:
         except (HTTPError, OSError) as error:
             raise Failed(reason_of(error), again=True) from error
 
-    return Body(start, total, etag if etag and not etag.startswith("W/") else None, read, lambda: _drop(answer))
+    return Body(
+        start, total, etag if etag and not etag.startswith("W/") else None, read, lambda: _drop(answer), status == 206
+    )
 
 
 def _drop(answer: urllib3.BaseHTTPResponse) -> None:

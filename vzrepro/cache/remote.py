@@ -1,0 +1,264 @@
+"""What caches behind a network share: how long failures may cost in all, and entries that arrive in parallel pieces.
+
+A place is asked through `Open`, which gives one answer (`wire.Body`) and raises `wire.Failed`. Everything that makes
+this robust is here, once: retries with full jitter, `Retry-After`, limits in time and speed, resuming.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import TypeVar
+
+from vzrepro import nar
+from vzrepro.errors import Interrupted, RemoteError
+from vzrepro.wire import Body, Failed
+
+PIECE = 4 << 20
+"""Bytes asked for at once; an entry that is not larger is one request."""
+
+_AHEAD = 4  # pieces of one entry on their way, so at most 5 · PIECE are held
+_MIN_SPEED = 4 << 10  # bytes per second
+_BACKOFF_SECS = 0.2
+_BACKOFF_MAX_SECS = 5.0
+
+T = TypeVar("T")
+Open = Callable[[int, int | None, str | None], Body | None]
+"""Ask for the entry's bytes from the first number up to, without, the second (None: the end), of the version with this
+ETag (None: any). A place that knows no ranges answers with all of it. None: there is no such entry. Raises Failed."""
+
+
+class Patience:
+    """How many seconds in all, in this process, one place's failures may cost before it is given up.
+
+    Time counts while no attempt succeeds, however many threads try. Requests time out after a third of it, and a body
+    that brings less than 4 KiB/s for that long is a failed attempt as well. Setting `stop` ends waiting with
+    Interrupted. `clock` and `jitter` are for tests.
+    """
+
+    def __init__(
+        self,
+        secs: float = 30.0,
+        *,
+        stop: threading.Event | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self.secs = secs
+        self._stop = stop or threading.Event()
+        self._clock = clock
+        self._jitter = jitter
+        self._lock = threading.Lock()
+        self._lost = 0.0
+        self._failing_since: float | None = None
+
+    @property
+    def timeout_secs(self) -> float:
+        """How long to wait for a connection, for an answer and for the next bytes of a body."""
+        return self.secs / 3
+
+    def attempt(self, place: str, act: Callable[[], T]) -> T:
+        """Do `act` until it does not raise Failed, as long as trying again may help and patience lasts.
+
+        Raises RemoteError naming `place` with the last attempt's reason, Interrupted when `stop` is set.
+        """
+        failures = 0
+        while True:
+            self.check()
+            begun = self._clock()
+            try:
+                result = act()
+            except Failed as failure:
+                failures += 1
+                pause = max(failure.after, self._jitter(0.0, min(_BACKOFF_MAX_SECS, _BACKOFF_SECS * 2.0**failures)))
+                if not failure.again or self._lost_since(begun) + pause > self.secs:
+                    raise RemoteError(f"{place} {failure.why}", hint=failure.hint) from failure
+                self._stop.wait(pause)
+            else:
+                self._succeeded()
+                return result
+
+    def check(self) -> None:
+        """Raise Interrupted once `stop` is set."""
+        if self._stop.is_set():
+            raise Interrupted("interrupted")
+
+    def read_into(self, held: bytearray, body: Body, limit: int) -> bool:
+        """Append a body's next bytes to `held` until that has `limit` bytes; False when the body ends before.
+
+        What has arrived stays in `held` when Failed is raised: the body breaks off, or crawls.
+        """
+        window_end, window_size = self._clock() + self.timeout_secs, len(held)
+        while len(held) < limit:
+            piece = body.read()
+            if not piece:
+                return False
+            held += piece[: limit - len(held)]
+            self.check()
+            if self._clock() >= window_end:
+                if len(held) < limit and len(held) - window_size < _MIN_SPEED * self.timeout_secs:
+                    raise Failed(f"sends fewer than {_MIN_SPEED} bytes per second", again=True)
+                window_end, window_size = self._clock() + self.timeout_secs, len(held)
+        return True
+
+    def _lost_since(self, begun: float) -> float:
+        """What failures have cost in all, the attempt that began at `begun` and has just failed included."""
+        with self._lock:
+            self._failing_since = begun if self._failing_since is None else min(begun, self._failing_since)
+            return self._lost + self._clock() - self._failing_since
+
+    def _succeeded(self) -> None:
+        with self._lock:
+            if self._failing_since is not None:
+                self._lost += self._clock() - self._failing_since
+                self._failing_since = None
+
+
+class EntryStream:
+    """An entry on its way from a remote place: a `Stream`, and a context manager that gives its connections back.
+
+    The first piece is here before anything is read. If there are more and the place serves ranges, `pool` fetches them
+    ahead, in parallel; else one body is read in order. Either goes on where it broke off. `read` raises RemoteError.
+    """
+
+    @classmethod
+    def open(cls, place: str, patience: Patience, pool: ThreadPoolExecutor, ask: Open) -> EntryStream | None:
+        """The entry behind `ask`; None when there is none. Raises RemoteError."""
+        stream = cls(place, patience, pool, ask)
+        return stream if stream._begin() else None
+
+    def __init__(self, place: str, patience: Patience, pool: ThreadPoolExecutor, ask: Open) -> None:
+        self._place = place
+        self._patience = patience
+        self._pool = pool
+        self._ask = ask
+        self._etag: str | None = None
+        self._total: int | None = None
+        self._body: Body | None = None
+        self._read: nar.Read = nar.reader(())
+        self._chunks: Generator[bytes] | None = None
+
+    def __enter__(self) -> EntryStream:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._chunks is not None:
+            self._chunks.close()
+        self._close()
+
+    def read(self, size: int, /) -> bytes:
+        return self._read(size)
+
+    def _begin(self) -> bool:
+        first = bytearray()
+
+        def once() -> bool | None:
+            """Whether there is more than the first piece; None: there is no entry."""
+            if not self._reopen(len(first), PIECE):
+                return None
+            return self._fill(first, 0)
+
+        more = self._patience.attempt(self._place, once)
+        if more is None:
+            return False
+        self._chunks = self._all(bytes(first), more)
+        self._read = nar.reader(self._chunks)
+        return True
+
+    def _all(self, first: bytes, more: bool) -> Generator[bytes]:
+        ranged = self._body is not None and self._body.partial
+        if ranged or not more:
+            self._close()
+        yield first
+        if more:
+            yield from self._ahead(len(first)) if ranged else self._in_order(len(first))
+
+    def _in_order(self, offset: int) -> Iterator[bytes]:
+        """The rest of the one body that is open."""
+        more = True
+        while more:
+            held = bytearray()
+
+            def once(held: bytearray = held, offset: int = offset) -> bool:
+                if self._body is None:
+                    self._reopen(offset + len(held), None)
+                return self._fill(held, offset)
+
+            more = self._patience.attempt(self._place, once)
+            offset += len(held)
+            yield bytes(held)
+
+    def _fill(self, held: bytearray, offset: int) -> bool:
+        """Read from the open body until `held`, which starts at `offset`, is a whole piece; whether there is more."""
+        assert self._body is not None
+        try:
+            ended = not self._patience.read_into(held, self._body, PIECE)
+            if ended and self._total is not None and offset + len(held) < self._total:
+                # The end of a range, or of a connection.
+                raise Failed("breaks off in the middle", again=True)
+        except Failed:
+            self._close()
+            raise
+        return not ended and offset + len(held) != self._total
+
+    def _reopen(self, start: int, end: int | None) -> bool:
+        """Have `_body` open at exactly `start`; False when there is no entry. Raises Failed."""
+        self._close()
+        self._body = self._opened(start, end)
+        if self._body is not None:
+            self._etag, self._total = self._body.etag, self._body.total
+        return self._body is not None
+
+    def _close(self) -> None:
+        if self._body is not None:
+            self._body.close()
+            self._body = None
+
+    def _ahead(self, offset: int) -> Iterator[bytes]:
+        """The pieces from `offset` on, several on their way at any time."""
+        assert self._total is not None
+        starts = iter(range(offset, self._total, PIECE))
+        coming: deque[Future[bytes]] = deque()
+        try:
+            while True:
+                for start in itertools.islice(starts, _AHEAD - len(coming)):
+                    coming.append(self._pool.submit(self._piece, start, min(start + PIECE, self._total)))
+                if not coming:
+                    return
+                yield coming.popleft().result()
+        finally:
+            for future in coming:
+                future.cancel()
+
+    def _piece(self, start: int, end: int) -> bytes:
+        held = bytearray()
+
+        def once() -> bytes:
+            body = self._opened(start + len(held), end)
+            if body is None:
+                raise Failed("has lost an entry while it was read", again=False)
+            with closing(body):
+                if not self._patience.read_into(held, body, end - start):
+                    raise Failed("breaks off in the middle", again=True)
+            return bytes(held)
+
+        return self._patience.attempt(self._place, once)
+
+    def _opened(self, start: int, end: int | None) -> Body | None:
+        """A body from exactly `start` on, of the same version as the ones before it. Raises Failed."""
+        body = self._ask(start, end, self._etag)
+        if body is not None:
+            try:
+                if self._etag is not None and body.etag not in (None, self._etag):
+                    raise Failed("has changed an entry while it was read", again=False)
+                self._patience.read_into(bytearray(), body, start - body.start)
+            except BaseException:
+                body.close()
+                raise
+        return body
