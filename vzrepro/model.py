@@ -281,7 +281,9 @@ class ObjectInfo:
     """A valid store object: what its name promises and what it holds.
 
     `nar_size` is bytes of the NAR; `references` are the store paths named inside it; `origin` is, for downloads,
-    the digest of the URLs it was verified from (`origin_digest`), so that a changed URL is noticed.
+    the digest of the URLs it was verified from (`origin_digest`), so that a changed URL is noticed. `voucher` is, for
+    what came from elsewhere, the signed narinfo on whose word it was taken (for a copy: the original's); None for what
+    was made here.
     """
 
     path: StorePath
@@ -292,6 +294,7 @@ class ObjectInfo:
     build_key: BuildKey | None = None
     origin: FileHash | None = None
     outcome: Outcome = Outcome.BUILT
+    voucher: bytes | None = None
 
 
 def origin_digest(urls: Mapping[str, str]) -> FileHash:

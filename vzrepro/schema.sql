@@ -1,4 +1,4 @@
--- The store's database, version 1 (PRAGMA user_version). Times are seconds since 1970, sizes bytes, hashes lower-case
+-- The store's database, version 2 (PRAGMA user_version). Times are seconds since 1970, sizes bytes, hashes lower-case
 -- hex, paths `<hash>-<name>`. docs/store.md says what each table is for. Every statement may run twice.
 
 CREATE TABLE IF NOT EXISTS objects (
@@ -29,6 +29,12 @@ CREATE TABLE IF NOT EXISTS origins (
     UNIQUE (object, origin)
 );
 
+-- For what came from elsewhere: the signed narinfo it was taken on, so that a key that is revoked loses it too.
+CREATE TABLE IF NOT EXISTS vouchers (
+    object  INTEGER PRIMARY KEY REFERENCES objects ON DELETE CASCADE,
+    narinfo BLOB    NOT NULL
+);
+
 CREATE TABLE IF NOT EXISTS derivations (
     drv_hash  TEXT    PRIMARY KEY,
     name      TEXT    NOT NULL,
@@ -55,4 +61,4 @@ CREATE TABLE IF NOT EXISTS temp_roots (
     PRIMARY KEY (owner, path)
 ) WITHOUT ROWID;
 
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;

@@ -138,7 +138,7 @@ def test_an_object_goes_there_and_comes_back(
     assert info is not None
     seen: list[tuple[int, int | None]] = []
     got = other.fetch(info, tmp_path / "dest", lambda done, total: seen.append((done, total)))
-    assert got == replace(made.info, outcome=Outcome.SUBSTITUTED)
+    assert got == replace(made.info, outcome=Outcome.SUBSTITUTED, voucher=info.render())
     assert nar.nar_hash(tmp_path / "dest") == (made.info.nar_hash, made.info.nar_size)
     assert seen[-1] == (info.file_size, info.file_size)
     assert warnings.lines == []
@@ -191,7 +191,8 @@ def test_a_single_file_and_an_object_without_history_travel_too(cache: BinaryCac
     assert cache.push(info, source).kept is Kept.NEW
     found = cache.query(info.path)
     assert found is not None
-    assert cache.fetch(found, tmp_path / "dest") == replace(info, outcome=Outcome.SUBSTITUTED)
+    taken = replace(info, outcome=Outcome.SUBSTITUTED, voucher=found.render())
+    assert cache.fetch(found, tmp_path / "dest") == taken
     assert (tmp_path / "dest").read_bytes() == source.read_bytes()
 
 

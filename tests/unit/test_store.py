@@ -732,4 +732,4 @@ def test_the_schema_matches_its_version(store: LocalStore) -> None:
     put(store, "x")
     with sqlite3.connect(store.root / ".vzrepro" / "db.sqlite") as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (2,)

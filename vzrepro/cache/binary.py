@@ -6,7 +6,6 @@ used. A cache that errs is a miss, and not asked again in this process. docs/cac
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import json
 import os
@@ -14,34 +13,26 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from io import FileIO
 from pathlib import Path
-from typing import Any
 
 from vzrepro import nar
-from vzrepro.cache.backend import Backend, Damaged, Entry, Stream
-from vzrepro.cache.narinfo import MAX_SIZE, NarInfo, deriver_of, narinfo_key, own_message
-from vzrepro.cache.signing import SigningKey, TrustedKeys, parse_signature
-from vzrepro.errors import HashMismatch, RemoteError, Untrusted, UsageError, VzreproError
-from vzrepro.model import (
-    FORMAT,
-    STORE_DIR,
-    BuildKey,
-    DrvHash,
-    FileHash,
-    NarHash,
-    ObjectInfo,
-    Outcome,
-    Realization,
-    StorePath,
-    canonical_json,
-    store_path,
+from vzrepro.cache.backend import Backend, Damaged, Stream
+from vzrepro.cache.narinfo import MAX_SIZE, NarInfo, narinfo_key
+from vzrepro.cache.push import Push, Pushed
+from vzrepro.cache.records import (
+    MAX_RECORD,
+    Difference,
+    build_key_record,
+    differences_prefix,
+    read_difference,
+    read_realization,
 )
+from vzrepro.cache.signing import SigningKey, TrustedKeys, parse_signature
+from vzrepro.errors import RemoteError, Untrusted, UsageError, VzreproError
+from vzrepro.model import STORE_DIR, BuildKey, DrvHash, FileHash, ObjectInfo, Outcome, Realization, StorePath
 
 CACHE_INFO = "nix-cache-info"
 _CACHE_INFO = f"StoreDir: {STORE_DIR}\nWantMassQuery: 1\nPriority: 40\n".encode()
-_MAX_RECORD = 1 << 16
 _MAX_LOG = 64 << 20
 _PIECE = 1 << 20
 
@@ -54,35 +45,11 @@ def _quiet(*_anything: object) -> None:
     return
 
 
-class Kept(enum.Enum):
-    """What a push found in the cache and left there."""
-
-    NEW = "new"
-    """Nothing was there; the object is now."""
-    PRESENT = "present"
-    """The same object was there already, whole."""
-    HEALED = "healed"
-    """A damaged or half object was there and has been replaced, or our signature has joined others."""
-    DIFFERENT = "different"
-    """Another result was there and stays; a signed record of the difference has been written."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pushed:
-    """How a push ended: what is in the cache now, how many bytes were written for it, and, when the cache keeps another
-    result, its NAR hash and the key of the record that says so."""
-
-    kept: Kept
-    written_bytes: int
-    other: NarHash | None = None
-    record: str | None = None
-
-
 class BinaryCache:
     """A cache behind a backend, as this machine trusts it; usable from any thread.
 
-    `trusted` are the keys whose objects are taken; with a `signer`, objects can be pushed. `warn` gets at most one
-    line in this object's life. `after_push` is called with the bytes that a push has written.
+    `trusted` are the keys whose objects are taken; with a `signer`, what was made here can be pushed. `warn` gets at
+    most one line in this object's life. `after_push` is called with the bytes that a push has written.
     """
 
     def __init__(
@@ -95,7 +62,7 @@ class BinaryCache:
         after_push: Callable[[int], None] = _quiet,
     ) -> None:
         self.backend = backend
-        self._trusted = trusted
+        self.trusted = trusted
         self._signer = signer
         self._warn = warn
         self._after_push = after_push
@@ -103,6 +70,8 @@ class BinaryCache:
         self._warned = False
         self._broken = False
         self._place: bool | None = None
+        self._found: dict[StorePath, NarInfo] = {}  # misses are not kept: another may push meanwhile
+        self._suspects: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -111,7 +80,7 @@ class BinaryCache:
 
     @property
     def writable(self) -> bool:
-        """Whether `push` may be called: there is a key to sign with, and the cache has not erred."""
+        """Whether what was made here can be pushed: there is a key to sign with, and the cache has not erred."""
         return self._signer is not None and not self._broken
 
     def disable(self, error: VzreproError) -> None:
@@ -122,17 +91,32 @@ class BinaryCache:
     # --- taking -------------------------------------------------------------------------------------------------------
 
     def query(self, path: StorePath) -> NarInfo | None:
-        """What the cache has under this path, if a trusted key vouches for it; None for every kind of miss.
+        """What the cache has under this path, if enough trusted keys vouch for it; None for every kind of miss.
 
         The first thing that is wrong with the cache is reported through `warn`; a cache that cannot be reached or
         belongs to another store is not asked again. Never raises for anything the cache does.
         """
         with self._as_miss():
-            if not self._may_ask():
-                return None
-            data = self._read(narinfo_key(path), MAX_SIZE)
-            return None if data is None else self._trusted_info(data, path)
+            return self.ask(path)
         return None
+
+    def ask(self, path: StorePath) -> NarInfo | None:
+        """As `query`, but what stands in the way is raised: Untrusted, Damaged, or RemoteError when the cache fails.
+
+        None also when the cache is not asked any more.
+        """
+        found = self._found.get(path)
+        if found is not None or not self._may_ask():
+            return found
+        data = self._read(narinfo_key(path), MAX_SIZE)
+        if data is None:
+            return None
+        info = NarInfo.parse(data)
+        if info.path != path:
+            raise Untrusted(f"{self.url} has {info.path} where {path} belongs")
+        info.verify(self.trusted, self.url)
+        self._found[path] = info
+        return info
 
     def fetch(self, info: NarInfo, dest: Path, progress: Progress = _quiet) -> ObjectInfo:
         """Unpack a queried object at `dest`, which must not exist, in a directory private to the caller.
@@ -148,7 +132,9 @@ class BinaryCache:
             self._unpack(info, dest, progress)
         except BaseException as error:
             _remove(dest)
+            self._found.pop(info.path, None)
             if isinstance(error, Damaged):
+                self._suspects.add(info.url)
                 self._complain(error)
             elif isinstance(error, RemoteError):
                 self.disable(error)
@@ -162,6 +148,7 @@ class BinaryCache:
             build_key=info.build_key,
             origin=info.origin,
             outcome=Outcome.SUBSTITUTED,
+            voucher=info.render(),
         )
 
     def by_build_key(self, key: BuildKey) -> Realization | None:
@@ -169,12 +156,12 @@ class BinaryCache:
         with self._as_miss():
             if not self._may_ask():
                 return None
-            data = self._read(build_record_key(key), _MAX_RECORD)
+            data = self._read(build_key_record(key), MAX_RECORD)
             if data is None:
                 return None
-            realization = self._verified_realization(data)
+            realization = read_realization(data, self.trusted, self.url)
             if realization.build_key != key:
-                raise Untrusted(f"the record {build_record_key(key)} is that of another build key")
+                raise Untrusted(f"the record {build_key_record(key)} is that of another build key")
             return realization
         return None
 
@@ -204,15 +191,18 @@ class BinaryCache:
         `progress` counts bytes of the NAR. The first result wins: when the cache holds another one for this path that
         is sound, it stays.
 
+        What was made here is signed with our key; what came from elsewhere keeps the signatures that it came with, and
+        needs no key.
+
         Raises RemoteError when the cache fails (it is then not asked again), UsageError when there is no key to sign
         with, HashMismatch when `tree` is not what `info` says, OSError when `tree` cannot be read.
         """
-        if self._signer is None:
+        if self._signer is None and (info.voucher is None or info.outcome is Outcome.COPIED):
             raise UsageError(f"cannot push to {self.url}", reason="no key to sign with is configured")
         if derivation is not None and (info.drv_hash is None or DrvHash.of(derivation) != info.drv_hash):
             raise ValueError("the derivation is not the one that the object was made from")
         try:
-            pushed = _Push(self, self._signer, info, tree, derivation, log, progress).run()
+            pushed = Push(self, self._signer, info, tree, derivation, log, progress).run()
         except RemoteError as error:
             self.disable(error)
             raise
@@ -235,7 +225,7 @@ class BinaryCache:
         if info.path != path:
             return None, True
         try:
-            self._judge(info)
+            info.verify(self.trusted, self.url)
         except Untrusted:
             if not info.signatures or self._claims_trust(info):
                 return None, True
@@ -244,10 +234,40 @@ class BinaryCache:
     def is_trusted(self, info: NarInfo) -> bool:
         """Whether `query` would return this."""
         try:
-            self._judge(info)
+            info.verify(self.trusted, self.url)
         except Untrusted:
             return False
         return True
+
+    def made_of(self, info: ObjectInfo) -> NarInfo | None:
+        """For a push: the narinfo, trusted or not, of an object that came of the same work under another name."""
+        if info.build_key is None:
+            return None
+        data = self._read(build_key_record(info.build_key), MAX_RECORD)
+        try:
+            path = None if data is None else StorePath.parse(json.loads(data)["realization"]["path"])
+        except (ValueError, KeyError, TypeError, UsageError, RecursionError):
+            return None
+        return None if path is None else self.look(path)[0]
+
+    def is_suspect(self, url: str) -> bool:
+        """Whether the NAR at this key was found to be wrong by this process."""
+        return url in self._suspects
+
+    def clear_suspicion(self, url: str) -> None:
+        """The NAR at this key has been written anew."""
+        self._suspects.discard(url)
+
+    def differences(self, info: NarInfo) -> list[Difference]:
+        """Who has told this cache that the object's derivation gave other bytes. Raises RemoteError."""
+        found = []
+        prefix = differences_prefix(info.drv_hash.hex if info.drv_hash is not None else info.path.hash_part)
+        for entry in self.backend.list(prefix):
+            data = self._read(entry.key, MAX_RECORD)
+            difference = None if data is None else read_difference(data, self.trusted)
+            if difference is not None:
+                found.append(difference)
+        return found
 
     def make_place(self) -> None:
         """Write nix-cache-info if there is none. Raises RemoteError when the cache fails or is another store's."""
@@ -257,23 +277,15 @@ class BinaryCache:
 
     # --- what both need -----------------------------------------------------------------------------------------------
 
-    def _judge(self, info: NarInfo) -> None:
-        """Raise Untrusted unless a trusted key has signed what a Nix client knows, and all that we add to it."""
-        what = f"{info.path} in {self.url}"
-        self._trusted.verify(info.fingerprint, info.signatures, what)
-        own = info.own_message
-        if own is not None:
-            self._trusted.verify(own, info.own_signatures, f"the Vz fields of {what}")
-
     def _claims_trust(self, info: NarInfo) -> bool:
         """Whether a signature says, rightly or wrongly, that it is by a key which is trusted here."""
-        ours = {key.name for key in self._trusted.keys}
+        ours = {key.name for key in self.trusted.keys}
         return any(parse_signature(text)[0] in ours for text in info.signatures)
 
     def _has_info(self) -> bool:
         """Whether the cache says which store it is for. Raises RemoteError when that is not ours."""
         if self._place is None:
-            data = self._read(CACHE_INFO, _MAX_RECORD)
+            data = self._read(CACHE_INFO, MAX_RECORD)
             for line in (data or b"").decode(errors="replace").splitlines():
                 name, _, value = line.partition(":")
                 if name == "StoreDir" and value.strip() != STORE_DIR:
@@ -289,34 +301,6 @@ class BinaryCache:
         if not self._broken:
             self._has_info()
         return not self._broken
-
-    def _trusted_info(self, data: bytes, path: StorePath) -> NarInfo:
-        info = NarInfo.parse(data)
-        if info.path != path:
-            raise Untrusted(f"{self.url} has {info.path} where {path} belongs")
-        self._judge(info)
-        return info
-
-    def _verified_realization(self, data: bytes) -> Realization:
-        """Read a `build/` record. Raises Untrusted when it is malformed or no trusted key has signed it."""
-        try:
-            document = json.loads(data)
-            made = document["realization"]
-            realization = Realization(
-                build_key=BuildKey(made["build_key"]),
-                drv_hash=DrvHash(made["drv_hash"]),
-                path=StorePath.parse(made["path"]),
-                nar_hash=NarHash(made["nar_hash"]),
-                nar_size=int(made["nar_size"]),
-            )
-            signatures = [str(text) for text in document["signatures"]]
-            message = _realization_message(realization)
-            if store_path(realization.drv_hash, realization.path.name) != realization.path:
-                raise ValueError("its path is not that of its derivation")
-            self._trusted.verify(message, signatures, f"a build record in {self.url}")
-        except (ValueError, KeyError, TypeError, UsageError, RecursionError) as error:
-            raise Untrusted(f"a build record in {self.url} is malformed", reason=str(error)) from error
-        return realization
 
     def _read(self, key: str, limit: int) -> bytes | None:
         opened = self.backend.get(key)
@@ -368,7 +352,8 @@ class BinaryCache:
         if first:
             reason = f": {error.reason}" if error.reason else ""
             ending = "it is not asked again" if self._broken else "what is wrong there is built here"
-            self._warn(f"cache {self.url}: {error.message}{reason}; {ending}")
+            hint = f" ({error.hint})" if error.hint else ""
+            self._warn(f"cache {self.url}: {error.message}{reason}; {ending}{hint}")
 
 
 class _Counted:
@@ -409,178 +394,6 @@ class _Counted:
         return Damaged(f"{info.url} is not what its narinfo says: wanted {wanted}, found {found}")
 
 
-class _Push:
-    """One push: what is in the cache decides what has to be written."""
-
-    def __init__(
-        self,
-        cache: BinaryCache,
-        signer: SigningKey,
-        info: ObjectInfo,
-        tree: Path,
-        derivation: bytes | None,
-        log: Path | None,
-        progress: Progress,
-    ) -> None:
-        self._cache = cache
-        self._backend = cache.backend
-        self._signer = signer
-        self._info = info
-        self._tree = tree
-        self._derivation = derivation
-        self._log = log
-        self._progress = progress
-        self._written = 0
-
-    def run(self) -> Pushed:
-        with self._backend.lock(exclusive=False):
-            self._cache.make_place()
-            pushed = self._settled(*self._cache.look(self._info.path))
-        if pushed is not None:
-            return pushed
-        # Compressing takes long: nothing is held meanwhile, so what is there is looked at again.
-        with self._backend.spool() as spool:
-            ready = self._compressed(spool)
-            with self._backend.lock(exclusive=False):
-                existing, damaged = self._cache.look(self._info.path)
-                return self._settled(existing, damaged) or self._written_anew(ready, spool, existing, damaged)
-
-    def _settled(self, existing: NarInfo | None, damaged: bool) -> Pushed | None:
-        """The end of the push if what is in the cache makes the NAR unnecessary."""
-        if existing is None or damaged:
-            return None
-        if existing.nar_hash != self._info.nar_hash:
-            return self._different(existing)
-        nar = self._backend.head(existing.url)
-        if nar is None or not _is_announced(nar, existing):
-            return None
-        if not self._cache.is_trusted(existing):
-            return self._cosigned(existing)
-        self._records(existing)
-        return Pushed(Kept.PRESENT, self._written)
-
-    def _written_anew(self, ready: NarInfo, spool: Path, existing: NarInfo | None, damaged: bool) -> Pushed:
-        there = self._backend.head(ready.url)
-        if there is None or not _is_announced(there, ready):
-            self._backend.put(ready.url, spool, sha256=ready.file_hash)
-            self._written += ready.file_size or 0
-        self._records(ready)
-        if existing is not None:
-            # The same bytes, whose NAR was lost: whoever vouched for them still does.
-            ready = replace(ready, signatures=tuple(dict.fromkeys((*ready.signatures, *existing.signatures))))
-        replaces = damaged or existing is not None
-        if self._put(narinfo_key(ready.path), ready.render(), if_absent=not replaces):
-            return Pushed(Kept.HEALED if replaces else Kept.NEW, self._written)
-        # Somebody else was first, just now.
-        return self._settled(*self._cache.look(self._info.path)) or Pushed(Kept.PRESENT, self._written)
-
-    def _compressed(self, spool: Path) -> NarInfo:
-        """Pack and compress the object into the spool file. Raises HashMismatch when it is not the one announced."""
-        info = self._info
-        digest, nar_digest, nar_size, file_size = hashlib.sha256(), hashlib.sha256(), 0, 0
-
-        def counted() -> Iterator[bytes]:
-            nonlocal nar_size
-            for chunk in nar.pack(self._tree):
-                nar_digest.update(chunk)
-                nar_size += len(chunk)
-                yield chunk
-                self._progress(nar_size, info.nar_size)
-
-        # Not buffered, so that closing has nothing left to write and to fail at.
-        with spool.open("wb", buffering=0) as file:
-            for piece in nar.compress(counted()):
-                digest.update(piece)
-                file_size += len(piece)
-                self._write(file, piece)
-        if (nar_digest.hexdigest(), nar_size) != (info.nar_hash.hex, info.nar_size):
-            raise HashMismatch(
-                f"{info.path} is damaged and was not pushed",
-                reason=f"wanted NAR {info.nar_hash.nix}, found {NarHash(nar_digest.hexdigest()).nix}",
-                hint="vzrepro store verify",
-            )
-        file_hash = FileHash(digest.hexdigest())
-        return NarInfo(
-            path=info.path,
-            url=f"nar/{file_hash.nix.removeprefix('sha256:')}.nar.zst",
-            compression="zstd",
-            nar_hash=info.nar_hash,
-            nar_size=info.nar_size,
-            file_hash=file_hash,
-            file_size=file_size,
-            references=tuple(sorted(set(info.references))),
-            deriver=None if info.drv_hash is None else deriver_of(info.drv_hash, info.path.name),
-            drv_hash=info.drv_hash,
-            build_key=info.build_key,
-            origin=info.origin,
-        ).signed(self._signer)
-
-    def _write(self, file: FileIO, piece: bytes) -> None:
-        left = memoryview(piece)
-        try:
-            while left:
-                left = left[file.write(left) :]
-        except OSError as error:
-            raise RemoteError(f"cannot prepare an upload to {self._cache.url}", reason=error.strerror) from error
-
-    def _records(self, info: NarInfo) -> None:
-        """What goes with the narinfo and is written before it: derivation, log, build record."""
-        if self._derivation is not None and info.drv_hash is not None:
-            self._put(f"drv/{info.drv_hash}.json", self._derivation)
-        if self._log is not None and info.deriver is not None and self._log.is_file():
-            self._backend.put(f"log/{info.deriver}", self._log, if_absent=True)
-        if self._info.build_key is not None and self._info.drv_hash is not None:
-            realization = Realization(
-                self._info.build_key, self._info.drv_hash, self._info.path, self._info.nar_hash, self._info.nar_size
-            )
-            signature = self._signer.sign(_realization_message(realization))
-            record = {"format": FORMAT, "realization": realization.document(), "signatures": [signature]}
-            self._put(build_record_key(self._info.build_key), canonical_json(record))
-
-    def _cosigned(self, existing: NarInfo) -> Pushed:
-        """Others, unknown here, have pushed the same bytes: vouch for them too, so that they are of use here."""
-        info = self._info
-        ours = replace(existing, drv_hash=info.drv_hash, build_key=info.build_key, origin=info.origin)
-        if ours.own_message != existing.own_message:
-            ours = replace(ours, own_signatures=())
-        self._records(ours)
-        self._put(narinfo_key(ours.path), ours.signed(self._signer).render(), if_absent=False)
-        return Pushed(Kept.HEALED, self._written)
-
-    def _different(self, existing: NarInfo) -> Pushed:
-        """Record that the same derivation gave other bytes here."""
-        info = self._info
-        statement: dict[str, Any] = {
-            "format": FORMAT,
-            "type": "not-deterministic",
-            "path": str(info.path),
-            "drv_hash": info.drv_hash and info.drv_hash.hex,
-            "build_key": info.build_key and info.build_key.hex,
-            "kept": {
-                "nar_hash": existing.nar_hash.hex,
-                "nar_size": existing.nar_size,
-                "signatures": list(existing.signatures),
-            },
-            "found": {"nar_hash": info.nar_hash.hex, "nar_size": info.nar_size},
-        }
-        signature = self._signer.sign(own_message(statement))
-        record = canonical_json({"format": FORMAT, "statement": statement, "signatures": [signature]})
-        subject = info.drv_hash.hex if info.drv_hash is not None else info.path.hash_part
-        key = f"attest/{subject}/{self._signer.public.id}/{FileHash.of(record)}.json"
-        self._put(key, record)
-        return Pushed(Kept.DIFFERENT, self._written, existing.nar_hash, key)
-
-    def _put(self, key: str, data: bytes, *, if_absent: bool = True) -> bool:
-        written = self._backend.put(key, data, if_absent=if_absent)
-        self._written += len(data) if written else 0
-        return written
-
-
-def _is_announced(entry: Entry, info: NarInfo) -> bool:
-    """Whether what the place says of a NAR agrees with its narinfo."""
-    return info.file_size in (None, entry.size) and entry.sha256 in (None, info.file_hash or entry.sha256)
-
-
 def _remove(tree: Path) -> None:
     """Remove what a failed unpacking left; its directories may be read-only already."""
     if tree.is_symlink() or not tree.is_dir():  # a hostile NAR may be a link to anywhere: it is never followed
@@ -589,12 +402,3 @@ def _remove(tree: Path) -> None:
     for directory, _, _ in os.walk(tree):
         Path(directory).chmod(0o700)
     shutil.rmtree(tree)
-
-
-def build_record_key(key: BuildKey) -> str:
-    """The key of a build key's record in a cache."""
-    return f"build/{key}.json"
-
-
-def _realization_message(realization: Realization) -> bytes:
-    return own_message({"format": FORMAT, "type": "realization", "realization": realization.document()})

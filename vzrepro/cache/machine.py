@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vzrepro.cache.backend import Damaged, Entry
-from vzrepro.cache.binary import BinaryCache, build_record_key
+from vzrepro.cache.binary import BinaryCache
 from vzrepro.cache.directory import DirectoryBackend
 from vzrepro.cache.narinfo import MAX_SIZE, NarInfo
+from vzrepro.cache.records import build_key_record
 from vzrepro.cache.signing import SigningKey, TrustedKeys
 from vzrepro.errors import RemoteError, UsageError
 
@@ -109,7 +110,7 @@ def trim(backend: DirectoryBackend, max_bytes: int) -> int:
             keys = [entry.key]
             keys += [] if info.deriver is None else [f"log/{info.deriver}"]
             keys += [] if info.drv_hash is None else [f"drv/{info.drv_hash}.json"]
-            keys += [] if info.build_key is None else [build_record_key(info.build_key)]
+            keys += [] if info.build_key is None else [build_key_record(info.build_key)]
             keys += [] if users[info.url] else [info.url]
             total -= sum(map(remove, keys))
         return total

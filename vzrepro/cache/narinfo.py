@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vzrepro.cache.backend import Damaged, check_key
-from vzrepro.cache.signing import SigningKey, parse_signature
-from vzrepro.errors import UsageError
+from vzrepro.cache.signing import SigningKey, TrustedKeys, parse_signature
+from vzrepro.errors import Untrusted, UsageError
 from vzrepro.model import (
     FORMAT,
     STORE_DIR,
@@ -116,6 +116,17 @@ class NarInfo:
         }
         return own_message(document)
 
+    def verify(self, trusted: TrustedKeys, place: str) -> None:
+        """Raise Untrusted unless enough trusted keys have signed what a Nix client knows, and all that we add to it.
+
+        `place` is where it was found, for the message.
+        """
+        what = f"{self.path} in {place}"
+        trusted.verify(self.fingerprint, self.signatures, what)
+        own = self.own_message
+        if own is not None:
+            trusted.verify(own, self.own_signatures, f"the Vz fields of {what}")
+
     def signed(self, key: SigningKey) -> NarInfo:
         """The same with the key's signatures added."""
         own = self.own_message
@@ -139,6 +150,25 @@ def deriver_of(drv: DrvHash, name: str) -> str:
 def narinfo_key(path: StorePath) -> str:
     """The key of a path's narinfo in a cache."""
     return f"{path.hash_part}.narinfo"
+
+
+def has_lost_trust(voucher: bytes, trusted: TrustedKeys) -> bool:
+    """Whether an object that was taken on this narinfo's word was taken on the word of a key that is revoked since.
+
+    One that enough other trusted keys have signed as well has not.
+    """
+    if not trusted.revoked:
+        return False
+    info = NarInfo.parse(voucher)
+    own = info.own_message
+    signed = [(info.fingerprint, info.signatures), *([] if own is None else [(own, info.own_signatures)])]
+    if not any(trusted.revoked_signers(*each) for each in signed):
+        return False
+    try:
+        info.verify(trusted, "the store")
+    except Untrusted:
+        return True
+    return False
 
 
 def _with(signatures: tuple[str, ...], new: str) -> tuple[str, ...]:

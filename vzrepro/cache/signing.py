@@ -119,44 +119,71 @@ class SigningKey:
 
 
 class TrustedKeys:
-    """The public keys whose word counts. Several may have one name, as while a key is being replaced."""
+    """The public keys whose word counts, and how many of them must agree.
 
-    def __init__(self, keys: Iterable[PublicKey] = ()) -> None:
-        self.keys = tuple(dict.fromkeys(keys))
+    Several may have one name, as while a key is being replaced. A revoked key never counts, whatever it is called
+    and wherever else it is named. Keys are told apart by their bytes: one key under two names is one voice.
+    """
+
+    def __init__(self, keys: Iterable[PublicKey] = (), *, revoked: Iterable[PublicKey] = (), required: int = 1) -> None:
+        self.revoked = tuple(dict.fromkeys(revoked))
+        gone = {key.raw for key in self.revoked}
+        self.keys = tuple(key for key in dict.fromkeys(keys) if key.raw not in gone)
+        self.required = required
 
     def signers(self, message: bytes, signatures: Iterable[str]) -> frozenset[PublicKey]:
         """The trusted keys that have signed `message`; signatures by unknown keys and wrong ones do not count.
 
         Raises UsageError for what does not have a signature's form.
         """
-        found = set()
-        for text in signatures:
-            name, raw = parse_signature(text)
-            for key in self.keys:
-                if key.name == name and _is_valid(key, raw, message):
-                    found.add(key)
-        return frozenset(found)
+        return _signers(self.keys, message, signatures)
+
+    def revoked_signers(self, message: bytes, signatures: Iterable[str]) -> frozenset[PublicKey]:
+        """The revoked keys that have signed `message`, under whatever name."""
+        return _signers(self.revoked, message, signatures, by_name=False)
 
     def verify(self, message: bytes, signatures: Iterable[str], what: str) -> frozenset[PublicKey]:
-        """As `signers`, but raises Untrusted, with the reason, when no trusted key has signed `what`."""
+        """As `signers`, but raises Untrusted, with the reason, when too few trusted keys have signed `what`."""
         signatures = tuple(signatures)
         signers = self.signers(message, signatures)
-        if signers:
+        if signers and len(signers) >= self.required:
             return signers
         names = sorted({parse_signature(text)[0] for text in signatures})
+        if signers:
+            by = ", ".join(sorted(key.name for key in signers))
+            raise Untrusted(
+                f"{what} has too few trusted signatures",
+                reason=f"wanted {self.required}, found {len(signers)}, by {by}",
+                hint="have another builder push it too, or lower require-signatures",
+            )
+        revoked = sorted(key.name for key in self.revoked_signers(message, signatures))
+        if revoked:
+            raise Untrusted(f"{what} is signed by a revoked key", reason=f"{', '.join(revoked)} is in revoked-keys")
         wrong = sorted({key.name for key in self.keys} & set(names))
         if wrong:
             raise Untrusted(f"{what} has a wrong signature", reason=f"it claims to be by {', '.join(wrong)}")
         raise Untrusted(
             f"{what} is not signed by a trusted key",
             reason=f"it is signed by {', '.join(names)}" if names else "it has no signature",
-            hint="add the public key to the trusted keys, if its owner may give you binaries",
+            hint="add the public key to trusted-keys, if its owner may give you binaries",
         )
 
 
 def parse_signature(text: str) -> tuple[str, bytes]:
     """Split `name:base64` into the key's name and the 64 bytes. Raises UsageError when it is something else."""
     return _parsed(text, 64, "signature")
+
+
+def _signers(
+    keys: Iterable[PublicKey], message: bytes, signatures: Iterable[str], *, by_name: bool = True
+) -> frozenset[PublicKey]:
+    found: dict[bytes, PublicKey] = {}
+    for text in signatures:
+        name, raw = parse_signature(text)
+        for key in keys:
+            if key.raw not in found and (key.name == name or not by_name) and _is_valid(key, raw, message):
+                found[key.raw] = key
+    return frozenset(found.values())
 
 
 def _parsed(text: str, size: int, what: str) -> tuple[str, bytes]:

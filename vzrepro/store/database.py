@@ -20,7 +20,7 @@ from typing import Any
 from vzrepro import disk
 from vzrepro.errors import VzreproError
 
-SCHEMA = 1
+SCHEMA = 2
 """The `user_version` of the databases this code reads and writes: that of schema.sql."""
 
 PRIVATE = ".vzrepro"
@@ -81,12 +81,16 @@ class Database:
                     connection = sqlite3.connect(self.file, timeout=_BUSY_SECS, isolation_level=None)
                     with contextlib.closing(connection):
                         connection.execute("PRAGMA journal_mode = WAL")
-                        schema = resources.files("vzrepro").joinpath("schema.sql").read_text("utf-8")
-                        connection.executescript(f"BEGIN IMMEDIATE; {schema} COMMIT;")
+                        self._write_schema(connection)
                     self.reserve()
             finally:
                 file.unlink(missing_ok=True)
                 os.close(fd)
+
+    @staticmethod
+    def _write_schema(connection: sqlite3.Connection) -> None:
+        schema = resources.files("vzrepro").joinpath("schema.sql").read_text("utf-8")
+        connection.executescript(f"BEGIN IMMEDIATE; {schema} COMMIT;")
 
     def reserve(self) -> None:
         """Put a little of the disk aside, if there is that much."""
@@ -108,6 +112,9 @@ class Database:
                     raise
                 connection = self._connect("mode=ro&immutable=1")
                 (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if 0 < version < SCHEMA:
+                self._write_schema(connection)  # what newer schemas add; nothing is taken away
+                version = SCHEMA
             if version != SCHEMA:
                 connection.close()
                 if version == 0:  # its creation was interrupted, or goes on

@@ -130,21 +130,22 @@ class LocalStore:
         """
         return self._enter(tree, info, repair=False)
 
-    def replace(self, tree: Path, info: ObjectInfo) -> ObjectInfo:
-        """As `add`, but `tree` takes the place of the tree on the disk, which is corrupt.
+    def replace(self, tree: Path, info: ObjectInfo, *, distrusted: bool = False) -> ObjectInfo:
+        """As `add`, but `tree` takes the place of the tree on the disk, which is corrupt, or no longer trusted.
 
-        The two are swapped in one step where the system can; the corrupt one is left to the scratch directory.
-        Raises NotDeterministic when another hash is registered than `info` has: then `tree` is not the remedy.
+        The two are swapped in one step where the system can; the old one is left to the scratch directory.
+        Raises NotDeterministic when another hash is registered than `info` has: then `tree` is not the remedy. What is
+        `distrusted` is replaced all the same.
         """
-        return self._enter(tree, info, repair=True)
+        return self._enter(tree, info, repair=True, distrusted=distrusted)
 
-    def _enter(self, tree: Path, info: ObjectInfo, *, repair: bool) -> ObjectInfo:
+    def _enter(self, tree: Path, info: ObjectInfo, *, repair: bool, distrusted: bool = False) -> ObjectInfo:
         with self._db.explained():
             disk.sync_tree(tree)
         target = self.location(info.path)
         with self._db.transaction(durable=True) as run:
             known = self.query(info.path)
-            if known is not None and known.nar_hash != info.nar_hash:
+            if known is not None and known.nar_hash != info.nar_hash and not distrusted:
                 raise NotDeterministic(
                     f"{info.path} came out differently than before",
                     reason=f"registered: {known.nar_hash.nix}\nnow:        {info.nar_hash.nix}",
@@ -202,6 +203,12 @@ class LocalStore:
             run(
                 "INSERT OR IGNORE INTO object_references SELECT id, ? FROM objects WHERE path = ?",
                 reference.base,
+                info.path.base,
+            )
+        if info.voucher is not None:
+            run(
+                "INSERT OR REPLACE INTO vouchers SELECT id, ? FROM objects WHERE path = ?",
+                info.voucher,
                 info.path.base,
             )
         self._insert_origin(run, info)
@@ -295,7 +302,8 @@ class LocalStore:
             with self._db.mutex:
                 objects = self._db.rows(
                     "SELECT id, path, nar_hash, nar_size, drv_hash, build_key, outcome,"
-                    f" (SELECT origin FROM origins WHERE object = objects.id ORDER BY origins.id DESC)"
+                    " (SELECT origin FROM origins WHERE object = objects.id ORDER BY origins.id DESC),"
+                    " (SELECT narinfo FROM vouchers WHERE object = objects.id)"
                     f" FROM objects {where} ORDER BY id",
                     *some,
                 )
@@ -315,8 +323,9 @@ class LocalStore:
                     build_key=None if build_key is None else BuildKey(build_key),
                     origin=None if origin is None else FileHash(origin),
                     outcome=Outcome(outcome),
+                    voucher=voucher,
                 )
-                for key, base, nar_hash, nar_size, drv_hash, build_key, outcome, origin in objects
+                for key, base, nar_hash, nar_size, drv_hash, build_key, outcome, origin, voucher in objects
             ]
         return infos
 

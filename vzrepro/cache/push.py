@@ -1,0 +1,276 @@
+"""Writing one object to a cache: what is there decides what has to be written, the NAR goes first, the narinfo last."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vzrepro import nar
+from vzrepro.cache.backend import FRESH_SECS, Entry
+from vzrepro.cache.narinfo import NarInfo, deriver_of, narinfo_key
+from vzrepro.cache.records import build_key_record, signed_difference, signed_realization
+from vzrepro.cache.signing import SigningKey, TrustedKeys
+from vzrepro.errors import HashMismatch, RemoteError
+from vzrepro.model import FileHash, NarHash, ObjectInfo, Outcome, Realization
+
+if TYPE_CHECKING:
+    from vzrepro.cache.binary import BinaryCache
+
+_SMALL = 1 << 20  # NARs up to this are made ready in memory
+_COSIGN_TRIES = 4  # each beaten by somebody else who signs at the same time
+
+
+class Kept(enum.Enum):
+    """What a push found in the cache and left there."""
+
+    NEW = "new"
+    """Nothing was there; the object is now."""
+    PRESENT = "present"
+    """The same object was there already, whole."""
+    HEALED = "healed"
+    """A damaged or half object was there and has been replaced, or our signature has joined others."""
+    DIFFERENT = "different"
+    """Another result was there and stays; a signed record of the difference has been written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """How a push ended: what is in the cache now, how many bytes were written for it, and, when the cache keeps another
+    result, its NAR hash and the key of the record that says so (None: what came from elsewhere is not ours to state).
+    """
+
+    kept: Kept
+    written_bytes: int
+    other: NarHash | None = None
+    record: str | None = None
+
+
+class Push:
+    """One push. What was made here, or copied here under a new name, is signed with `signer`; what came from elsewhere
+    keeps the signatures that it came with."""
+
+    def __init__(
+        self,
+        cache: BinaryCache,
+        signer: SigningKey | None,
+        info: ObjectInfo,
+        tree: Path,
+        derivation: bytes | None,
+        log: Path | None,
+        progress: Callable[[int, int | None], None],
+    ) -> None:
+        self._cache = cache
+        self._backend = cache.backend
+        self._info = info
+        self._tree = tree
+        self._derivation = derivation
+        self._log = log
+        self._progress = progress
+        self._written = 0
+        self._voucher = None if info.voucher is None else NarInfo.parse(info.voucher)
+        ours = self._voucher is None or self._voucher.path != info.path
+        self._signer = signer if ours else None
+
+    def run(self) -> Pushed:
+        """Do it. Raises RemoteError, and HashMismatch when the tree is not the object announced."""
+        with self._backend.lock(exclusive=False):
+            self._cache.make_place()
+            pushed = self._settled(*self._cache.look(self._info.path)) or self._renamed()
+        if pushed is not None:
+            return pushed
+        # Compressing takes long: nothing is held meanwhile, so what is there is looked at again.
+        if self._info.nar_size <= _SMALL:
+            pieces: list[bytes] = []
+            ready = self._compressed(pieces.append)
+            return self._finished(ready, b"".join(pieces))
+        with self._backend.spool() as spool:
+            # Not buffered, so that closing has nothing left to write and to fail at.
+            with spool.open("wb", buffering=0) as file:
+                ready = self._compressed(lambda piece: self._spool(file, piece))
+            return self._finished(ready, spool)
+
+    def _finished(self, ready: NarInfo, compressed: bytes | Path) -> Pushed:
+        with self._backend.lock(exclusive=False):
+            existing, damaged = self._cache.look(self._info.path)
+            return self._settled(existing, damaged) or self._written_anew(ready, compressed, existing, damaged)
+
+    # --- what is there already ----------------------------------------------------------------------------------------
+
+    def _settled(self, existing: NarInfo | None, damaged: bool) -> Pushed | None:
+        """The end of the push if what is in the cache makes the NAR unnecessary."""
+        if existing is None or damaged:
+            return None
+        if existing.nar_hash != self._info.nar_hash:
+            return self._different(existing)
+        if not self._nar_serves(existing, narinfo_key(existing.path)):
+            return None
+        if self._signer is not None and not self._signed_by_us(existing):
+            return self._cosigned(existing, self._signer)
+        self._records(existing)
+        return Pushed(Kept.PRESENT, self._written)
+
+    def _nar_serves(self, info: NarInfo, *also: str) -> bool:
+        """Whether the NAR that `info` names is there and, as far as can be told, right; then it is made young, and the
+        entries `also` with it, since from now on somebody relies on them (`FRESH_SECS`)."""
+        entry = self._backend.head(info.url)
+        if entry is None or self._cache.is_suspect(info.url) or not _is_announced(entry, info):
+            return False
+        if entry.mtime < self._backend.now() - FRESH_SECS:
+            return all(self._backend.refresh(key) for key in (info.url, *also))
+        return True
+
+    def _renamed(self) -> Pushed | None:
+        """For a copy made here of an object whose NAR the cache has: only its new name travels."""
+        info = self._info
+        if info.outcome is not Outcome.COPIED or self._signer is None:
+            return None
+        originals = (self._voucher, self._cache.made_of(info))
+        original = next((each for each in originals if each is not None and self._has_content(each)), None)
+        if original is None:
+            return None
+        fresh = self._described(original.url, original.compression, original.file_hash, original.file_size)
+        existing, damaged = self._cache.look(info.path)
+        return None if existing is not None else self._published(fresh, None, damaged)
+
+    def _has_content(self, other: NarInfo) -> bool:
+        return other.nar_hash == self._info.nar_hash and self._nar_serves(other)
+
+    def _signed_by_us(self, existing: NarInfo) -> bool:
+        assert self._signer is not None
+        us = TrustedKeys([self._signer.public])
+        return bool(us.signers(existing.fingerprint, existing.signatures))
+
+    def _cosigned(self, existing: NarInfo, signer: SigningKey) -> Pushed:
+        """Others have pushed the same bytes: vouch for them too."""
+        info = self._info
+        for _ in range(_COSIGN_TRIES):
+            ours = replace(existing, drv_hash=info.drv_hash, build_key=info.build_key, origin=info.origin)
+            if ours.own_message == existing.own_message or not self._cache.is_trusted(existing):
+                if ours.own_message != existing.own_message:
+                    ours = replace(ours, own_signatures=())
+                signed = ours.signed(signer)
+            else:
+                # They fed in something else, and are trusted: what they say of it stays theirs.
+                signed = replace(existing, signatures=existing.signed(signer).signatures)
+            self._records(signed)
+            self._put(narinfo_key(info.path), signed.render(), if_absent=False)
+            # Two that sign at once would overwrite each other.
+            found, damaged = self._cache.look(info.path)
+            if found is None or damaged or found.nar_hash != info.nar_hash or self._signed_by_us(found):
+                break
+            existing = found
+        return Pushed(Kept.HEALED, self._written)
+
+    def _different(self, existing: NarInfo) -> Pushed:
+        """Record that the same derivation gave other bytes here."""
+        if self._signer is None:
+            return Pushed(Kept.DIFFERENT, self._written, existing.nar_hash)
+        key, record = signed_difference(self._info, existing, self._signer)
+        self._put(key, record)
+        return Pushed(Kept.DIFFERENT, self._written, existing.nar_hash, key)
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def _written_anew(
+        self, ready: NarInfo, compressed: bytes | Path, existing: NarInfo | None, damaged: bool
+    ) -> Pushed:
+        if not self._nar_serves(ready):
+            self._backend.put(ready.url, compressed, sha256=ready.file_hash)
+            self._written += ready.file_size or 0
+            self._cache.clear_suspicion(ready.url)
+        return self._published(ready, existing, damaged)
+
+    def _published(self, ready: NarInfo, existing: NarInfo | None, damaged: bool) -> Pushed:
+        """The NAR is there: write the records, and the narinfo last."""
+        self._records(ready)
+        if existing is not None:
+            # The same bytes, whose NAR was lost: whoever vouched for them still does.
+            ready = replace(ready, signatures=tuple(dict.fromkeys((*ready.signatures, *existing.signatures))))
+        replaces = damaged or existing is not None
+        if self._put(narinfo_key(ready.path), ready.render(), if_absent=not replaces):
+            return Pushed(Kept.HEALED if replaces else Kept.NEW, self._written)
+        # Somebody else was first, just now.
+        return self._settled(*self._cache.look(self._info.path)) or Pushed(Kept.PRESENT, self._written)
+
+    def _compressed(self, write: Callable[[bytes], object]) -> NarInfo:
+        """Pack and compress the object. Raises HashMismatch when it is not the one announced."""
+        info = self._info
+        digest, nar_digest, nar_size, file_size = hashlib.sha256(), hashlib.sha256(), 0, 0
+
+        def counted() -> Iterator[bytes]:
+            nonlocal nar_size
+            for chunk in nar.pack(self._tree):
+                nar_digest.update(chunk)
+                nar_size += len(chunk)
+                yield chunk
+                self._progress(nar_size, info.nar_size)
+
+        for piece in nar.compress(counted()):
+            digest.update(piece)
+            file_size += len(piece)
+            write(piece)
+        if (nar_digest.hexdigest(), nar_size) != (info.nar_hash.hex, info.nar_size):
+            raise HashMismatch(
+                f"{info.path} is damaged and was not pushed",
+                reason=f"wanted NAR {info.nar_hash.nix}, found {NarHash(nar_digest.hexdigest()).nix}",
+                hint="vzrepro store verify",
+            )
+        file_hash = FileHash(digest.hexdigest())
+        url = f"nar/{file_hash.nix.removeprefix('sha256:')}.nar.zst"
+        return self._described(url, "zstd", file_hash, file_size)
+
+    def _described(self, url: str, compression: str, file_hash: FileHash | None, file_size: int | None) -> NarInfo:
+        """The object's narinfo, signed, for a NAR that travels like this."""
+        info = self._info
+        described = NarInfo(
+            path=info.path,
+            url=url,
+            compression=compression,
+            nar_hash=info.nar_hash,
+            nar_size=info.nar_size,
+            file_hash=file_hash,
+            file_size=file_size,
+            references=tuple(sorted(set(info.references))),
+            deriver=None if info.drv_hash is None else deriver_of(info.drv_hash, info.path.name),
+            drv_hash=info.drv_hash,
+            build_key=info.build_key,
+            origin=info.origin,
+        )
+        if self._signer is not None:
+            return described.signed(self._signer)
+        assert self._voucher is not None
+        return replace(self._voucher, url=url, compression=compression, file_hash=file_hash, file_size=file_size)
+
+    def _spool(self, file: FileIO, piece: bytes) -> None:
+        left = memoryview(piece)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError as error:
+            raise RemoteError(f"cannot prepare an upload to {self._cache.url}", reason=error.strerror) from error
+
+    def _records(self, info: NarInfo) -> None:
+        """What goes with the narinfo and is written before it: derivation, log, build record."""
+        if self._derivation is not None and info.drv_hash is not None:
+            self._put(f"drv/{info.drv_hash}.json", self._derivation)
+        if self._log is not None and info.deriver is not None and self._log.is_file():
+            self._backend.put(f"log/{info.deriver}", self._log, if_absent=True)
+        ours = self._info
+        if self._signer is not None and ours.build_key is not None and ours.drv_hash is not None:
+            realization = Realization(ours.build_key, ours.drv_hash, ours.path, ours.nar_hash, ours.nar_size)
+            self._put(build_key_record(ours.build_key), signed_realization(realization, self._signer))
+
+    def _put(self, key: str, data: bytes, *, if_absent: bool = True) -> bool:
+        written = self._backend.put(key, data, if_absent=if_absent)
+        self._written += len(data) if written else 0
+        return written
+
+
+def _is_announced(entry: Entry, info: NarInfo) -> bool:
+    """Whether what the place says of a NAR agrees with its narinfo."""
+    return info.file_size in (None, entry.size) and entry.sha256 in (None, info.file_hash or entry.sha256)

@@ -1,0 +1,117 @@
+"""The signed records beside the narinfos: what a build key gave (`build/`), and who got something else (`attest/`)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from vzrepro.cache.narinfo import NarInfo, own_message
+from vzrepro.cache.signing import SigningKey, TrustedKeys, parse_signature
+from vzrepro.errors import Untrusted, UsageError
+from vzrepro.model import (
+    FORMAT,
+    BuildKey,
+    DrvHash,
+    FileHash,
+    NarHash,
+    ObjectInfo,
+    Realization,
+    StorePath,
+    canonical_json,
+    store_path,
+)
+
+MAX_RECORD = 1 << 16
+"""Bytes of the largest record that is read."""
+
+
+def build_key_record(key: BuildKey) -> str:
+    """The key of a build key's record in a cache."""
+    return f"build/{key}.json"
+
+
+def differences_prefix(subject: str) -> str:
+    """Below which keys a cache keeps the records of those who got other bytes.
+
+    `subject` is the derivation's hash in hex or, where that is not known, the hash part of the store path.
+    """
+    return f"attest/{subject}/"
+
+
+def signed_realization(realization: Realization, signer: SigningKey) -> bytes:
+    """The bytes of a `build/` record."""
+    signature = signer.sign(_realization_message(realization))
+    return canonical_json({"format": FORMAT, "realization": realization.document(), "signatures": [signature]})
+
+
+def read_realization(data: bytes, trusted: TrustedKeys, place: str) -> Realization:
+    """Read a `build/` record. Raises Untrusted when it is malformed or too few trusted keys have signed it."""
+    try:
+        document = json.loads(data)
+        made = document["realization"]
+        realization = Realization(
+            build_key=BuildKey(made["build_key"]),
+            drv_hash=DrvHash(made["drv_hash"]),
+            path=StorePath.parse(made["path"]),
+            nar_hash=NarHash(made["nar_hash"]),
+            nar_size=int(made["nar_size"]),
+        )
+        signatures = [str(text) for text in document["signatures"]]
+        if store_path(realization.drv_hash, realization.path.name) != realization.path:
+            raise ValueError("its path is not that of its derivation")
+        trusted.verify(_realization_message(realization), signatures, f"a build record in {place}")
+    except (ValueError, KeyError, TypeError, UsageError, RecursionError) as error:
+        raise Untrusted(f"a build record in {place} is malformed", reason=str(error)) from error
+    return realization
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Somebody's statement that the same derivation gave other bytes than those the cache keeps: by which key, whether
+    its signature is that of a trusted key, and both NAR hashes."""
+
+    by: str
+    trusted: bool
+    kept: NarHash
+    found: NarHash
+
+
+def signed_difference(info: ObjectInfo, existing: NarInfo, signer: SigningKey) -> tuple[str, bytes]:
+    """Key and bytes of the record that `info` was made here while the cache keeps `existing`."""
+    statement: dict[str, Any] = {
+        "format": FORMAT,
+        "type": "not-deterministic",
+        "path": str(info.path),
+        "drv_hash": info.drv_hash and info.drv_hash.hex,
+        "build_key": info.build_key and info.build_key.hex,
+        "kept": {
+            "nar_hash": existing.nar_hash.hex,
+            "nar_size": existing.nar_size,
+            "signatures": list(existing.signatures),
+        },
+        "found": {"nar_hash": info.nar_hash.hex, "nar_size": info.nar_size},
+    }
+    signature = signer.sign(own_message(statement))
+    record = canonical_json({"format": FORMAT, "statement": statement, "signatures": [signature]})
+    prefix = differences_prefix(info.drv_hash.hex if info.drv_hash is not None else info.path.hash_part)
+    return f"{prefix}{signer.public.id}/{FileHash.of(record)}.json", record
+
+
+def read_difference(data: bytes, trusted: TrustedKeys) -> Difference | None:
+    """Read an `attest/` record; None when it is another kind of record, or malformed."""
+    try:
+        document = json.loads(data)
+        statement, signatures = document["statement"], [str(text) for text in document["signatures"]]
+        if statement["type"] != "not-deterministic":
+            return None
+        kept, found = NarHash(statement["kept"]["nar_hash"]), NarHash(statement["found"]["nar_hash"])
+        by = ", ".join(sorted({parse_signature(text)[0] for text in signatures}))
+        signers = trusted.signers(own_message(statement), signatures)
+    except (ValueError, KeyError, TypeError, UsageError, RecursionError):
+        return None
+    return Difference(by, bool(signers), kept, found)
+
+
+def _realization_message(realization: Realization) -> bytes:
+    return own_message({"format": FORMAT, "type": "realization", "realization": realization.document()})
