@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import io
 import os
 import re
+import socket
 import ssl
 import threading
 import time
@@ -12,18 +14,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError
 from urllib3.util import make_headers
 
 from vzrepro.errors import VzreproError
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 JOBS = 6
 """Downloads at once, and so connections to one host."""
 
 _PIECE = 1 << 18  # bytes read at once
+_DRAINED = 1 << 16  # bytes read of an answer that is not wanted, to keep its connection
+_SHOWN = 200  # characters of what a server says that a message may hold
 _MAX_REDIRECTS = 10
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _SYSTEM_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
@@ -31,7 +40,7 @@ _SYSTEM_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-
 
 class Failed(Exception):
     """An attempt at one URL came to nothing. `again` says whether another attempt at it may do better, `hint` what a
-    person can do."""
+    person can do, `status` what an HTTP server answered."""
 
     def __init__(
         self,
@@ -43,6 +52,7 @@ class Failed(Exception):
         found: str | None = None,
         stale: bool = False,
         hint: str | None = None,
+        status: int | None = None,
     ) -> None:
         super().__init__(why)
         self.why = why
@@ -52,12 +62,14 @@ class Failed(Exception):
         self.found = found
         self.stale = stale
         self.hint = hint
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """An answer: from which byte on it is, how long the whole file is if that is known, its strong ETag, its bytes, and
-    whether it is the answer to a range."""
+    """An answer: from which byte on it is, how long the whole file is if that is known, its strong ETag, its bytes,
+    whether it is the answer to a range, and when the file was last changed (seconds since the epoch) if that is known.
+    """
 
     start: int
     total: int | None
@@ -65,53 +77,68 @@ class Body:
     read: Callable[[], bytes]
     close: Callable[[], None]
     partial: bool = False
+    modified: float | None = None
 
 
 class Http:
-    """Connections that are kept open between downloads; safe to share between threads.
+    """Connections that are kept open between downloads, `connections` of them to one host; safe to share between
+    threads.
 
     Honours the proxy variables and the CA bundle of `environ` (SSL_CERT_FILE, SSL_CERT_DIR, REQUESTS_CA_BUNDLE), else
     the system's.
     """
 
-    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, environ: Mapping[str, str] = os.environ, *, connections: int = JOBS) -> None:
+        self._connections = connections
         self._context = _tls(environ)
         self._proxies = _proxies(environ)
         self._pools: dict[str | None, urllib3.PoolManager] = {}
         self._lock = threading.Lock()
 
-    def open(self, url: str, offset: int, etag: str | None, connect_secs: float, read_secs: float) -> Body:
-        """Ask for `url` from byte `offset` on (only if it still has this ETag); timeouts in seconds.
+    def open(
+        self,
+        url: str,
+        offset: int,
+        etag: str | None,
+        connect_secs: float,
+        read_secs: float,
+        *,
+        end: int | None = None,
+        head: bool = False,
+    ) -> Body:
+        """Ask for `url` from byte `offset` on (only if it still has this ETag), up to, without, byte `end`; with `head`
+        for nothing but what is said of it.
 
-        Redirects are followed to http and https only. Raises Failed.
+        Timeouts in seconds: for the connection; and for the answer's head, then for each read, however slowly bytes
+        come. Redirects are followed to http and https only. Raises Failed.
         """
-        timeout = urllib3.Timeout(connect=connect_secs, read=read_secs)
-        for _ in range(_MAX_REDIRECTS):
-            answer = self._request(url, offset, etag, timeout)
-            location = answer.headers.get("Location")
-            if answer.status not in (301, 302, 303, 307, 308) or location is None:
-                return _body(answer, offset)
-            _drop(answer)
-            target = urljoin(url, location)
-            if urlsplit(target).scheme not in ("http", "https"):
-                raise Failed(f"redirects to {shown(target)}, which is not http or https", again=False)
-            url = target
-        raise Failed(f"redirects more than {_MAX_REDIRECTS} times", again=False)
-
-    def _request(self, url: str, offset: int, etag: str | None, timeout: urllib3.Timeout) -> urllib3.BaseHTTPResponse:
         headers = {"Accept-Encoding": "identity", "User-Agent": "vzrepro"}
-        if offset:
-            headers["Range"] = f"bytes={offset}-"
+        if offset or end is not None:
+            headers["Range"] = f"bytes={offset}-{'' if end is None else end - 1}"
             if etag is not None:
                 headers["If-Range"] = etag
-        bare, auth = _without_auth(url)
-        if auth is not None:
-            headers |= make_headers(basic_auth=auth)
+        timeout = urllib3.Timeout(connect=connect_secs, read=read_secs)
+        for _ in range(_MAX_REDIRECTS):
+            answer = self._request("HEAD" if head else "GET", url, headers, timeout)
+            location = answer.headers.get("Location")
+            if answer.status not in (301, 302, 303, 307, 308) or location is None:
+                return _body(answer, offset, read_secs, head)
+            try:
+                _drain(answer, read_secs)
+            finally:
+                _drop(answer)
+            url = _redirected(url, location)
+        raise Failed(f"redirects more than {_MAX_REDIRECTS} times", again=False)
+
+    def _request(
+        self, method: str, url: str, headers: dict[str, str], timeout: urllib3.Timeout
+    ) -> urllib3.BaseHTTPResponse:
         try:
+            bare, auth = _without_auth(url)
             return self._pool(bare).request(
-                "GET",
+                method,
                 bare,
-                headers=headers,
+                headers=headers if auth is None else headers | make_headers(basic_auth=auth),
                 preload_content=False,
                 decode_content=False,
                 redirect=False,
@@ -134,14 +161,78 @@ class Http:
             return self._pools[proxy]
 
     def _new_pool(self, proxy: str | None) -> urllib3.PoolManager:
+        manager: urllib3.PoolManager
         if proxy is None:
-            return urllib3.PoolManager(maxsize=JOBS, ssl_context=self._context)
-        proxy = proxy if "://" in proxy else f"http://{proxy}"
-        bare, auth = _without_auth(proxy)
-        headers = make_headers(proxy_basic_auth=auth) if auth is not None else None
-        return urllib3.ProxyManager(
-            bare, proxy_headers=headers, maxsize=JOBS, ssl_context=self._context, proxy_ssl_context=self._context
-        )
+            manager = urllib3.PoolManager(maxsize=self._connections, ssl_context=self._context)
+        else:
+            bare, auth = _without_auth(proxy if "://" in proxy else f"http://{proxy}")
+            manager = urllib3.ProxyManager(
+                bare,
+                proxy_headers=None if auth is None else make_headers(proxy_basic_auth=auth),
+                maxsize=self._connections,
+                ssl_context=self._context,
+                proxy_ssl_context=self._context,
+            )
+        manager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+        return manager
+
+
+class _Timed(io.RawIOBase):
+    """A socket's incoming bytes, with a limit to how long they may take in all until `start` is called again: a
+    socket's own timeout starts anew with every byte."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
+        self._sock = sock
+        self._raw = raw
+        self._secs = sock.gettimeout()
+        self.start()
+
+    def start(self) -> None:
+        self._until = None if self._secs is None else time.monotonic() + self._secs
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int | None:
+        if self._until is not None:
+            left = self._until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("timed out")
+            self._sock.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Answer(http.client.HTTPResponse):
+    """An answer whose head, and then each of whose reads, takes no longer than the connection's timeout."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self._timed = _Timed(sock, self.fp.detach())
+        self.fp = io.BufferedReader(self._timed)
+
+    def read1(self, n: int = -1) -> bytes:
+        self._timed.start()
+        return super().read1(n)
+
+
+class _Connection(HTTPConnection):
+    response_class = _Answer
+
+
+class _TlsConnection(HTTPSConnection):
+    response_class = _Answer
+
+
+class _Pool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TlsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
 
 
 def _tls(environ: Mapping[str, str]) -> ssl.SSLContext:
@@ -179,9 +270,23 @@ def _bypasses(host: str, no_proxy: str) -> bool:
     return any(name == "*" or (name and f".{host}".endswith(f".{name}")) for name in names)
 
 
-def _body(answer: urllib3.BaseHTTPResponse, offset: int) -> Body:
+def _redirected(url: str, location: str) -> str:
+    """Where an answer sends us. Raises Failed."""
+    try:
+        target = urljoin(url, location)
+        scheme = urlsplit(target).scheme
+    except ValueError as error:
+        raise Failed(f"redirects to the impossible {_printable(location)}", again=False) from error
+    if scheme not in ("http", "https"):
+        raise Failed(f"redirects to {_printable(shown(target))}, which is not http or https", again=False)
+    return target
+
+
+def _body(answer: urllib3.BaseHTTPResponse, offset: int, read_secs: float, head: bool) -> Body:
     """Judge the answer's head. Raises Failed, having given the connection back, when it carries no usable body."""
     try:
+        if head or answer.status not in (200, 206):
+            _drain(answer, read_secs)
         return _usable_body(answer, offset)
     except BaseException:
         _drop(answer)
@@ -190,22 +295,25 @@ def _body(answer: urllib3.BaseHTTPResponse, offset: int) -> Body:
 
 def _usable_body(answer: urllib3.BaseHTTPResponse, offset: int) -> Body:
     status = answer.status
-    if status == 416 and offset:
+    span = answer.headers.get("Content-Range", "")
+    if status == 416 and not offset and span == "bytes */0":
+        _drop(answer)
+        return Body(0, 0, None, lambda: b"", lambda: None, True)  # an empty file has no first byte
+    if status == 416:
         raise Failed("has nothing after the part that is there", again=True, stale=True)
     if status not in (200, 206):
-        why = f"answers {status} {answer.reason or ''}".rstrip()
         again = status in _TRANSIENT
         raise Failed(
-            why,
+            f"answers {status} {_printable(answer.reason or '')}".rstrip(),
             again=again,
             after=_retry_after(answer.headers.get("Retry-After")) if again else 0.0,
             missing=status in (404, 410),
+            status=status,
         )
-    length = answer.headers.get("Content-Length", "")
-    total = int(length) if length.isascii() and length.isdigit() else None
+    total = _number(answer.headers.get("Content-Length", ""))
     start = 0
     if status == 206:
-        start, total = _content_range(answer.headers.get("Content-Range", ""))
+        start, total = _content_range(span)
         if start != offset:
             raise Failed(f"answers from byte {start} on instead of {offset}", again=True, stale=True)
     if answer.headers.get("Content-Encoding", "identity") != "identity":
@@ -219,8 +327,29 @@ def _usable_body(answer: urllib3.BaseHTTPResponse, offset: int) -> Body:
             raise Failed(reason_of(error), again=True) from error
 
     return Body(
-        start, total, etag if etag and not etag.startswith("W/") else None, read, lambda: _drop(answer), status == 206
+        start,
+        total,
+        etag if etag and not etag.startswith("W/") else None,
+        read,
+        lambda: _drop(answer),
+        status == 206,
+        _date(answer.headers.get("Last-Modified", "")),
     )
+
+
+def _drain(answer: urllib3.BaseHTTPResponse, secs: float) -> None:
+    """Read an answer that nobody wants to its end if that is near, so that its connection serves again.
+
+    Raises Failed when it does not come: it is part of the answer.
+    """
+    until, left = time.monotonic() + secs, _DRAINED
+    try:
+        while left > 0 and (piece := answer.read1(left)):
+            left -= len(piece)
+            if time.monotonic() > until:
+                raise Failed("stalls", again=True)
+    except (HTTPError, OSError) as error:
+        raise Failed(reason_of(error), again=True) from error
 
 
 def _drop(answer: urllib3.BaseHTTPResponse) -> None:
@@ -232,21 +361,31 @@ def _drop(answer: urllib3.BaseHTTPResponse) -> None:
 def _content_range(text: str) -> tuple[int, int | None]:
     unit, _, rest = text.partition(" ")
     span, _, total = rest.partition("/")
-    first = span.partition("-")[0]
-    if unit != "bytes" or not first.isdigit() or not (total == "*" or total.isdigit()):
-        raise Failed(f"answers with the impossible Content-Range {text!r}", again=True, stale=True)
-    return int(first), None if total == "*" else int(total)
+    first, size = _number(span.partition("-")[0]), _number(total)
+    if unit != "bytes" or first is None or (size is None and total != "*"):
+        raise Failed(f"answers with the impossible Content-Range {_printable(text)!r}", again=True, stale=True)
+    return first, size
 
 
 def _retry_after(text: str | None) -> float:
     if text is None:
         return 0.0
-    if text.strip().isdigit():
-        return float(text)
+    secs = _number(text.strip())
+    date = _date(text)
+    return float(secs) if secs is not None else 0.0 if date is None else max(0.0, date - time.time())
+
+
+def _number(text: str) -> int | None:
+    """A size as headers spell it, of at most 18 digits."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
+
+
+def _date(text: str) -> float | None:
+    """An HTTP date in seconds since the epoch."""
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
-        return 0.0
+        return parsedate_to_datetime(text).timestamp() if text else None
+    except (ValueError, OverflowError, TypeError):
+        return None
 
 
 def open_file(url: str, offset: int) -> Body:
@@ -292,8 +431,12 @@ def reason_of(error: BaseException) -> str:
         return f"the proxy: {reason_of(error.original_error)}"
     if isinstance(error, kinds.ProtocolError) and isinstance(error.args[-1], Exception):
         return reason_of(error.args[-1])
-    if isinstance(error, http.client.IncompleteRead):
+    if isinstance(error, http.client.IncompleteRead | urllib3.exceptions.IncompleteRead):
         return "breaks off in the middle"
+    if isinstance(error, http.client.RemoteDisconnected):
+        return "closes the connection without an answer"
+    if isinstance(error, http.client.HTTPException):
+        return "answers with something that is not HTTP"
     if isinstance(error, kinds.NameResolutionError):
         return "its host name cannot be resolved"
     # A refused connection is a kind of time-out to urllib3.
@@ -303,4 +446,9 @@ def reason_of(error: BaseException) -> str:
         return "stalls"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return re.sub(r"^.*\[Errno \d+\] ", "", str(error)) or type(error).__name__
+    return _printable(re.sub(r"^.*\[Errno \d+\] ", "", str(error))) or type(error).__name__
+
+
+def _printable(text: str) -> str:
+    """What a server says, fit for one line on a terminal."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text[:_SHOWN])
