@@ -1,7 +1,8 @@
 """Configuration: where things are and how fast to go. Nothing here ever enters a hash.
 
 Three places, each overriding the one before: `[tool.vzrepro]` in the workspace's pyproject.toml, the user's
-`vzrepro/config.toml` below the platform's configuration directory, and `VZREPRO_*` in the environment.
+`vzrepro/config.toml` below the platform's configuration directory, and `VZREPRO_*` in the environment. Revoked keys
+add up instead: who has revoked a key must not be overridden by somebody who has not heard of it.
 """
 
 from __future__ import annotations
@@ -21,14 +22,21 @@ USER_FILE = Path(platformdirs.user_config_dir("vzrepro")) / "config.toml"
 """The user's own configuration file; it may be missing."""
 
 _GIB = 1 << 30
+_REVOKED = "revoked-keys"
 
 
 class Config(BaseModel):
     """All settings, with their defaults. Keys are written with dashes in files (`machine-cache`).
 
-    `store` and `debian_keyring` (the archive's OpenPGP keys, for `lock`) are relative to the workspace; `cores` is
-    what one build may use, `jobs` how many builds run at once (0: decided from the machine); `mirrors` maps a
-    `mirror://` name to URL prefixes, tried first; sizes are GiB.
+    `store`, `upload_key` and `debian_keyring` (the archive's OpenPGP keys, for `lock`) are relative to the workspace;
+    `cores` is what one build may use, `jobs` how many builds run at once (0: decided from the machine); `mirrors` maps
+    a `mirror://` name to URL prefixes, tried first; sizes are GiB.
+
+    `caches` are shared binary caches (`s3://`, `https://`, `file://`), asked in this order; `trusted_keys` and
+    `revoked_keys` are public keys (`name:base64`), `require_signatures` how many trusted keys must have signed what is
+    taken. With `upload_key`, the file of a secret key, what is made here is pushed to `push_to`, by default the first
+    cache that can be written. `cache_patience_secs` is what failures of one cache may cost in a run. In the
+    environment, lists are separated by blanks.
     """
 
     model_config = ConfigDict(extra="forbid", alias_generator=lambda name: name.replace("_", "-"), frozen=True)
@@ -39,6 +47,13 @@ class Config(BaseModel):
     machine_cache_dir: Path = Path(platformdirs.user_cache_dir("vzrepro")) / "cache"
     machine_cache_gib: Annotated[int, Field(gt=0)] = 30
     key_dir: Path = Path(platformdirs.user_data_dir("vzrepro")) / "keys"
+    caches: list[str] = []
+    trusted_keys: list[str] = []
+    revoked_keys: list[str] = []
+    require_signatures: Annotated[int, Field(gt=0)] = 1
+    upload_key: Path | None = None
+    push_to: str | None = None
+    cache_patience_secs: Annotated[float, Field(gt=0)] = 30.0
     mirrors: dict[str, list[str]] = {}
     debian_keyring: Path = Path("recipes/toolchain/debian-archive.asc")
     cores: Annotated[int, Field(ge=0)] = 0
@@ -79,13 +94,18 @@ def load(root: Path, environ: Mapping[str, str] | None = None, user_file: Path =
     Raises UsageError naming file or variable, key and fault.
     """
     environ = os.environ if environ is None else environ
-    values: dict[str, Any] = {}
     project = root / "pyproject.toml"
-    values.update(_checked(_toml(project).get("tool", {}).get("vzrepro", {}), str(project)))
-    values.update(_checked(_toml(user_file), str(user_file)))
-    values.update(_from_environment(environ))
+    places = (
+        _checked(_toml(project).get("tool", {}).get("vzrepro", {}), str(project)),
+        _checked(_toml(user_file), str(user_file)),
+        _from_environment(environ),
+    )
+    values: dict[str, Any] = {key: value for place in places for key, value in place.items()}
+    values[_REVOKED] = [key for place in places for key in place.get(_REVOKED, [])]
     config = Config.model_validate(values)
-    paths = {"store": root / config.store.expanduser(), "debian_keyring": root / config.debian_keyring.expanduser()}
+    paths = {name: root / getattr(config, name).expanduser() for name in ("store", "debian_keyring")}
+    if config.upload_key is not None:
+        paths["upload_key"] = root / config.upload_key.expanduser()
     return config.model_copy(update=paths)
 
 
@@ -120,7 +140,7 @@ def _from_environment(environ: Mapping[str, str]) -> Mapping[str, Any]:
         if not text:
             continue
         alias = field.alias or name
-        values[alias] = text
+        values[alias] = text.split() if field.default == [] else text
         _checked({alias: values[alias]}, variable)
     return values
 

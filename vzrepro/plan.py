@@ -39,8 +39,8 @@ class Known(Protocol):
     def origin_known(self, path: StorePath, origin: FileHash) -> bool:
         """Whether the local object was verified from these URLs."""
 
-    def offer(self, path: StorePath) -> Offer | None:
-        """What a trusted cache offers, or None."""
+    def offers(self, nodes: Sequence[Node]) -> Mapping[StorePath, Offer]:
+        """What trusted caches offer of these nodes, asked for all at once; those that no cache has are left out."""
 
     def equal(self, key: BuildKey) -> ObjectInfo | None:
         """A valid local object that the same work gave before, under another name."""
@@ -93,6 +93,7 @@ class Plan:
 
 def make_plan(graph: DrvGraph, targets: Sequence[Node], known: Known) -> Plan:
     """Decide for every node that is needed. Never raises for what the world lacks: then the step is to build."""
+    direct = _direct_steps(graph, targets, known)
     steps: dict[DrvHash, Step] = {}
     # An explicit stack: a graph of 10,000 derivations in a row is deeper than Python's recursion limit.
     pending: list[tuple[Node, bool]] = [(node, False) for node in reversed(targets)]
@@ -103,7 +104,7 @@ def make_plan(graph: DrvGraph, targets: Sequence[Node], known: Known) -> Plan:
         if inputs_done:
             steps[node.drv_hash] = _from_inputs(node, steps, known)
             continue
-        step = _without_inputs(node, known)
+        step = direct[node.drv_hash]
         if step is not None:
             steps[node.drv_hash] = step
             continue
@@ -114,13 +115,33 @@ def make_plan(graph: DrvGraph, targets: Sequence[Node], known: Known) -> Plan:
     return Plan(tuple(targets), tuple(steps.values()))
 
 
-def _without_inputs(node: Node, known: Known) -> Step | None:
-    """The step for a node that needs none of its inputs; None when they must be realized first."""
-    drv = node.drv
+def _direct_steps(graph: DrvGraph, targets: Sequence[Node], known: Known) -> dict[DrvHash, Step | None]:
+    """The steps that need no inputs, for every node that is looked at; None where the inputs must be realized first.
+
+    Level by level from the targets downwards, so that caches are asked about a whole level at once.
+    """
+    direct: dict[DrvHash, Step | None] = {}
+    level = {node.drv_hash: node for node in targets}
+    while level:
+        local = {drv: _here(node, known) for drv, node in level.items()}
+        offers = known.offers([node for drv, node in level.items() if local[drv] is None])
+        for drv, node in level.items():
+            direct[drv] = local[drv] or _elsewhere(node, offers.get(node.path), known)
+        level = {
+            dep: graph.nodes[dep]
+            for drv, node in level.items()
+            if direct[drv] is None
+            for dep in node.drv.dependencies()
+            if dep not in direct
+        }
+    return direct
+
+
+def _here(node: Node, known: Known) -> Step | None:
+    """The step for a node that is in the store or comes from the workspace."""
     info = known.have(node.path)
-    origin = node.origin
     if info is not None:
-        if origin is None or known.origin_known(node.path, origin):
+        if node.origin is None or known.origin_known(node.path, node.origin):
             return Step(node, "have", "it is in the store", info)
         return Step(
             node,
@@ -128,10 +149,12 @@ def _without_inputs(node: Node, known: Known) -> Step | None:
             "its URL changed while its hash did not: fetched once again to see that both belong together",
             download_bytes=node.download_bytes,
         )
-    if drv.builder == "local":
-        return Step(node, "import", "local files")
-    offer = known.offer(node.path)
-    if offer is not None and (origin is None or offer.origin == origin):
+    return Step(node, "import", "local files") if node.drv.builder == "local" else None
+
+
+def _elsewhere(node: Node, offer: Offer | None, known: Known) -> Step | None:
+    """The step for a node that a cache or a mirror has."""
+    if offer is not None and (node.origin is None or offer.origin == node.origin):
         return Step(
             node,
             "substitute",
@@ -139,7 +162,7 @@ def _without_inputs(node: Node, known: Known) -> Step | None:
             download_bytes=offer.download_bytes,
             expected_secs=known.expected_secs(node.target, "substitute"),
         )
-    if drv.builder == "fetch":
+    if node.drv.builder == "fetch":
         expected = known.expected_secs(node.target, "fetch")
         return Step(node, "fetch", "not here yet", download_bytes=node.download_bytes, expected_secs=expected)
     return None

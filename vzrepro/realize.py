@@ -18,10 +18,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
-from vzrepro import events, fetch, image, nar, sandbox
+from vzrepro import events, fetch, image, nar, sandbox, transfer
 from vzrepro.cache.binary import BinaryCache
-from vzrepro.cache.narinfo import NarInfo
+from vzrepro.cache.narinfo import NarInfo, has_lost_trust
+from vzrepro.cache.signing import TrustedKeys
 from vzrepro.config import Config
 from vzrepro.errors import HashMismatch, Interrupted, RemoteError, UsageError, VzreproError
 from vzrepro.evaluate import DrvGraph
@@ -39,8 +41,17 @@ _ACTIONS: Mapping[str, events.Action] = {
     "image": "build",
     "build": "build",
 }
-_TRANSFERS = 4
+_TRANSFERS = 8
 """Downloads and substitutions that run at once, besides builds."""
+_PUSHES = 4
+_LOOK_UPS = 16
+"""Questions to caches that are under way at once."""
+
+Substitute = Literal["all", "sources", "none"]
+"""What may come from caches: everything · downloads only, so that all else is built · nothing."""
+
+
+_PULLED = frozenset({"have", "substitute", "import"})
 
 
 class State(enum.Enum):
@@ -60,8 +71,8 @@ class _Gone(Exception):
 class Realizer:
     """What realizing needs besides a plan: a graph, a store, caches to take from and to push to, and limits.
 
-    `substitute` false leaves the caches out of reading. `snapshot` is the lock's, for public archives. Setting `stop`
-    ends running builds and downloads.
+    `trusted` says which keys are revoked: what was taken on their word is made again. `snapshot` is the lock's, for
+    public archives. Setting `stop` ends running builds and downloads.
     """
 
     graph: DrvGraph
@@ -71,37 +82,59 @@ class Realizer:
     mirrors: fetch.Mirrors
     snapshot: str | None
     report: events.Report = events.ignore
-    substitute: bool = True
+    substitute: Substitute = "all"
+    trusted: TrustedKeys = field(default_factory=TrustedKeys)
     keep_failed: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     _lost: set[StorePath] = field(default_factory=set)
-    _mending: frozenset[StorePath] = frozenset()
+    _mending: set[StorePath] = field(default_factory=set)
+    _distrusted: set[StorePath] = field(default_factory=set)
+    _tainted: set[StorePath] = field(default_factory=set)
     _load_lock: threading.Lock = field(default_factory=threading.Lock)
 
     # --- what planning asks -------------------------------------------------------------------------------------
 
     def have(self, path: StorePath) -> ObjectInfo | None:
-        """The valid local object (see `plan.Known`); one that is being mended counts as absent until it is replaced."""
-        return None if path in self._mending else self.store.query(path)
+        """The valid local object (see `plan.Known`); what is to be replaced counts as absent until it is."""
+        return None if path in self._replaced() else self.store.query(path)
+
+    def _replaced(self) -> set[StorePath]:
+        return self._mending | self._distrusted | self._tainted
 
     def origin_known(self, path: StorePath, origin: FileHash) -> bool:
         """Whether the object was verified from these URLs."""
         return self.store.known_origin(path, origin)
 
-    def offer(self, path: StorePath) -> Offer | None:
-        """The first trusted cache that has the object."""
-        if not self.substitute or path in self._lost:
-            return None
+    def offers(self, nodes: Sequence[Node]) -> dict[StorePath, Offer]:
+        """The first trusted cache's offer for each node, asked for in parallel."""
+        asked = [node for node in nodes if self._may_substitute(node) and node.path not in self._lost]
+        if len(asked) <= 1:
+            found = list(map(self._offer, asked))
+        else:
+            with ThreadPoolExecutor(min(_LOOK_UPS, len(asked)), thread_name_prefix="look-up") as pool:
+                try:
+                    found = list(pool.map(self._offer, asked))
+                except BaseException:
+                    self.stop.set()  # leaving the pool waits for those who ask
+                    raise
+        return {node.path: offer for node, offer in zip(asked, found, strict=True) if offer is not None}
+
+    def _may_substitute(self, node: Node) -> bool:
+        return self.substitute == "all" or (self.substitute == "sources" and node.drv.builder == "fetch")
+
+    def _offer(self, node: Node) -> Offer | None:
         for cache in self.caches:
-            info = cache.query(path)
+            info = cache.query(node.path)
             if info is not None:
                 return Offer(info.file_size or info.nar_size, info.origin, cache.url)
         return None
 
     def equal(self, key: BuildKey) -> ObjectInfo | None:
-        """A valid local object of the same build key."""
+        """A valid local object of the same build key. One that is tainted serves as well: its inputs, byte for byte,
+        are those of the key, and they have been made again."""
         equal = self.store.by_build_key(key)
-        return None if equal is None or equal.path in self._mending or equal.path in self._lost else equal
+        absent = self._mending | self._distrusted | self._lost
+        return None if equal is None or equal.path in absent else equal
 
     def expected_secs(self, target: str, verb: str) -> float | None:
         """The median of the last times."""
@@ -117,7 +150,9 @@ class Realizer:
         """
         self.store.sweep()
         # Held first, then looked at: what the plan finds then stays until it has been used.
-        self.store.hold([node.path for node in self.graph.closure(targets)])
+        closure = self.graph.closure(targets)
+        self.store.hold([node.path for node in closure])
+        self._judge(closure)
         while True:
             plan = make_plan(self.graph, targets, self)
             if plan.todo():
@@ -129,6 +164,43 @@ class Realizer:
             self._clear_downloads()
             found = self.store.query_many([node.path for node in targets])
             return [found[node.path] for node in targets]
+
+    def pull(self, targets: Sequence[Node]) -> list[ObjectInfo]:
+        """As `realize`, but nothing is built or downloaded from mirrors.
+
+        Raises a cache's objection to a target (Untrusted, Damaged), or RemoteError when no cache has it.
+        """
+        self.store.hold([node.path for node in targets])
+        plan = make_plan(self.graph, targets, self)
+        missing = [step.node for step in plan.steps if step.node in targets and step.verb not in _PULLED]
+        for node in missing:
+            for cache in self.caches:
+                cache.ask(node.path)
+        if missing:
+            names = ", ".join(node.target for node in missing)
+            raise RemoteError(
+                f"no cache has {names}",
+                reason="asked: " + (", ".join(cache.url for cache in self.caches) or "none is configured"),
+                hint=f"vzrepro cache why-missing {missing[0].target}",
+            )
+        return self.realize(targets)
+
+    def _judge(self, closure: Sequence[Node]) -> None:
+        """Find what was taken on the word of a key that is revoked since, and what was made here from that."""
+        if not self.trusted.revoked:
+            return
+        infos = self.store.query_many([node.path for node in closure])
+        for node in closure:
+            info = infos.get(node.path)
+            if info is not None and info.voucher is not None:
+                if has_lost_trust(info.voucher, self.trusted):
+                    self._distrusted.add(info.path)
+            elif {self.graph.nodes[drv].path for drv in node.drv.dependencies()} & (self._distrusted | self._tainted):
+                self._tainted.add(node.path)
+        if self._distrusted:
+            names = ", ".join(sorted(path.name for path in self._distrusted))
+            message = f"not trusted any more, because the key that vouched for it is revoked: {names}"
+            self.report(events.Notice("warning", message))
 
     def repair(self, paths: Sequence[StorePath]) -> list[ObjectInfo]:
         """Replace corrupt objects by right ones, from a cache or by building them again; the old ones stay until then.
@@ -142,7 +214,7 @@ class Realizer:
                 f"{unknown[0].base} cannot be repaired: no recipe of this workspace makes it",
                 hint="remove what nothing needs any more with: vzrepro store gc",
             )
-        self._mending = frozenset(paths)
+        self._mending = set(paths)
         return self.realize([by_path[path] for path in paths])
 
     def _clear_downloads(self) -> None:
@@ -355,10 +427,11 @@ class Realizer:
             return self._build(node, scratch, key)
 
     def _equal_remote(self, node: Node, key: BuildKey) -> ObjectInfo | None:
-        for cache in self.caches if self.substitute else ():
+        for cache in self.caches if self.substitute == "all" else ():
             record = cache.by_build_key(key)
             info = cache.query(record.path) if record is not None else None
-            if record is None or info is None or info.nar_hash != record.nar_hash:
+            # The narinfo must say so itself: the object's voucher stands for this, too.
+            if record is None or info is None or (info.nar_hash, info.build_key) != (record.nar_hash, key):
                 continue
             with contextlib.suppress(RemoteError):
                 return self._from_cache(node, cache, info, Outcome.COPIED, key)
@@ -455,34 +528,25 @@ class Realizer:
         return self._keep(tree, info)
 
     def _keep(self, tree: Path, info: ObjectInfo) -> ObjectInfo:
-        if info.path in self._mending:
-            return self.store.replace(tree, info)
-        return self.store.add(tree, info)
+        if info.path not in self._replaced():
+            return self.store.add(tree, info)
+        kept = self.store.replace(tree, info, distrusted=info.path not in self._mending)
+        for each in (self._mending, self._distrusted, self._tainted):
+            each.discard(info.path)
+        return kept
 
     def push(self, node: Node, info: ObjectInfo) -> None:
         """Write a new object to every cache that can be written; a failure is a warning, the object stays here."""
+        pusher = transfer.Pusher(self.store, self.report, self.stop)
         for cache in self.caches:
             if not cache.writable or self.stop.is_set():
                 continue
-            begun = time.monotonic()
-            path = str(info.path)
-            self.report(events.Started(node.target, path, "push", None, info.nar_size))
             try:
-                log = self.store.log_path(info.path)
-                outcome = cache.push(
-                    info,
-                    self.store.location(info.path),
-                    derivation=canonical_json(node.drv.document()),
-                    log=log if log.is_file() else None,
-                    progress=self._stop_here,
-                ).kept.value
+                pusher.push(cache, node.target, info)
             except Interrupted:
-                outcome = Outcome.INTERRUPTED.value
+                return
             except (VzreproError, OSError) as error:
-                outcome = "failed"
                 self.report(events.Notice("warning", f"{cache.url}: {node.target} was not pushed: {error}"))
-            secs = time.monotonic() - begun
-            self.report(events.Finished(node.target, path, "push", outcome, secs, info.nar_size))
 
 
 def _copy_file(source: Path, target: Path) -> None:
@@ -526,7 +590,7 @@ class _Schedule:
         with (
             ThreadPoolExecutor(jobs) as builds,
             ThreadPoolExecutor(_TRANSFERS) as transfers,
-            ThreadPoolExecutor(1) as pushes,
+            ThreadPoolExecutor(_PUSHES) as pushes,
         ):
             self._pools = (builds, transfers, pushes)
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -30,7 +30,8 @@ class World:
 
     objects: dict[StorePath, ObjectInfo] = field(default_factory=dict)
     origins: set[tuple[StorePath, FileHash]] = field(default_factory=set)
-    offers: dict[StorePath, Offer] = field(default_factory=dict)
+    offered: dict[StorePath, Offer] = field(default_factory=dict)
+    asked: list[list[str]] = field(default_factory=list)
     keys: dict[BuildKey, ObjectInfo] = field(default_factory=dict)
     kept: list[tuple[DrvHash, str, bytes]] = field(default_factory=list)
 
@@ -40,8 +41,9 @@ class World:
     def origin_known(self, path: StorePath, origin: FileHash) -> bool:
         return (path, origin) in self.origins
 
-    def offer(self, path: StorePath) -> Offer | None:
-        return self.offers.get(path)
+    def offers(self, nodes: Sequence[Node]) -> dict[StorePath, Offer]:
+        self.asked.append([node.target for node in nodes])
+        return {node.path: self.offered[node.path] for node in nodes if node.path in self.offered}
 
     def equal(self, key: BuildKey) -> ObjectInfo | None:
         return self.keys.get(key)
@@ -87,7 +89,7 @@ def test_what_is_here_hides_what_is_below(declare: Declare) -> None:
 
 def test_a_cache_saves_the_toolchain(declare: Declare) -> None:
     graph, world = declare(a=RECIPES), World()
-    world.offers[graph.find("high").path] = Offer(1000, None, "file:///cache")
+    world.offered[graph.find("high").path] = Offer(1000, None, "file:///cache")
     plan = make_plan(graph, [graph.find("high")], world)
     assert [(step.verb, step.download_bytes) for step in plan.steps] == [("substitute", 1000)]
     assert plan.actions() == {"substitute": 1}
@@ -139,9 +141,9 @@ def test_a_changed_url_is_fetched_once_again(fetched: tuple[DrvGraph, Node]) -> 
 def test_a_cached_download_from_other_urls_is_not_taken(fetched: tuple[DrvGraph, Node]) -> None:
     graph, node = fetched
     world = World()
-    world.offers[node.path] = Offer(1, FileHash.of(b"other urls"), "file:///cache")
+    world.offered[node.path] = Offer(1, FileHash.of(b"other urls"), "file:///cache")
     assert [step.verb for step in make_plan(graph, [node], world).steps] == ["fetch"]
-    world.offers[node.path] = Offer(1, node.origin, "file:///cache")
+    world.offered[node.path] = Offer(1, node.origin, "file:///cache")
     assert [step.verb for step in make_plan(graph, [node], world).steps] == ["substitute"]
 
 

@@ -134,7 +134,7 @@ class BinaryCache:
             _remove(dest)
             self._found.pop(info.path, None)
             if isinstance(error, Damaged):
-                self._suspects.add(info.url)
+                self.suspect(info.url)
                 self._complain(error)
             elif isinstance(error, RemoteError):
                 self.disable(error)
@@ -250,8 +250,12 @@ class BinaryCache:
             return None
         return None if path is None else self.look(path)[0]
 
+    def suspect(self, url: str) -> None:
+        """The NAR at this key is wrong, whatever the place says of it: the next push writes it anew."""
+        self._suspects.add(url)
+
     def is_suspect(self, url: str) -> bool:
-        """Whether the NAR at this key was found to be wrong by this process."""
+        """Whether this process knows that the NAR at this key is wrong."""
         return url in self._suspects
 
     def clear_suspicion(self, url: str) -> None:

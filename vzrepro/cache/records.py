@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from vzrepro.cache.backend import Damaged
 from vzrepro.cache.narinfo import NarInfo, own_message
 from vzrepro.cache.signing import SigningKey, TrustedKeys, parse_signature
-from vzrepro.errors import Untrusted, UsageError
+from vzrepro.errors import UsageError
 from vzrepro.model import (
     FORMAT,
     BuildKey,
@@ -46,7 +47,7 @@ def signed_realization(realization: Realization, signer: SigningKey) -> bytes:
 
 
 def read_realization(data: bytes, trusted: TrustedKeys, place: str) -> Realization:
-    """Read a `build/` record. Raises Untrusted when it is malformed or too few trusted keys have signed it."""
+    """Read a `build/` record. Raises Damaged when it is malformed, Untrusted when too few trusted keys signed it."""
     try:
         document = json.loads(data)
         made = document["realization"]
@@ -62,7 +63,7 @@ def read_realization(data: bytes, trusted: TrustedKeys, place: str) -> Realizati
             raise ValueError("its path is not that of its derivation")
         trusted.verify(_realization_message(realization), signatures, f"a build record in {place}")
     except (ValueError, KeyError, TypeError, UsageError, RecursionError) as error:
-        raise Untrusted(f"a build record in {place} is malformed", reason=str(error)) from error
+        raise Damaged(f"a build record in {place} is malformed", reason=str(error)) from error
     return realization
 
 

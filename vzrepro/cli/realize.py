@@ -16,6 +16,7 @@ from vzrepro.cli.session import Session
 from vzrepro.errors import UsageError
 from vzrepro.events import Result
 from vzrepro.plan import Plan, make_plan
+from vzrepro.realize import Substitute
 
 
 @click.command()
@@ -25,6 +26,8 @@ from vzrepro.plan import Plan, make_plan
 @click.option("--cores", type=click.IntRange(1), help="Cores one build may use.")
 @click.option("--keep-failed", is_flag=True, help="Keep /build of a failed build and print how to enter it.")
 @click.option("--no-substitute", is_flag=True, help="Take nothing from caches: build everything that is not here.")
+@click.option("--sources-from-cache", is_flag=True, help="With --no-substitute: downloads may come from caches.")
+@click.option("--require-signatures", type=click.IntRange(1), help="Trusted keys that must have signed what is taken.")
 @click.option("--out-link", type=click.Path(path_type=Path), help="Make this symbolic link to the (only) result.")
 @json_option
 @click.pass_obj
@@ -36,14 +39,21 @@ def realize(
     cores: int | None,
     keep_failed: bool,
     no_substitute: bool,
+    sources_from_cache: bool,
+    require_signatures: int | None,
     out_link: Path | None,
 ) -> None:
     """Make TARGETS valid in the store and print where they are, one path per line."""
-    session.override(jobs=jobs, cores=cores)
+    session.override(jobs=jobs, cores=cores, require_signatures=require_signatures)
+    if sources_from_cache and not no_substitute:
+        raise UsageError(
+            "--sources-from-cache without --no-substitute", reason="without it everything may come from caches"
+        )
+    substitute: Substitute = "all" if not no_substitute else "sources" if sources_from_cache else "none"
     if out_link is not None and len(targets) != 1:
         raise UsageError("--out-link needs exactly one target", hint="realize the targets one by one")
     nodes = [session.target(name) for name in targets]
-    realizer = session.realizer(substitute=not no_substitute, keep_failed=keep_failed)
+    realizer = session.realizer(substitute=substitute, keep_failed=keep_failed)
     if dry_run:
         _print_plan(session, make_plan(session.graph, nodes, realizer))
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import threading
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,8 +14,12 @@ from typing import TYPE_CHECKING
 import vzrepro
 from vzrepro import fetch, noop
 from vzrepro import lock as locks
+from vzrepro.cache.backend import Backend
 from vzrepro.cache.binary import BinaryCache
 from vzrepro.cache.machine import machine_cache
+from vzrepro.cache.places import is_writable, open_backend
+from vzrepro.cache.remote import Patience
+from vzrepro.cache.signing import PublicKey, SigningKey, TrustedKeys
 from vzrepro.config import USER_FILE, Config, find_workspace, load
 from vzrepro.console import Console
 from vzrepro.errors import UsageError
@@ -22,7 +27,7 @@ from vzrepro.evaluate import DrvGraph, evaluate
 from vzrepro.events import Notice
 from vzrepro.lock import Lock
 from vzrepro.model import ObjectInfo, StorePath
-from vzrepro.realize import Realizer
+from vzrepro.realize import Realizer, Substitute
 from vzrepro.recipe import Node
 from vzrepro.store import LocalStore
 
@@ -79,8 +84,52 @@ class Session:
         return fetch.Mirrors.of_host(self.config.mirrors, os.environ, get=fetch.get)
 
     @cached_property
+    def trusted(self) -> TrustedKeys:
+        """The keys whose objects are taken from shared caches, those that are revoked, and how many must agree."""
+        return TrustedKeys(
+            _keys("trusted-keys", self.config.trusted_keys),
+            revoked=_keys("revoked-keys", self.config.revoked_keys),
+            required=self.config.require_signatures,
+        )
+
+    @cached_property
+    def upload_key(self) -> SigningKey | None:
+        """The key that signs what is pushed to a shared cache; None when there is none."""
+        return None if self.config.upload_key is None else SigningKey.load(self.config.upload_key)
+
+    @property
+    def push_to(self) -> str | None:
+        """The shared cache that is written to: the one configured, else the first that can be."""
+        return self.config.push_to or next(filter(is_writable, self.config.caches), None)
+
+    @cached_property
+    def stop(self) -> threading.Event:
+        """Set when the command is to end; whatever works or waits in other threads looks at it."""
+        return threading.Event()
+
+    def backend(self, url: str) -> Backend:
+        """The place that a cache's URL names, relative to the workspace."""
+        patience = Patience(self.config.cache_patience_secs, stop=self.stop)
+        return open_backend(url, patience, self.root)
+
+    def cache(self, url: str, signer: SigningKey | None = None) -> BinaryCache:
+        """The shared cache at `url`, to be written to if there is a signer."""
+        return BinaryCache(self.backend(url), self.trusted, signer, warn=self.warn)
+
+    @cached_property
+    def shared_caches(self) -> list[BinaryCache]:
+        """The configured caches, in order; the one that is pushed to can be written if there is an upload key."""
+        urls = list(dict.fromkeys(self.config.caches))
+        if self.push_to is not None and self.upload_key is not None and self.push_to not in urls:
+            urls.append(self.push_to)
+        return [self.cache(url, self.upload_key if url == self.push_to else None) for url in urls]
+
+    @cached_property
     def caches(self) -> list[BinaryCache]:
-        """The machine's own cache, unless it is turned off."""
+        """The machine's own cache, unless it is turned off, and the shared ones."""
+        return [*self._machine_caches(), *self.shared_caches]
+
+    def _machine_caches(self) -> list[BinaryCache]:
         if not self.config.machine_cache:
             return []
         return [
@@ -96,7 +145,7 @@ class Session:
         """Tell the user something that does not end the command."""
         self.console.report(Notice("warning", message))
 
-    def realizer(self, *, substitute: bool = True, keep_failed: bool = False) -> Realizer:
+    def realizer(self, *, substitute: Substitute = "all", keep_failed: bool = False) -> Realizer:
         """What executes plans, with this session's parts."""
         return Realizer(
             graph=self.graph,
@@ -107,7 +156,9 @@ class Session:
             snapshot=self.lock.snapshot(),
             report=self.console.report,
             substitute=substitute,
+            trusted=self.trusted,
             keep_failed=keep_failed,
+            stop=self.stop,
         )
 
     def pinner(self, update: Sequence[str] | None, *, allow_expired: bool) -> Pinner:
@@ -165,3 +216,12 @@ class Session:
             map(str, reads),
             {node.target: str(self.store.location(info.path)) for node, info in zip(nodes, found, strict=True)},
         )
+
+
+def _keys(setting: str, texts: Sequence[str]) -> list[PublicKey]:
+    try:
+        return [PublicKey.parse(text) for text in texts]
+    except UsageError as error:
+        raise UsageError(
+            f"{setting}: {error.message}", reason=error.reason, hint="vzrepro key public FILE prints it"
+        ) from error
