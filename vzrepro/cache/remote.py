@@ -7,6 +7,7 @@ this robust is here, once: retries with full jitter, `Retry-After`, limits in ti
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import threading
 import time
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from typing import TypeVar
 
 from vzrepro import nar
@@ -23,7 +25,7 @@ from vzrepro.wire import Body, Failed
 PIECE = 4 << 20
 """Bytes asked for at once; an entry that is not larger is one request."""
 
-_AHEAD = 4  # pieces of one entry on their way, so at most 5 · PIECE are held
+_AHEAD = 4  # pieces of one entry on their way, so at most about 5 · PIECE are held
 _MIN_SPEED = 4 << 10  # bytes per second
 _BACKOFF_SECS = 0.2
 _BACKOFF_MAX_SECS = 5.0
@@ -37,9 +39,10 @@ ETag (None: any). A place that knows no ranges answers with all of it. None: the
 class Patience:
     """How many seconds in all, in this process, one place's failures may cost before it is given up.
 
-    Time counts while no attempt succeeds, however many threads try. Requests time out after a third of it, and a body
-    that brings less than 4 KiB/s for that long is a failed attempt as well. Setting `stop` ends waiting with
-    Interrupted. `clock` and `jitter` are for tests.
+    Time counts from an attempt's begin, or the last time that one succeeded or a body brought enough, while attempts
+    fail, however many threads try. Requests time out after a third of it, and a body that brings less than 4 KiB/s for
+    that long is a failed attempt as well. Setting `stop` ends waiting with Interrupted. `clock` and `jitter` are for
+    tests.
     """
 
     def __init__(
@@ -55,7 +58,8 @@ class Patience:
         self._clock = clock
         self._jitter = jitter
         self._lock = threading.Lock()
-        self._lost = 0.0
+        self._lost = 0.0  # until `_counted`
+        self._counted = -math.inf
         self._failing_since: float | None = None
 
     @property
@@ -78,10 +82,11 @@ class Patience:
                 failures += 1
                 pause = max(failure.after, self._jitter(0.0, min(_BACKOFF_MAX_SECS, _BACKOFF_SECS * 2.0**failures)))
                 if not failure.again or self._lost_since(begun) + pause > self.secs:
+                    self._count()  # nobody waits here any more
                     raise RemoteError(f"{place} {failure.why}", hint=failure.hint) from failure
                 self._stop.wait(pause)
             else:
-                self._succeeded()
+                self._count()
                 return result
 
     def check(self) -> None:
@@ -90,7 +95,8 @@ class Patience:
             raise Interrupted("interrupted")
 
     def read_into(self, held: bytearray, body: Body, limit: int) -> bool:
-        """Append a body's next bytes to `held` until that has `limit` bytes; False when the body ends before.
+        """Append a body's next bytes to `held` until that has `limit` bytes, or a few more, since none are dropped;
+        False when the body ends before.
 
         What has arrived stays in `held` when Failed is raised: the body breaks off, or crawls.
         """
@@ -99,24 +105,40 @@ class Patience:
             piece = body.read()
             if not piece:
                 return False
-            held += piece[: limit - len(held)]
+            held += piece
             self.check()
-            if self._clock() >= window_end:
-                if len(held) < limit and len(held) - window_size < _MIN_SPEED * self.timeout_secs:
+            if self._clock() >= window_end and len(held) < limit:
+                if len(held) - window_size < _MIN_SPEED * self.timeout_secs:
                     raise Failed(f"sends fewer than {_MIN_SPEED} bytes per second", again=True)
+                self._count()
                 window_end, window_size = self._clock() + self.timeout_secs, len(held)
         return True
+
+    def without(self, body: Body, count: int) -> Body:
+        """The body after its first `count` bytes, which are read and dropped. Raises Failed."""
+        held = bytearray()
+        while count:
+            if not self.read_into(held, body, min(count, PIECE)):
+                raise Failed("breaks off in the middle", again=True)
+            dropped = min(count, len(held))
+            del held[:dropped]
+            count -= dropped
+        surplus = [bytes(held)] if held else []
+        return replace(body, read=lambda: surplus.pop() if surplus else body.read())
 
     def _lost_since(self, begun: float) -> float:
         """What failures have cost in all, the attempt that began at `begun` and has just failed included."""
         with self._lock:
+            begun = max(begun, self._counted)
             self._failing_since = begun if self._failing_since is None else min(begun, self._failing_since)
             return self._lost + self._clock() - self._failing_since
 
-    def _succeeded(self) -> None:
+    def _count(self) -> None:
+        """Something has succeeded, or been given up: what was lost until now is a sum, and counted once."""
         with self._lock:
+            self._counted = self._clock()
             if self._failing_since is not None:
-                self._lost += self._clock() - self._failing_since
+                self._lost += self._counted - self._failing_since
                 self._failing_since = None
 
 
@@ -143,11 +165,13 @@ class EntryStream:
         self._body: Body | None = None
         self._read: nar.Read = nar.reader(())
         self._chunks: Generator[bytes] | None = None
+        self._left = False
 
     def __enter__(self) -> EntryStream:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        self._left = True
         if self._chunks is not None:
             self._chunks.close()
         self._close()
@@ -162,6 +186,10 @@ class EntryStream:
             """Whether there is more than the first piece; None: there is no entry."""
             if not self._reopen(len(first), PIECE):
                 return None
+            assert self._body is not None
+            if self._body.partial and self._total is None:
+                self._close()
+                raise Failed("does not say how long an entry is", again=False)
             return self._fill(first, 0)
 
         more = self._patience.attempt(self._place, once)
@@ -175,9 +203,11 @@ class EntryStream:
         ranged = self._body is not None and self._body.partial
         if ranged or not more:
             self._close()
+        offset = len(first)
         yield first
+        del first
         if more:
-            yield from self._ahead(len(first)) if ranged else self._in_order(len(first))
+            yield from self._ahead(offset) if ranged else self._in_order(offset)
 
     def _in_order(self, offset: int) -> Iterator[bytes]:
         """The rest of the one body that is open."""
@@ -186,8 +216,8 @@ class EntryStream:
             held = bytearray()
 
             def once(held: bytearray = held, offset: int = offset) -> bool:
-                if self._body is None:
-                    self._reopen(offset + len(held), None)
+                if self._body is None and not self._reopen(offset + len(held), None):
+                    raise Failed("has lost an entry while it was read", again=False)
                 return self._fill(held, offset)
 
             more = self._patience.attempt(self._place, once)
@@ -195,25 +225,31 @@ class EntryStream:
             yield bytes(held)
 
     def _fill(self, held: bytearray, offset: int) -> bool:
-        """Read from the open body until `held`, which starts at `offset`, is a whole piece; whether there is more."""
+        """Read from the open body until `held`, which starts at `offset`, is about a piece; whether there is more."""
         assert self._body is not None
         try:
             ended = not self._patience.read_into(held, self._body, PIECE)
             if ended and self._total is not None and offset + len(held) < self._total:
                 # The end of a range, or of a connection.
                 raise Failed("breaks off in the middle", again=True)
-        except Failed:
+        except BaseException:
             self._close()
             raise
-        return not ended and offset + len(held) != self._total
+        return not ended and (self._total is None or offset + len(held) < self._total)
 
     def _reopen(self, start: int, end: int | None) -> bool:
         """Have `_body` open at exactly `start`; False when there is no entry. Raises Failed."""
         self._close()
-        self._body = self._opened(start, end)
-        if self._body is not None:
-            self._etag, self._total = self._body.etag, self._body.total
-        return self._body is not None
+        body = self._opened(start, end)
+        if body is None:
+            return False
+        try:
+            self._body = self._patience.without(body, start - body.start)
+        except BaseException:
+            body.close()
+            raise
+        self._etag, self._total = body.etag or self._etag, self._total if body.total is None else body.total
+        return True
 
     def _close(self) -> None:
         if self._body is not None:
@@ -240,25 +276,27 @@ class EntryStream:
         held = bytearray()
 
         def once() -> bytes:
+            if self._left:
+                raise Failed("is not read any further", again=False)
             body = self._opened(start + len(held), end)
             if body is None:
                 raise Failed("has lost an entry while it was read", again=False)
             with closing(body):
+                if not body.partial:
+                    # Reading all that comes before, for every piece, would cost more than it is worth.
+                    raise Failed("sends a whole entry where it has sent parts before", again=True)
                 if not self._patience.read_into(held, body, end - start):
                     raise Failed("breaks off in the middle", again=True)
-            return bytes(held)
+            return bytes(held[: end - start])
 
         return self._patience.attempt(self._place, once)
 
     def _opened(self, start: int, end: int | None) -> Body | None:
-        """A body from exactly `start` on, of the same version as the ones before it. Raises Failed."""
+        """A body from `start` on, or from an earlier byte, of the same version as those before it. Raises Failed."""
         body = self._ask(start, end, self._etag)
         if body is not None:
-            try:
-                if self._etag is not None and body.etag not in (None, self._etag):
-                    raise Failed("has changed an entry while it was read", again=False)
-                self._patience.read_into(bytearray(), body, start - body.start)
-            except BaseException:
+            changed = self._etag is not None and body.etag not in (None, self._etag)
+            if changed or (self._total is not None and body.total not in (None, self._total)):
                 body.close()
-                raise
+                raise Failed("has changed an entry while it was read", again=False)
         return body
