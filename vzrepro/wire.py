@@ -68,8 +68,8 @@ class Failed(Exception):
 @dataclass(frozen=True, slots=True)
 class Body:
     """An answer: from which byte on it is, how long the whole file is if that is known, its strong ETag, its bytes,
-    whether it is the answer to a range, and when the file was last changed (seconds since the epoch) if that is known.
-    """
+    whether it is the answer to a range, and, if only the head was asked for and tells it, when the file was last
+    changed (seconds since the epoch)."""
 
     start: int
     total: int | None
@@ -287,13 +287,13 @@ def _body(answer: urllib3.BaseHTTPResponse, offset: int, read_secs: float, head:
     try:
         if head or answer.status not in (200, 206):
             _drain(answer, read_secs)
-        return _usable_body(answer, offset)
+        return _usable_body(answer, offset, head)
     except BaseException:
         _drop(answer)
         raise
 
 
-def _usable_body(answer: urllib3.BaseHTTPResponse, offset: int) -> Body:
+def _usable_body(answer: urllib3.BaseHTTPResponse, offset: int, head: bool) -> Body:
     status = answer.status
     span = answer.headers.get("Content-Range", "")
     if status == 416 and not offset and span == "bytes */0":
@@ -333,7 +333,7 @@ def _usable_body(answer: urllib3.BaseHTTPResponse, offset: int) -> Body:
         read,
         lambda: _drop(answer),
         status == 206,
-        _date(answer.headers.get("Last-Modified", "")),
+        _date(answer.headers.get("Last-Modified", "")) if head else None,
     )
 
 

@@ -244,7 +244,7 @@ class EntryStream:
         if body is None:
             return False
         try:
-            self._body = self._patience.without(body, start - body.start)
+            self._body = body if body.start == start else self._patience.without(body, start - body.start)
         except BaseException:
             body.close()
             raise
