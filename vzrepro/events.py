@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-Action = Literal["build", "copy", "fetch", "import", "substitute", "push"]
+Action = Literal["build", "copy", "fetch", "import", "substitute", "push", "check", "collect"]
 """What is being done to get one object: build in the sandbox · copy an equal object (early cutoff) · download ·
-import a local tree · take from a cache · write to a cache."""
+import a local tree · take from a cache · write to a cache · check a cache · collect its garbage."""
 
 
 @dataclass(frozen=True, slots=True)

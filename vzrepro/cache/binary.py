@@ -6,6 +6,7 @@ used. A cache that errs is a miss, and not asked again in this process. docs/cac
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,8 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vzrepro import nar
-from vzrepro.cache.backend import Backend, Damaged, Stream
+from vzrepro.cache.backend import Backend, Damaged, Entry, Stream
+from vzrepro.cache.layout import kind_of
 from vzrepro.cache.narinfo import MAX_SIZE, NarInfo, narinfo_key
+from vzrepro.cache.parallel import in_order
 from vzrepro.cache.push import Push, Pushed
 from vzrepro.cache.records import (
     MAX_RECORD,
@@ -108,7 +111,7 @@ class BinaryCache:
         found = self._found.get(path)
         if found is not None or not self._may_ask():
             return found
-        data = self._read(narinfo_key(path), MAX_SIZE)
+        data = self.read(narinfo_key(path), MAX_SIZE)
         if data is None:
             return None
         info = NarInfo.parse(data)
@@ -156,7 +159,7 @@ class BinaryCache:
         with self._as_miss():
             if not self._may_ask():
                 return None
-            data = self._read(build_key_record(key), MAX_RECORD)
+            data = self.read(build_key_record(key), MAX_RECORD)
             if data is None:
                 return None
             realization = read_realization(data, self.trusted, self.url)
@@ -171,7 +174,7 @@ class BinaryCache:
         if info is None or info.deriver is None:
             return None
         with self._as_miss():
-            return self._read(f"log/{info.deriver}", _MAX_LOG)
+            return self.read(f"log/{info.deriver}", _MAX_LOG)
         return None
 
     # --- giving -------------------------------------------------------------------------------------------------------
@@ -215,7 +218,7 @@ class BinaryCache:
         Damaged is what no reader can use, and so nobody's result: unreadable, for another path, not signed, or with
         a wrong signature by a key that is trusted here. Raises RemoteError when the cache fails.
         """
-        data = self._read(narinfo_key(path), MAX_SIZE)
+        data = self.read(narinfo_key(path), MAX_SIZE)
         if data is None:
             return None, False
         try:
@@ -239,14 +242,29 @@ class BinaryCache:
             return False
         return True
 
+    def objects(self) -> Iterator[tuple[NarInfo, float]]:
+        """The narinfos in the cache, trusted or not, and when each was last written, in seconds since the epoch.
+
+        What cannot be read is left out: `check.verify` tells of it. Raises RemoteError.
+        """
+
+        def read(entry: Entry) -> tuple[NarInfo, float] | None:
+            with contextlib.suppress(Damaged):
+                data = self.read(entry.key, MAX_SIZE)
+                return None if data is None else (NarInfo.parse(data), entry.mtime)
+            return None
+
+        entries = (entry for entry in self.backend.list() if kind_of(entry.key) == "narinfo")
+        return (found for found in in_order(read, entries) if found is not None)
+
     def made_of(self, info: ObjectInfo) -> NarInfo | None:
         """For a push: the narinfo, trusted or not, of an object that came of the same work under another name."""
         if info.build_key is None:
             return None
-        data = self._read(build_key_record(info.build_key), MAX_RECORD)
         try:
+            data = self.read(build_key_record(info.build_key), MAX_RECORD)
             path = None if data is None else StorePath.parse(json.loads(data)["realization"]["path"])
-        except (ValueError, KeyError, TypeError, UsageError, RecursionError):
+        except (Damaged, ValueError, KeyError, TypeError, UsageError, RecursionError):
             return None
         return None if path is None else self.look(path)[0]
 
@@ -267,7 +285,7 @@ class BinaryCache:
         found = []
         prefix = differences_prefix(info.drv_hash.hex if info.drv_hash is not None else info.path.hash_part)
         for entry in self.backend.list(prefix):
-            data = self._read(entry.key, MAX_RECORD)
+            data = self.read(entry.key, MAX_RECORD)
             difference = None if data is None else read_difference(data, self.trusted)
             if difference is not None:
                 found.append(difference)
@@ -289,7 +307,7 @@ class BinaryCache:
     def _has_info(self) -> bool:
         """Whether the cache says which store it is for. Raises RemoteError when that is not ours."""
         if self._place is None:
-            data = self._read(CACHE_INFO, MAX_RECORD)
+            data = self.read(CACHE_INFO, MAX_RECORD)
             for line in (data or b"").decode(errors="replace").splitlines():
                 name, _, value = line.partition(":")
                 if name == "StoreDir" and value.strip() != STORE_DIR:
@@ -306,7 +324,8 @@ class BinaryCache:
             self._has_info()
         return not self._broken
 
-    def _read(self, key: str, limit: int) -> bytes | None:
+    def read(self, key: str, limit: int) -> bytes | None:
+        """An entry's bytes; None when there is none. Raises RemoteError; Damaged when there are more than `limit`."""
         opened = self.backend.get(key)
         if opened is None:
             return None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vzrepro import nar
 from vzrepro.cache.backend import FRESH_SECS, Entry
 from vzrepro.cache.narinfo import NarInfo, deriver_of, narinfo_key
+from vzrepro.cache.notice import settle
 from vzrepro.cache.records import build_key_record, signed_difference, signed_realization
 from vzrepro.cache.signing import SigningKey, TrustedKeys
 from vzrepro.errors import HashMismatch, RemoteError
@@ -120,9 +121,12 @@ class Push:
         entry = self._backend.head(info.url)
         if entry is None or self._cache.is_suspect(info.url) or not _is_announced(entry, info):
             return False
-        if entry.mtime < self._backend.now() - FRESH_SECS:
-            return all(self._backend.refresh(key) for key in (info.url, *also))
-        return True
+        if entry.mtime >= self._backend.now() - FRESH_SECS:
+            return True
+        keys = (info.url, *also)
+        there = [self._backend.refresh(key) for key in keys]
+        settle(self._backend)
+        return all(there) and all(self._backend.head(key) is not None for key in keys)
 
     def _renamed(self) -> Pushed | None:
         """For a copy made here of an object whose NAR the cache has: only its new name travels."""

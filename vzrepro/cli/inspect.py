@@ -17,6 +17,8 @@ from vzrepro.evaluate import DrvGraph
 from vzrepro.model import DrvHash
 from vzrepro.recipe import Node
 
+Changes = list[tuple[str, list[plan.Change]]]
+
 
 @click.command()
 @click.option("--all", "everything", is_flag=True, help="Also images and sources.")
@@ -63,23 +65,30 @@ def why(session: Session, target: str) -> None:
     steps = plan.make_plan(session.graph, [node], session.realizer()).steps
     step = next(step for step in steps if step.node.drv_hash == node.drv_hash)
     found = plan.why(session.graph, node, session.store)
-    document = {
-        "target": node.target,
-        "action": step.verb,
-        "reason": step.reason,
-        "changes": [
-            {"target": name, "field": change.field, "before": change.before, "after": change.after}
-            for name, changes in found
-            for change in changes
-        ],
-    }
+    document = {"target": node.target, "action": step.verb, "reason": step.reason, "changes": changes_document(found)}
     lines = [f"{node.target}: {step.verb}: {step.reason}"]
     if not found and step.verb != "have":
         lines.append("it was never realized here before, so there is nothing to compare with")
-    for name, changes in found:
-        lines.append(f"{name}, compared with the one realized before:")
-        lines += [f"  {change.field}: {_shown(change.before)} → {_shown(change.after)}" for change in changes]
+    lines += changes_lines(found, "the one realized before")
     console.print_text("\n".join(lines), document)
+
+
+def changes_document(found: Changes) -> list[dict[str, Any]]:
+    """What `plan.why` has found, as plain data."""
+    return [
+        {"target": name, "field": change.field, "before": change.before, "after": change.after}
+        for name, changes in found
+        for change in changes
+    ]
+
+
+def changes_lines(found: Changes, before: str) -> list[str]:
+    """What `plan.why` has found, for people; `before` says what was compared with."""
+    lines = []
+    for name, changes in found:
+        lines.append(f"{name}, compared with {before}:")
+        lines += [f"  {change.field}: {_shown(change.before)} → {_shown(change.after)}" for change in changes]
+    return lines
 
 
 def _shown(value: object) -> str:

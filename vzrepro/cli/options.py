@@ -15,3 +15,10 @@ def json_option(function: F) -> F:
     return click.option(
         "--json", is_flag=True, expose_value=False, help="Print one JSON object per line (docs/events.md)."
     )(function)
+
+
+def cache_option(function: F) -> F:
+    """`--cache URL`, which `Session.chosen_cache` completes."""
+    return click.option("--cache", "url", metavar="URL", help="The cache; by default the one that is pushed to.")(
+        function
+    )

@@ -102,6 +102,16 @@ class Session:
         """The shared cache that is written to: the one configured, else the first that can be."""
         return self.config.push_to or next(filter(is_writable, self.config.caches), None)
 
+    def chosen_cache(self, url: str | None) -> str:
+        """The URL of the shared cache to work on: the one given, else the one that is pushed to, else the first."""
+        chosen = url or self.push_to or next(iter(self.config.caches), None)
+        if chosen is None:
+            raise UsageError(
+                "no cache is configured",
+                hint='name one (--cache URL), or set caches = ["s3://…"] in [tool.vzrepro] of pyproject.toml',
+            )
+        return chosen
+
     @cached_property
     def stop(self) -> threading.Event:
         """Set when the command is to end; whatever works or waits in other threads looks at it."""

@@ -117,6 +117,11 @@ class LocalStore:
         infos = self._infos("path", wanted)
         return {info.path: info for info in infos if self._present(info.path)}
 
+    def objects(self) -> list[ObjectInfo]:
+        """All valid objects, by path."""
+        found = self.query_many(StorePath.parse(base) for (base,) in self._db.rows("SELECT path FROM objects"))
+        return sorted(found.values(), key=lambda info: info.path)
+
     def by_build_key(self, build_key: BuildKey) -> ObjectInfo | None:
         """An object that came of the same work, under whatever name; None when there is none on the disk."""
         return next((info for info in self._infos("build_key", [build_key.hex]) if self._present(info.path)), None)
