@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -217,22 +217,31 @@ class Remembered(Protocol):
         """Kept derivations of a name: hash, canonical JSON, last seen (unix seconds), newest first."""
 
 
-def previous(node: Node, past: Remembered) -> dict[str, Any] | None:
+def newest(node: Node, past: Remembered) -> dict[str, Any] | None:
     """The newest kept derivation of the node's recipe that is not the node's own."""
-    stem = node.target
-    for drv_hash, canonical, _seen in past.derivations_named(stem):
+    return next(_others(node, past), None)
+
+
+def nearest(node: Node, past: Remembered) -> dict[str, Any] | None:
+    """The kept derivation of the node's recipe that differs in the fewest fields; of several, the newest."""
+    own = node.drv.document()
+    return min(_others(node, past), key=lambda other: len(diff(other, own)), default=None)
+
+
+def _others(node: Node, past: Remembered) -> Iterator[dict[str, Any]]:
+    for drv_hash, canonical, _seen in past.derivations_named(node.target):
         if drv_hash != node.drv_hash:
-            document: dict[str, Any] = json.loads(canonical)
-            return document
-    return None
+            yield json.loads(canonical)
 
 
-def why(graph: DrvGraph, node: Node, past: Remembered) -> list[tuple[str, list[Change]]]:
-    """What changed since the recipe's last kept derivation: (target, changes) from `node` down to the origin.
+def why(
+    graph: DrvGraph, node: Node, past: Remembered, choose: Callable[[Node, Remembered], dict[str, Any] | None] = newest
+) -> list[tuple[str, list[Change]]]:
+    """What changed since the kept derivation that is chosen: (target, changes) from `node` down to the origin.
 
     Inputs are followed where both sides name one by the same key. An empty list: nothing was kept to compare with.
     """
-    before = previous(node, past)
+    before = choose(node, past)
     if before is None:
         return []
     found: list[tuple[str, list[Change]]] = []
