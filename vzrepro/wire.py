@@ -10,7 +10,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -80,6 +80,45 @@ class Body:
     modified: float | None = None
 
 
+class Answer:
+    """What a server says to one request: status and headers are here, the content is still to be read, with `body` or
+    `content`, which give the connection back."""
+
+    def __init__(self, answer: urllib3.BaseHTTPResponse, read_secs: float) -> None:
+        self._answer = answer
+        self._read_secs = read_secs
+        self.status = answer.status
+        self.headers: Mapping[str, str] = answer.headers
+
+    @property
+    def retry_after(self) -> float:
+        """How many seconds the server asks to be left alone."""
+        return _retry_after(self.headers.get("Retry-After"))
+
+    @property
+    def date(self) -> float | None:
+        """The time by the server's clock, in whole seconds since the epoch."""
+        return _date(self.headers.get("Date", ""))
+
+    def body(self, offset: int, *, head: bool = False) -> Body:
+        """The content, asked for from byte `offset` on, as `Http.open` gives it. Raises Failed."""
+        return _body(self._answer, offset, self._read_secs, head)
+
+    def content(self, limit: int) -> bytes:
+        """All of the content. Raises Failed when it does not come in the time for one read, or has over `limit` bytes."""
+        held, until = bytearray(), time.monotonic() + self._read_secs
+        try:
+            while piece := self._answer.read1(_PIECE):
+                held += piece
+                if len(held) > limit or time.monotonic() > until:
+                    raise Failed("stalls" if len(held) <= limit else f"says more than {limit} bytes", again=True)
+        except (HTTPError, OSError) as error:
+            raise Failed(reason_of(error), again=True) from error
+        finally:
+            _drop(self._answer)
+        return bytes(held)
+
+
 class Http:
     """Connections that are kept open between downloads, `connections` of them to one host; safe to share between
     threads.
@@ -130,14 +169,36 @@ class Http:
             url = _redirected(url, location)
         raise Failed(f"redirects more than {_MAX_REDIRECTS} times", again=False)
 
+    def send(
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        connect_secs: float,
+        read_secs: float,
+        data: bytes | Iterable[bytes] | None = None,
+    ) -> Answer:
+        """One request as it stands, redirects not followed; timeouts as in `open`, and for each piece of `data`.
+
+        Pieces need a Content-Length among the headers. Raises Failed when there is no answer, whatever it is.
+        """
+        timeout = urllib3.Timeout(connect=connect_secs, read=read_secs)
+        return Answer(self._request(method, url, headers, timeout, data), read_secs)
+
     def _request(
-        self, method: str, url: str, headers: dict[str, str], timeout: urllib3.Timeout
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        timeout: urllib3.Timeout,
+        data: bytes | Iterable[bytes] | None = None,
     ) -> urllib3.BaseHTTPResponse:
         try:
             bare, auth = _without_auth(url)
             return self._pool(bare).request(
                 method,
                 bare,
+                body=data,
                 headers=headers if auth is None else headers | make_headers(basic_auth=auth),
                 preload_content=False,
                 decode_content=False,
@@ -148,7 +209,11 @@ class Http:
         except (HTTPError, OSError, ValueError) as error:
             # A URL that cannot be parsed and a certificate that is not trusted stay so; anything else may pass.
             again = not isinstance(error, ValueError | urllib3.exceptions.SSLError)
-            raise Failed(reason_of(error), again=again) from error
+            distrusted = error.args and isinstance(error.args[0], ssl.SSLCertVerificationError)
+            hint = (
+                "SSL_CERT_FILE can name the bundle of the authority that vouches for the server" if distrusted else None
+            )
+            raise Failed(reason_of(error), again=again, hint=hint) from error
 
     def _pool(self, url: str) -> urllib3.PoolManager:
         parsed = urlsplit(url)
@@ -253,6 +318,13 @@ def _tls(environ: Mapping[str, str]) -> ssl.SSLContext:
                 context.load_verify_locations(path)
                 break
     return context
+
+
+def ca_bundle(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The file or directory with the certificates that `Http` trusts, for those who need a name."""
+    paths = ssl.get_default_verify_paths()
+    named = environ.get("SSL_CERT_FILE") or environ.get("REQUESTS_CA_BUNDLE") or paths.cafile
+    return named or next((path for path in _SYSTEM_BUNDLES if Path(path).is_file()), paths.capath)
 
 
 def _proxies(environ: Mapping[str, str]) -> dict[str, str]:
