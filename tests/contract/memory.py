@@ -6,7 +6,7 @@ import io
 import itertools
 import tempfile
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -15,22 +15,23 @@ from vzrepro.model import FileHash
 
 
 class MemoryBackend:
-    """See `Backend`. Time is a counter."""
+    """See `Backend`. Time is a counter, unless there is a `clock`."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
         self.url = "memory:"
         self.entries: dict[str, bytes] = {}
         self.told: dict[str, FileHash | None] = {}
-        self.used: dict[str, int] = {}
+        self.used: dict[str, float] = {}
         self.log: list[tuple[str, str]] = []
-        self._clock = itertools.count()
+        count = itertools.count()
+        self._clock = clock or (lambda: float(next(count)))
         self._lock = threading.Lock()
 
     def get(self, key: str) -> AbstractContextManager[Stream] | None:
         self.log.append(("get", check_key(key)))
         if key not in self.entries:
             return None
-        self.used[key] = next(self._clock)
+        self.used[key] = self._clock()
         return io.BytesIO(self.entries[key])
 
     def put(self, key: str, source: bytes | Path, *, if_absent: bool = False, sha256: FileHash | None = None) -> bool:
@@ -41,19 +42,19 @@ class MemoryBackend:
                 return False
             self.entries[key] = data
             self.told[key] = sha256
-            self.used[key] = next(self._clock)
+            self.used[key] = self._clock()
         return True
 
     def head(self, key: str) -> Entry | None:
         self.log.append(("head", check_key(key)))
         if key not in self.entries:
             return None
-        return Entry(key, len(self.entries[key]), float(self.used[key]), self.told[key])
+        return Entry(key, len(self.entries[key]), self.used[key], self.told[key])
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         for key, data in list(self.entries.items()):
             if key.startswith(prefix):
-                yield Entry(key, len(data), float(self.used[key]))
+                yield Entry(key, len(data), self.used[key])
 
     def delete(self, keys: Collection[str]) -> None:
         for key in keys:
@@ -62,11 +63,11 @@ class MemoryBackend:
     def refresh(self, key: str) -> bool:
         if check_key(key) not in self.entries:
             return False
-        self.used[key] = next(self._clock)
+        self.used[key] = self._clock()
         return True
 
     def now(self) -> float:
-        return float(next(self._clock))
+        return self._clock()
 
     @contextmanager
     def spool(self) -> Iterator[Path]:

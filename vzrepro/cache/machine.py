@@ -12,8 +12,8 @@ from pathlib import Path
 from vzrepro.cache.backend import Damaged, Entry
 from vzrepro.cache.binary import BinaryCache
 from vzrepro.cache.directory import DirectoryBackend
+from vzrepro.cache.layout import keys_of, read_entry
 from vzrepro.cache.narinfo import MAX_SIZE, NarInfo
-from vzrepro.cache.records import build_key_record
 from vzrepro.cache.signing import SigningKey, TrustedKeys
 from vzrepro.errors import RemoteError, UsageError
 
@@ -107,25 +107,17 @@ def trim(backend: DirectoryBackend, max_bytes: int) -> int:
             if total <= max_bytes:
                 break
             users[info.url] -= 1
-            keys = [entry.key]
-            keys += [] if info.deriver is None else [f"log/{info.deriver}"]
-            keys += [] if info.drv_hash is None else [f"drv/{info.drv_hash}.json"]
-            keys += [] if info.build_key is None else [build_key_record(info.build_key)]
-            keys += [] if users[info.url] else [info.url]
+            keys = [entry.key, *(key for key in keys_of(info) if not users[key])]
             total -= sum(map(remove, keys))
         return total
 
 
 def _narinfo(backend: DirectoryBackend, entry: Entry) -> NarInfo | None:
     """The narinfo in an entry; None when the entry is something else."""
-    if not entry.key.endswith(".narinfo") or entry.size > MAX_SIZE:
+    if not entry.key.endswith(".narinfo"):
         return None
-    opened = backend.get(entry.key, use=False)
-    if opened is None:
-        return None
-    with opened as stream:
-        data = b"".join(iter(lambda: stream.read(MAX_SIZE), b""))
     try:
-        return NarInfo.parse(data)
+        data = read_entry(backend, entry.key, MAX_SIZE)
+        return None if data is None else NarInfo.parse(data)
     except Damaged:
         return None
