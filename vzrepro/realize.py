@@ -539,7 +539,7 @@ class Realizer:
         """Write a new object to every cache that can be written; a failure is a warning, the object stays here."""
         pusher = transfer.Pusher(self.store, self.report, self.stop)
         for cache in self.caches:
-            if not cache.writable or self.stop.is_set():
+            if not cache.writable or self.stop.is_set() or (cache.own and info.voucher is not None):
                 continue
             try:
                 pusher.push(cache, node.target, info)

@@ -52,7 +52,8 @@ class BinaryCache:
     """A cache behind a backend, as this machine trusts it; usable from any thread.
 
     `trusted` are the keys whose objects are taken; with a `signer`, what was made here can be pushed. `warn` gets at
-    most one line in this object's life. `after_push` is called with the bytes that a push has written.
+    most one line in this object's life. `after_push` is called with the bytes that a push has written. An `own` cache
+    holds nothing but what this machine has made: what comes from it counts as made here.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class BinaryCache:
         *,
         warn: Warn = _quiet,
         after_push: Callable[[int], None] = _quiet,
+        own: bool = False,
     ) -> None:
         self.backend = backend
+        self.own = own
         self.trusted = trusted
         self._signer = signer
         self._warn = warn
@@ -151,7 +154,7 @@ class BinaryCache:
             build_key=info.build_key,
             origin=info.origin,
             outcome=Outcome.SUBSTITUTED,
-            voucher=info.render(),
+            voucher=None if self.own else info.render(),
         )
 
     def by_build_key(self, key: BuildKey) -> Realization | None:

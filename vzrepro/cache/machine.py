@@ -44,9 +44,8 @@ def machine_cache(
         failure = error if isinstance(error, UsageError) else UsageError(f"cannot make a key in {key_dir}: {error}")
         cache.disable(failure)
         return cache
-    return BinaryCache(
-        backend, TrustedKeys([key.public]), key, warn=warn, after_push=_Bound(backend, max_bytes).after_push
-    )
+    bound = _Bound(backend, max_bytes)
+    return BinaryCache(backend, TrustedKeys([key.public]), key, warn=warn, after_push=bound.after_push, own=True)
 
 
 def _key(path: Path) -> SigningKey:

@@ -13,6 +13,7 @@ import click
 
 from vzrepro import console, plan
 from vzrepro.cache.binary import BinaryCache
+from vzrepro.cache.check import Finding, Held, repair, verify
 from vzrepro.cache.collect import collect
 from vzrepro.cache.history import CacheHistory
 from vzrepro.cache.layout import kind_of
@@ -23,11 +24,12 @@ from vzrepro.cli.inspect import changes_document, changes_lines
 from vzrepro.cli.options import cache_option, json_option
 from vzrepro.cli.session import Session
 from vzrepro.errors import Untrusted, UsageError, VzreproError
-from vzrepro.events import Finished, LogLine, Notice, Result, Started
+from vzrepro.events import Notice, Result
 from vzrepro.model import ObjectInfo, StorePath
 from vzrepro.transfer import Pusher
 
 _JOBS = 8
+_HARMLESS = frozenset({"orphan", "untrusted"})  # what others do, or have begun, is no fault of the cache
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -254,6 +256,51 @@ def _why_missing(session: Session, place: BinaryCache, path: StorePath) -> str |
 # --- keeping it right -------------------------------------------------------------------------------------------------
 
 
+@cache.command("verify")
+@click.option("--deep", is_flag=True, help="Read every NAR and compare its hashes, too.")
+@click.option("--repair", "mend", is_flag=True, help="Push again what is valid here; remove what nobody can use.")
+@cache_option
+@json_option
+@click.pass_obj
+def verify_cache(session: Session, deep: bool, mend: bool, url: str | None) -> None:
+    """Check every object of the cache: signatures, sizes, references, records; with --deep, every byte."""
+    place = session.cache(session.chosen_cache(url), session.upload_key)
+    findings: list[Finding] = []
+    with session.long_work("check", place.url) as work:
+        checked = verify(place, deep=deep, found=findings.append, progress=work.progress)
+    rows = [(each.kind, each.key, each.path.base if each.path else None, each.detail) for each in findings]
+    if rows:
+        session.console.print_table(("kind", "entry", "object", "detail"), rows)
+    bad = [each for each in findings if each.kind not in _HARMLESS]
+    session.console.report(
+        Notice(
+            "info",
+            f"{place.url}: {checked.objects} objects and {checked.entries} entries checked, "
+            f"{console.size(checked.nar_bytes)} read, {len(bad)} wrong",
+        )
+    )
+    if mend and findings:
+        done = list(repair(place, findings, lambda path: _held(session, path)))
+        session.console.print_table(
+            ("entry", "action", "detail"), [(each.finding.key, each.action, each.detail) for each in done]
+        )
+        bad = [each.finding for each in done if each.action == "left" and each.finding.kind not in _HARMLESS]
+    if bad:
+        raise VzreproError(
+            f"{len(bad)} entries of {place.url} are not what they should be",
+            hint="mend what can be mended: vzrepro cache verify --deep --repair",
+        )
+
+
+def _held(session: Session, path: StorePath) -> Held | None:
+    """The object, if it is valid here; it is hashed again, since it may be damaged as well."""
+    info = session.store.query(path)
+    if info is None or session.store.verify([path]):
+        return None
+    derivation = None if info.drv_hash is None else session.store.derivation(info.drv_hash)
+    return Held(info, session.store.location(path), derivation, session.store.log_path(path))
+
+
 @cache.group()
 def root() -> None:
     """Roots: what `cache gc` keeps, each set of objects under a name."""
@@ -319,16 +366,14 @@ def root_remove(session: Session, name: str, url: str | None) -> None:
 def gc(session: Session, keep_roots: bool, older_than: str, dry_run: bool, url: str | None) -> None:
     """Delete the cache's objects that no root keeps and that nobody has used for AGE. Safe while others push."""
     place = session.cache(session.chosen_cache(url))
-    path = place.url
-    session.console.report(Started("cache", path, "collect"))
-    done = collect(
-        place.backend,
-        older_than_secs=_seconds(older_than),
-        keep_roots=keep_roots,
-        dry_run=dry_run,
-        progress=lambda step, count: session.console.report(LogLine("cache", path, f"{step} {count}")),
-    )
-    session.console.report(Finished("cache", path, "collect", "done", 0.0))
+    with session.long_work("collect", place.url) as work:
+        done = collect(
+            place.backend,
+            older_than_secs=_seconds(older_than),
+            keep_roots=keep_roots,
+            dry_run=dry_run,
+            progress=lambda step, count: work.line(f"{step}: {count}"),
+        )
     rows = [(name, amount.count, console.size(amount.size)) for name, amount in done.roots.items()]
     session.console.print_table(
         ("root", "objects", "keeps"), [*rows, ("all roots", done.kept.count, console.size(done.kept.size))]

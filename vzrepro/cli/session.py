@@ -6,7 +6,9 @@ import datetime as dt
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +26,9 @@ from vzrepro.config import USER_FILE, Config, find_workspace, load
 from vzrepro.console import Console
 from vzrepro.errors import UsageError
 from vzrepro.evaluate import DrvGraph, evaluate
-from vzrepro.events import Notice
+from vzrepro.events import Action, Finished, LogLine, Notice, Progress, Report, Started
 from vzrepro.lock import Lock
-from vzrepro.model import ObjectInfo, StorePath
+from vzrepro.model import ObjectInfo, Outcome, StorePath
 from vzrepro.realize import Realizer, Substitute
 from vzrepro.recipe import Node
 from vzrepro.store import LocalStore
@@ -151,6 +153,23 @@ class Session:
             )
         ]
 
+    @contextmanager
+    def long_work(self, action: Action, path: str) -> Iterator[LongWork]:
+        """Show the block as work on the cache at `path`."""
+        begun = time.monotonic()
+        report = self.console.report
+        report(Started("cache", path, action))
+        outcome = "failed"
+        try:
+            yield LongWork(report, path)
+            outcome = "done"
+        except KeyboardInterrupt:
+            outcome = Outcome.INTERRUPTED.value
+            self.stop.set()
+            raise
+        finally:
+            report(Finished("cache", path, action, outcome, time.monotonic() - begun))
+
     def warn(self, message: str) -> None:
         """Tell the user something that does not end the command."""
         self.console.report(Notice("warning", message))
@@ -226,6 +245,22 @@ class Session:
             map(str, reads),
             {node.target: str(self.store.location(info.path)) for node, info in zip(nodes, found, strict=True)},
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LongWork:
+    """What `Session.long_work` shows while it lasts."""
+
+    report: Report
+    path: str
+
+    def progress(self, done: int, total: int) -> None:
+        """So many bytes of so many."""
+        self.report(Progress("cache", self.path, done, total))
+
+    def line(self, text: str) -> None:
+        """What is being done."""
+        self.report(LogLine("cache", self.path, text))
 
 
 def _keys(setting: str, texts: Sequence[str]) -> list[PublicKey]:
