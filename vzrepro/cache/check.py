@@ -524,6 +524,9 @@ class _Repair:
             return
         with self._backend.lock(exclusive=True), announced(self._backend) as notice:
             now = self._backend.head(url)
-            if now is not None and now.mtime == before.mtime:
+            if now is None:
+                return
+            # Where reading is use, it has changed the time as well, and only reading again tells.
+            if now.mtime == before.mtime or self._examiner.content(info) is not None:
                 notice.check()
                 self._backend.delete([url])
