@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import servers
 from vzrepro.evaluate import DrvGraph, evaluate
 from vzrepro.lock import Lock
 
@@ -36,3 +38,28 @@ def declare(workspace: Workspace) -> Callable[..., DrvGraph]:
         return evaluate(workspace(**recipes), Lock(), "linux/amd64", lenient=True)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3Server]:
+    """A SeaweedFS of this test worker's own; bucket `common` is there, for places with prefixes of their own."""
+    with servers.seaweedfs(tmp_path_factory.mktemp("seaweed")) as server:
+        servers.make_bucket(server, "common")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3Server]:
+    """An rclone S3 server of this test worker's own, which asks nobody for credentials."""
+    with servers.rclone(tmp_path_factory.mktemp("rclone")) as server:
+        yield server
+
+
+@pytest.fixture
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the credentials for the S3 servers in the environment, and none of this machine's user."""
+    for name in list(os.environ):
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    for name, value in servers.CREDENTIALS.items():
+        monkeypatch.setenv(name, value)

@@ -100,12 +100,22 @@ class Answer:
         """The time by the server's clock, in whole seconds since the epoch."""
         return _date(self.headers.get("Date", ""))
 
+    @property
+    def modified(self) -> float | None:
+        """When what was asked for was last changed, in seconds since the epoch."""
+        return _date(self.headers.get("Last-Modified", ""))
+
+    @property
+    def length(self) -> int | None:
+        """The size of what was asked for in bytes, if that is known."""
+        return _number(self.headers.get("Content-Length", ""))
+
     def body(self, offset: int, *, head: bool = False) -> Body:
         """The content, asked for from byte `offset` on, as `Http.open` gives it. Raises Failed."""
         return _body(self._answer, offset, self._read_secs, head)
 
     def content(self, limit: int) -> bytes:
-        """All of the content. Raises Failed when it does not come in the time for one read, or has over `limit` bytes."""
+        """All of the content. Raises Failed when it takes longer than one read may, or has more than `limit` bytes."""
         held, until = bytearray(), time.monotonic() + self._read_secs
         try:
             while piece := self._answer.read1(_PIECE):
@@ -384,7 +394,8 @@ def _usable_body(answer: urllib3.BaseHTTPResponse, offset: int, head: bool) -> B
         )
     total = _number(answer.headers.get("Content-Length", ""))
     start = 0
-    if status == 206:
+    partial = status == 206 or bool(span)  # rclone's S3 server answers 200 to ranges
+    if partial:
         start, total = _content_range(span)
         if start != offset:
             raise Failed(f"answers from byte {start} on instead of {offset}", again=True, stale=True)
@@ -404,7 +415,7 @@ def _usable_body(answer: urllib3.BaseHTTPResponse, offset: int, head: bool) -> B
         etag if etag and not etag.startswith("W/") else None,
         read,
         lambda: _drop(answer),
-        status == 206,
+        partial,
         _date(answer.headers.get("Last-Modified", "")) if head else None,
     )
 
