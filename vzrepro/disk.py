@@ -9,6 +9,7 @@ import os
 import secrets
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 _OPEN_DIR = os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC
@@ -63,18 +64,23 @@ def remove_unlocked(path: Path) -> None:
                 os.close(fd)
 
 
-def sync_tree(tree: Path) -> None:
-    """Have the whole tree on the disk before returning."""
-    found = [tree]
-    if tree.is_dir() and not tree.is_symlink():
-        for directory, names, files in os.walk(tree):
-            found += [Path(directory, name) for name in (*names, *files)]
-            if len(found) > _FEW:
-                break
-    if len(found) <= _FEW or not _sync_file_system(tree):
-        for path in found if len(found) <= _FEW else (tree, *tree.rglob("*")):
-            if not path.is_symlink():
-                sync(path)
+def sync_trees(trees: Sequence[Path]) -> None:
+    """Have all these trees, which are on one file system, on the disk before returning."""
+    found: list[Path] = []
+    for tree in trees:
+        found.append(tree)
+        if tree.is_dir() and not tree.is_symlink():
+            for directory, names, files in os.walk(tree):
+                found += [Path(directory, name) for name in (*names, *files)]
+                if len(found) > _FEW:
+                    break
+    if len(found) > _FEW:
+        if found and _sync_file_system(trees[0].parent):
+            return
+        found = [path for tree in trees for path in (tree, *tree.rglob("*"))]
+    for path in found:
+        if not path.is_symlink():
+            sync(path)
 
 
 def sync(path: Path) -> None:

@@ -172,7 +172,8 @@ class Realizer:
         """
         self.store.hold([node.path for node in targets])
         plan = make_plan(self.graph, targets, self)
-        missing = [step.node for step in plan.steps if step.node in targets and step.verb not in _PULLED]
+        wanted = {node.drv_hash for node in targets}
+        missing = [step.node for step in plan.steps if step.node.drv_hash in wanted and step.verb not in _PULLED]
         for node in missing:
             for cache in self.caches:
                 cache.ask(node.path)

@@ -1,17 +1,55 @@
-"""Which backend a cache's URL means."""
+"""Which backend a cache's URL means, and what makes a place ready to be a cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
 from vzrepro.cache.backend import Backend
+from vzrepro.cache.binary import BinaryCache
 from vzrepro.cache.directory import DirectoryBackend
 from vzrepro.cache.remote import Patience
 from vzrepro.errors import UsageError
+from vzrepro.model import canonical_json
+
+PROBED_KEY = "vzrepro.json"
+"""The entry that keeps what a place's server can do."""
 
 SCHEMES = "s3://BUCKET[/PREFIX]?endpoint=…, https://HOST/PATH, http://HOST/PATH, file:///PATH"
 """The forms that `open_backend` knows, for people."""
+
+
+class _Findings(Protocol):
+    def document(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class Probed(Protocol):
+    """A backend whose server may lack what others have: it finds out by trying (`S3Backend`)."""
+
+    def create_bucket_if_missing(self) -> bool:
+        """Whether there was none."""
+
+    def probe(self) -> _Findings:
+        """What the server really does."""
+
+
+def prepare(cache: BinaryCache) -> dict[str, Any]:
+    """Make the place, write its nix-cache-info, and keep in it what its server can do, which is returned.
+
+    Safe to repeat. Raises RemoteError when the place cannot be made, or belongs to another store.
+    """
+    found: dict[str, Any] = {}
+    backend = cache.backend
+    if isinstance(backend, Probed):
+        created = backend.create_bucket_if_missing()
+        document = backend.probe().document()
+        backend.put(PROBED_KEY, canonical_json(document))
+        found = {"bucket_created": created}
+        found |= {name: value for name, value in document.items() if name not in ("format", "type")}
+    cache.make_place()
+    return found
 
 
 def is_writable(url: str) -> bool:

@@ -17,7 +17,7 @@ from vzrepro.cache.check import Finding, Held, repair, verify
 from vzrepro.cache.collect import collect
 from vzrepro.cache.history import CacheHistory
 from vzrepro.cache.layout import kind_of
-from vzrepro.cache.places import is_writable
+from vzrepro.cache.places import is_writable, prepare
 from vzrepro.cache.roots import add_root, read_roots, remove_root
 from vzrepro.cache.serve import serve as listen
 from vzrepro.cli.inspect import changes_document, changes_lines
@@ -59,11 +59,16 @@ def init(session: Session, url: str | None) -> None:
     if not is_writable(url):
         raise UsageError(f"{url} cannot be written", hint="use s3://… or a directory; HTTP is for reading")
     place = session.cache(url)
-    found = place.prepare()
-    rows = [(name, str(value)) for name, value in found.items()]
-    session.console.print_table(("what the place can do", "answer"), rows)
-    session.console.report(Notice("info", f"{place.url} is ready; name it in pyproject.toml or in your config file:"))
-    session.console.print_text(f'[tool.vzrepro]\ncaches = ["{url}"]', {"caches": [url]})
+    found = prepare(place)
+    for name, value in found.items():
+        session.console.report(Notice("info", f"{name.replace('_', ' ')}: {_shown(value)}"))
+    if not found.get("conditional_writes", True):
+        session.warn(
+            "two who push the same object at once may both write it: the server cannot keep the second one out"
+        )
+    settings = f'[tool.vzrepro]\ncaches = ["{url}"]'
+    session.console.report(Notice("info", f"{place.url} is ready; name it in pyproject.toml or your config file:"))
+    session.console.print_text(settings, {"cache": place.url, **found})
 
 
 # --- moving objects ---------------------------------------------------------------------------------------------------

@@ -17,14 +17,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from vzrepro import disk
-from vzrepro.errors import HashMismatch, Interrupted, NotDeterministic, UsageError, VzreproError
+from vzrepro.errors import HashMismatch, Interrupted, UsageError, VzreproError
 from vzrepro.model import BuildKey, DrvHash, FileHash, NarHash, ObjectInfo, Outcome, StorePath
-from vzrepro.store.database import PRIVATE, Database, ReadOnlyStore, Run
+from vzrepro.store.database import PRIVATE, Database, ReadOnlyStore
+from vzrepro.store.registrar import Registrar
 
 OLD_SECS = 30 * 24 * 3600
 """Logs, derivations and kept build directories that belong to no object are collected after this time."""
@@ -80,6 +81,7 @@ class LocalStore:
         self._tmp = self._db.private / "tmp"
         self._locks = self._db.private / "lock"
         self._clock = clock
+        self._registrar = Registrar(self.root, self._db, clock)
         self._owner: tuple[str, int] | None = None  # this process's lock file, keeping its temp roots, and its fd
 
     def __enter__(self) -> LocalStore:
@@ -133,7 +135,8 @@ class LocalStore:
         directory of this store. If the object exists already, it stays and `tree` is left to its scratch directory.
         Raises NotDeterministic when the existing object has another hash.
         """
-        return self._enter(tree, info, repair=False)
+        self._registrar.enter(tree, info, replaces=False)
+        return self.query(info.path) or info
 
     def replace(self, tree: Path, info: ObjectInfo, *, distrusted: bool = False) -> ObjectInfo:
         """As `add`, but `tree` takes the place of the tree on the disk, which is corrupt, or no longer trusted.
@@ -142,90 +145,8 @@ class LocalStore:
         Raises NotDeterministic when another hash is registered than `info` has: then `tree` is not the remedy. What is
         `distrusted` is replaced all the same.
         """
-        return self._enter(tree, info, repair=True, distrusted=distrusted)
-
-    def _enter(self, tree: Path, info: ObjectInfo, *, repair: bool, distrusted: bool = False) -> ObjectInfo:
-        with self._db.explained():
-            disk.sync_tree(tree)
-        target = self.location(info.path)
-        with self._db.transaction(durable=True) as run:
-            known = self.query(info.path)
-            if known is not None and known.nar_hash != info.nar_hash and not distrusted:
-                raise NotDeterministic(
-                    f"{info.path} came out differently than before",
-                    reason=f"registered: {known.nar_hash.nix}\nnow:        {info.nar_hash.nix}",
-                    hint="its inputs are the same, so its builder is not deterministic; keep both and compare them",
-                )
-            if known is not None and not repair:
-                self._insert_origin(run, info)
-                return self.query(info.path) or info
-            undo = self._put_in_place(tree, target)
-            try:
-                disk.sync(self.root)
-                run("DELETE FROM objects WHERE path = ?", info.path.base)
-                self._insert(run, info)
-                run("COMMIT")
-            except BaseException:
-                # Without the write lock, the target may be another's by now; then the next sweep removes ours.
-                if self._db.in_transaction:
-                    undo()
-                raise
+        self._registrar.enter(tree, info, replaces=True, distrusted=distrusted)
         return info
-
-    def _put_in_place(self, tree: Path, target: Path) -> Callable[[], None]:
-        """Move `tree` to `target`; what was there lies in the scratch directory then. Returns how to undo it."""
-        if not target.exists() and not target.is_symlink():
-            disk.move(tree, target)
-            return lambda: disk.move(target, tree)
-        old = tree.with_name(f"{tree.name}.{secrets.token_hex(4)}.old")
-        swapped = disk.exchange(tree, target)
-        if not swapped:
-            disk.move(target, old)
-            disk.move(tree, target)
-
-        def undo() -> None:
-            if swapped:
-                disk.exchange(tree, target)
-            else:
-                disk.move(target, tree)
-                disk.move(old, target)
-
-        return undo
-
-    def _insert(self, run: Run, info: ObjectInfo) -> None:
-        run(
-            "INSERT INTO objects (path, nar_hash, nar_size, drv_hash, build_key, outcome, registered)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            info.path.base,
-            info.nar_hash.hex,
-            info.nar_size,
-            info.drv_hash and info.drv_hash.hex,
-            info.build_key and info.build_key.hex,
-            info.outcome.value,
-            int(self._clock()),
-        )
-        for reference in info.references:
-            run(
-                "INSERT OR IGNORE INTO object_references SELECT id, ? FROM objects WHERE path = ?",
-                reference.base,
-                info.path.base,
-            )
-        if info.voucher is not None:
-            run(
-                "INSERT OR REPLACE INTO vouchers SELECT id, ? FROM objects WHERE path = ?",
-                info.voucher,
-                info.path.base,
-            )
-        self._insert_origin(run, info)
-
-    @staticmethod
-    def _insert_origin(run: Run, info: ObjectInfo) -> None:
-        if info.origin is not None:
-            run(
-                "INSERT OR REPLACE INTO origins (object, origin) SELECT id, ? FROM objects WHERE path = ?",
-                info.origin.hex,
-                info.path.base,
-            )
 
     def copy_object(self, source: StorePath, target: Path) -> None:
         """Copy the object's tree to `target`, which must not exist; nothing is shared with the original.
@@ -253,9 +174,10 @@ class LocalStore:
 
     def add_origin(self, path: StorePath, origin: FileHash) -> None:
         """Record that the registered download `path` was verified from other URLs too."""
-        with self._db.transaction() as run:
-            sql = "INSERT OR REPLACE INTO origins (object, origin) SELECT id, ? FROM objects WHERE path = ?"
-            run(sql, origin.hex, path.base)
+        info = self.query(path)
+        if info is not None:
+            with self._db.transaction() as run:
+                self._registrar.insert_origin(run, replace(info, origin=origin))
 
     def references(self, path: StorePath) -> tuple[StorePath, ...]:
         """The store paths named inside the object, sorted."""
