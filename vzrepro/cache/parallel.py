@@ -17,8 +17,12 @@ WORKERS = 16
 def in_order(act: Callable[[T], R], items: Iterable[T], workers: int = WORKERS) -> Generator[R]:
     """`act` of every item, in the items' order, done by `workers` threads; at most four times as many are ahead.
 
-    The first error ends it: it is raised in its turn, and what has not begun by then is not done.
+    The first error ends it: it is raised in its turn, and what has not begun by then is not done. With one worker, all
+    is done in the caller's thread, each item when its answer is wanted.
     """
+    if workers == 1:
+        yield from map(act, items)
+        return
     coming: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="cache")
     try:
