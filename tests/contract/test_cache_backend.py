@@ -125,6 +125,17 @@ def test_list_goes_by_prefix_and_tells_sizes(backend: Backend) -> None:
     assert {entry.key: entry.size for entry in backend.list("nar/a")} == {"nar/aa": 6, "nar/ab": 6}
 
 
+def test_all_letters_of_keys_travel(backend: Backend) -> None:
+    names = [f"log/{digits}-gtk+-3.0_x?y=z.drv" for digits in ("0", "1")]
+    for name in names:
+        backend.put(name, name.encode())
+        assert content(backend, name) == name.encode()
+        assert sized(backend, name) == len(name)
+    assert keys(backend, "log/0-gtk+-3.0_x?") == names[:1]
+    backend.delete(names)
+    assert keys(backend) == []
+
+
 def test_deleting_is_for_one_entry_and_may_be_repeated(backend: Backend) -> None:
     backend.put("nar/a", b"1")
     backend.put("nar/ab", b"2")

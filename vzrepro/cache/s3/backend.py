@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote_plus
 from xml.etree import ElementTree
 
 from vzrepro.cache.backend import Entry, check_key, is_key
@@ -450,7 +450,7 @@ def _next_page(document: Xml) -> dict[str, str]:
 def _listed_key(document: Xml, each: Xml) -> str:
     """A key of a listing, which is encoded where the server can do that, since XML has no words for all bytes."""
     key = tag(each, "Key")
-    return unquote(key) if tag(document, "EncodingType") == "url" else key
+    return unquote_plus(key) if tag(document, "EncodingType") == "url" else key
 
 
 def _content_type(key: str) -> str:
