@@ -20,6 +20,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 from urllib.parse import urlsplit
 
+ENOUGH = 32 << 20
+"""Bytes of an endless body that a client may have asked for, in vain, and the sockets' buffers besides."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -154,14 +157,18 @@ def changes(change: Callable[[bytes], bytes]) -> Fault:
 
 
 def endless(piece: bytes) -> Fault:
-    """A body that begins with what it should be and never ends."""
+    """A body that begins with what it should be and never ends; who takes in more than `ENOUGH` of it is noted."""
 
     def fault(exchange: Exchange) -> None:
         answer = exchange.ask(drop=["range"])
         exchange.send(answer.but(content_length=None, etag=None, transfer_encoding="chunked").head)
+        sent = 0
         for data in itertools.chain([answer.body], itertools.repeat(piece)):
             exchange.send(b"%x\r\n" % len(data), data, b"\r\n")
-            if exchange.proxy.over.is_set():
+            sent += len(data)
+            if sent > ENOUGH:
+                exchange.proxy.swallowed = True
+            if exchange.proxy.swallowed or exchange.proxy.over.is_set():
                 return
 
     return fault
@@ -288,6 +295,7 @@ class FaultyProxy:
     behind: str
     requests: list[Seen] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
+    swallowed: bool = False
     _rules: list[tuple[str, list[Fault]]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
