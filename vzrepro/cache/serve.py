@@ -88,8 +88,10 @@ def serve(directory: Path, host: str, port: int) -> Server:
     if not directory.is_dir():
         raise UsageError(f"there is no directory {directory} to serve", hint="give the directory of a cache")
     try:
+        if not 0 <= port < 1 << 16:
+            raise OSError(errno.EINVAL, "there is no such port")
         return Server(_Tcp(directory.absolute(), host, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UsageError(
             f"cannot listen on {host}, port {port}", reason=reason, hint="choose another with --port or --host"
@@ -275,11 +277,10 @@ class _Connection(socketserver.BaseRequestHandler):
             if error.errno in _BUSY:
                 raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "Retry-After: 1") from error
             raise _Refused(HTTPStatus.INTERNAL_SERVER_ERROR) from error
-        file = FileIO(fd)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            file.close()
+            os.close(fd)
             raise _Refused(HTTPStatus.NOT_FOUND)
-        return file
+        return FileIO(fd)
 
     def _linger(self) -> None:
         """Take in what the client is still sending, for a while: closing at once could destroy the answer underway."""
