@@ -620,7 +620,7 @@ def test_the_names_of_the_cases_differ() -> None:
 def main() -> None:
     """Play every case and print what came of it, as a table in Markdown."""
     sys.stdout.write("| what is wrong | what comes of it | what is told |\n|---|---|---|\n")
-    for case in CASES:
+    for case in (case for case in CASES if case.name not in UNMENDED):
         with tempfile.TemporaryDirectory() as tmp:
             told = run(case, Path(tmp))
         line = told.lines[0].partition(": ")[2].partition(": ")[2] if told.lines else ""
