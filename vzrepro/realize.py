@@ -546,6 +546,8 @@ class Realizer:
                 pusher.push(cache, node.target, info)
             except Interrupted:
                 return
+            except RemoteError:
+                continue  # the cache has told of it
             except (VzreproError, OSError) as error:
                 self.report(events.Notice("warning", f"{cache.url}: {node.target} was not pushed: {error}"))
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import LOW_SH, SMALL, Cli
+from tests.e2e.conftest import LOW_SH, SMALL, Cli, interrupt_when
+from tests.servers import S3Server
 from vzrepro import nar
 from vzrepro.cache import BinaryCache, SigningKey, TrustedKeys
 from vzrepro.cache.narinfo import narinfo_key
@@ -58,8 +61,9 @@ class Team:
 
 
 @pytest.fixture
-def team(tmp_path: Path, seeded: Path, small: Cli) -> Team:
-    return Team((tmp_path / "shared").as_uri(), small.root, seeded, tmp_path)
+def team(tmp_path: Path, seeded: Path, small: Cli, seaweed: S3Server, credentials: None) -> Team:
+    """A team whose cache is a place of its own in a SeaweedFS bucket."""
+    return Team(seaweed.url("common", tmp_path.name.replace("_", "-")), small.root, seeded, tmp_path)
 
 
 def actions(cli: Cli, *words: str) -> dict[str, str]:
@@ -325,3 +329,98 @@ def test_settings_come_from_pyproject_the_users_file_and_the_environment(team: T
     assert url in member.run("cache", "pull", "high", code=105).stderr
     member.env["VZREPRO_CACHES"] = "file:///elsewhere"
     assert "file:///elsewhere" in member.run("cache", "pull", "high", code=105).stderr
+
+
+# --- places that fail -------------------------------------------------------------------------------------------------
+
+
+def test_init_makes_the_bucket_and_says_what_the_server_can_do(team: Team, seaweed: S3Server) -> None:
+    url = seaweed.url(f"made-{team.place.name.replace('_', '-')}"[:60].rstrip("-").lower())
+    member = team.member("builder", seeded=True, key="team-1", trusts=("team-1",))
+    refused = member.run("cache", "push", "image-tools", "--to", url, code=105)
+    assert f"vzrepro cache init '{url}'" in refused.stderr
+    found = json.loads(member.run("cache", "init", url, "--json").stdout.splitlines()[-1])
+    assert (found["bucket_created"], found["conditional_writes"], found["multipart"]) == (True, True, True)
+    again = json.loads(member.run("cache", "init", url, "--json").stdout.splitlines()[-1])
+    assert again == {**found, "bucket_created": False, "clock_skew_secs": again["clock_skew_secs"]}
+    assert url in member.run("cache", "init", url).stdout
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://gone?endpoint=http://127.0.0.1:9", "http://127.0.0.1:9/cache", "https://cache.invalid/x", "file:///dev/null/x"],
+)
+def test_a_cache_that_is_gone_costs_one_warning_and_the_build_goes_on(team: Team, url: str) -> None:
+    member = team.member("somebody", seeded=True, key="team-1", trusts=("team-1",))
+    member.env |= {"VZREPRO_CACHES": url, "VZREPRO_CACHE_PATIENCE_SECS": "1"}
+    done = member.run("realize", "high")
+    assert (Path(done.stdout.strip()) / "high").read_text() == CONTENT
+    warnings = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert len(warnings) <= 1, done.stderr
+    assert member.run("cache", "pull", "low").stdout  # it is here already, so no cache is asked
+    shutil.rmtree(member.store)
+    assert "cache" in member.run("cache", "pull", "low", code=105).stderr
+
+
+def test_wrong_credentials_are_named(team: Team) -> None:
+    member = team.member("builder", seeded=True, key="team-1", trusts=("team-1",))
+    member.env["AWS_SECRET_ACCESS_KEY"] = "wrong"
+    refused = member.run("cache", "push", "image-tools", code=105)
+    assert "credentials" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_an_interrupted_push_goes_on_where_it_was(team: Team) -> None:
+    member = team.member("builder", seeded=True, key="team-1", trusts=("team-1",))
+    process = member.start("cache", "push", "--all")
+    _out, err = interrupt_when(process, "push image-tools")
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "cache ls" not in err
+    member.run("cache", "push", "--all")
+    member.run("cache", "verify", "--deep")
+    colleague = team.member("colleague", trusts=("team-1",))
+    colleague.run("cache", "pull", "image-tools")
+    colleague.run("store", "verify")
+
+
+def test_a_wrong_blob_heals(team: Team) -> None:
+    """Same size, other bytes: readers build, `verify --deep` finds it, whoever has the object mends it."""
+    builder = team.member("builder", seeded=True, key="team-1", trusts=("team-1",))
+    builder.realize("low")
+    url = json.loads(builder.run("cache", "info", "low", "--json").stdout)["nar"]
+    backend = open_backend(team.url, Patience(), team.root)
+    entry = backend.head(url)
+    assert entry is not None
+    backend.put(url, os.urandom(entry.size), sha256=entry.sha256)
+    colleague = team.member("colleague", seeded=True, trusts=("team-1",))
+    done = colleague.run("realize", "low")
+    assert "low built" in done.stderr
+    assert len([line for line in done.stderr.splitlines() if "warning" in line]) == 1
+    builder.run("cache", "verify")
+    assert "damaged-nar" in builder.run("cache", "verify", "--deep", code=1).stdout
+    builder.run("cache", "verify", "--deep", "--repair")
+    builder.run("cache", "verify", "--deep")
+    fresh = team.member("fresh", trusts=("team-1",))
+    assert actions(fresh, "realize", "low") == {"low": "substituted"}
+
+
+def test_a_directory_is_served_to_a_lan(team: Team) -> None:
+    member = team.member("builder", seeded=True, key="team-1", trusts=("team-1",))
+    lan = team.place / "lan"
+    member.realize("high")
+    member.run("cache", "push", "high", "--to", lan.as_uri())
+    server = member.start("cache", "serve", str(lan), "--port", "0", "--json")
+    assert server.stdout is not None
+    try:
+        url = json.loads(server.stdout.readline())["url"]
+        colleague = team.member("colleague", trusts=("team-1",))
+        colleague.env["VZREPRO_CACHES"] = url
+        assert actions(colleague, "realize", "high") == {"high": "substituted"}
+        assert "nothing is missing" in colleague.run("cache", "why-missing", "high").stdout
+        assert "cannot be listed" in colleague.run("cache", "ls", code=2).stderr
+    finally:
+        server.send_signal(signal.SIGINT)
+        _out, err = server.communicate(timeout=30)
+    assert server.returncode == 0, err
+    assert "Traceback" not in err
