@@ -36,7 +36,7 @@ narinfo says · a path that a narinfo refers to is not there · too few trusted 
 no narinfo needs the entry, and it is not one of a push that is under way."""
 
 Progress = Callable[[int, int], object]
-"""Bytes that have been checked, and how many there are to check."""
+"""Bytes that have been checked, and how many there are to check; called in any thread, never twice at once."""
 
 
 def _quiet(*_anything: object) -> None:

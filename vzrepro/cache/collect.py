@@ -3,11 +3,12 @@
 Nobody is locked out, and places like S3 could not lock anybody out, so safety rests on order, ages and notices:
 
 * A push writes NAR, records, narinfo in this order, and what it relies on instead of writing it is younger than
-  FRESH_SECS by then or made young. So while a narinfo is younger than `older_than_secs`, its NAR is younger than
-  `older_than_secs + FRESH_SECS`, and nothing of that age is deleted. Others do not keep to that (a Nix client that
-  finds a NAR there leaves it as old as it is; reading makes a directory's narinfos young, not their NARs), so young
-  narinfos are read as well, and keep what they need and what they refer to. That leaves to the rule of ages only what
-  is pushed while the collection runs, which therefore gives up after FRESH_SECS.
+  FRESH_SECS by then or made young. A NAR that is deleted was last used `older_than_secs + FRESH_SECS` before the
+  collection began, so a push that relied on it did so `older_than_secs` before: its narinfo has been there since before
+  the listing (no push takes two days), however long the collection takes.
+* Narinfos that the listing shows as young are read, and keep what they need and what they refer to, however old
+  that is. For not everybody makes young what he relies on: a Nix client leaves a NAR as old as it finds it, and
+  reading makes a directory's narinfos young, not their NARs.
 * Narinfos go before all NARs and records, and a NAR only after the listing has ended: whatever narinfo could name it
   is gone, or was read, or is new and therefore keeps the NAR young. No reader and no crash ever sees a narinfo whose
   NAR this has taken; what a crash leaves are NARs that nothing names, and the next collection takes those.
@@ -77,6 +78,7 @@ class Collected:
     records: Amount
     young: Amount
     foreign: int
+    uploads: int | None
 
     @property
     def deleted(self) -> Amount:
@@ -89,8 +91,8 @@ class Collected:
 class Uploads(Protocol):
     """A backend whose uploads, broken off, leave something behind that no listing shows."""
 
-    def abort_stale_uploads(self, older_than_secs: float) -> object:
-        """Remove what is left of uploads that began longer ago than that. Raises RemoteError."""
+    def abort_stale_uploads(self, older_than_secs: float) -> int:
+        """Remove what is left of uploads that began longer ago than that; how many there were. Raises RemoteError."""
 
 
 def collect(
@@ -108,12 +110,12 @@ def collect(
 
     NARs and records that no narinfo needs any more go when they are `fresh_secs` older than that. Ages are those of
     `Entry.mtime`. Without `keep_roots`, roots keep nothing. Memory is bounded by the number of objects that are kept,
-    about 200 bytes for each, and the place is listed once.
+    about 700 bytes for each, and the place is listed once.
 
     Raises UsageError when `older_than_secs` is less than twice `fresh_secs` (which is for tests; it must not be lowered
     where anybody pushes), or when there are no roots to keep anything; Damaged when a root or the narinfo of an object
     that a root keeps cannot be read, because what it keeps is then unknown; RemoteError when the place fails, or is so
-    slow that the collection cannot be safe. Whenever it ends, what is left is whole.
+    slow that a batch cannot be deleted safely. Whenever it ends, what is left is whole.
     """
     if older_than_secs < 2 * fresh_secs:
         raise UsageError(
@@ -209,7 +211,6 @@ class _Collection:
         self._keep_roots = keep_roots
         self._dry_run = dry_run
         self._progress = progress
-        self._fresh_secs = fresh_secs
         self._workers = workers
         self._started = backend.now()
         self._old = self._started - older_than_secs  # last used before: an old narinfo
@@ -219,7 +220,7 @@ class _Collection:
         self._roots: dict[str, tuple[int, ...]] = {}
         self._missing: dict[str, StorePath] = {}
         self._kept = 0  # of what is in `_graph`, what roots keep
-        self._report = Collected(dry_run, {}, Amount(), (), Amount(), Amount(), Amount(), Amount(), 0)
+        self._report = Collected(dry_run, {}, Amount(), (), Amount(), Amount(), Amount(), Amount(), 0, None)
 
     def run(self) -> Collected:
         roots = read_roots(self._backend, workers=self._workers) if self._keep_roots else []
@@ -236,15 +237,22 @@ class _Collection:
             tempfile.TemporaryFile("w+", prefix="vzrepro-") as young,
         ):
             self._sweep(_Spool(narinfos), _Spool(others), _Spool(young))
-        if not self._dry_run and isinstance(self._backend, Uploads):
-            self._backend.abort_stale_uploads(self._older_than_secs)
         everything = {number for numbers in self._roots.values() for number in numbers}
         return replace(
             self._report,
             roots={name: self._graph.amount(numbers) for name, numbers in sorted(self._roots.items())},
             kept=self._graph.amount(everything),
             missing=tuple(sorted(self._missing.values())),
+            uploads=None if self._dry_run else self._aborted(),
         )
+
+    def _aborted(self) -> int | None:
+        if not isinstance(self._backend, Uploads):
+            return None
+        try:
+            return self._backend.abort_stale_uploads(self._older_than_secs)
+        except RemoteError:
+            return None  # some servers cannot list them; what was collected is collected all the same
 
     # --- marking ------------------------------------------------------------------------------------------------------
 
@@ -347,7 +355,6 @@ class _Collection:
             found = [entry for entry in in_order(self._backend.head, asked, self._workers) if entry is not None]
             gone = {entry.key for entry in found if entry.mtime < before}
             if gone:
-                self._check_duration()
                 notice.check()
                 self._backend.delete(sorted(gone))
         self._count(batch, gone)
@@ -357,14 +364,6 @@ class _Collection:
     def _roots_anew(self) -> None:
         if self._keep_roots:
             self._keep(read_roots(self._backend, workers=self._workers))
-
-    def _check_duration(self) -> None:
-        if self._backend.now() - self._started > self._fresh_secs:
-            raise RemoteError(
-                f"collecting garbage in {self._backend.url} takes too long to be safe",
-                reason=f"more than {self._fresh_secs:.0f} s have passed",
-                hint="run it again; what was deleted so far is fine",
-            )
 
     def _count(self, batch: list[Entry], gone: set[str]) -> None:
         amounts = {"narinfo": self._report.narinfos, "nar": self._report.nars, "record": self._report.records}
