@@ -39,9 +39,10 @@ def test_shown_commands_exist(page: Path) -> None:
         if words[0] == "test":
             continue
         names = words[0].rstrip(",…").split("|")
-        if words[0] == "store" and len(words) > 1 and "|" in words[1]:
-            for name in words[1].replace("\\", "").split("|"):
-                _verb(["store", name])
+        grouped = next((number for number, word in enumerate(words) if number and "\\|" in word), None)
+        if grouped is not None and "-" not in words[grouped][:1]:
+            for name in words[grouped].replace("\\", "").split("|"):
+                _verb([*words[:grouped], name])
             continue
         command, rest = _verb([names[0], *words[1:]])
         options = {option for parameter in command.params for option in parameter.opts}
