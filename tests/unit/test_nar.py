@@ -185,6 +185,33 @@ def test_a_file_that_shrinks_or_grows_meanwhile_is_refused(tmp_path: Path) -> No
             list(chunks)
 
 
+def test_a_small_file_that_shrinks_or_grows_meanwhile_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    for change in (-1, 1):
+        file.write_bytes(bytes(100))
+
+        def truncate(status: os.stat_result, fd: int | None, path: Callable[[], str], size: int = 100 + change) -> None:
+            os.truncate(path(), size)
+
+        with pytest.raises(VzreproError, match=f"{file} changed while it was read"):
+            nar.nar_hash(file, inspect=truncate)
+
+
+def test_every_node_is_shown_before_its_contents(made: Callable[[Tree], Path]) -> None:
+    path = made({b"a": b"x", b"b": {b"c": "target"}, b"d": {}})
+    seen: list[tuple[str, bool, bool]] = []
+
+    def inspect(status: os.stat_result, fd: int | None, shown: Callable[[], str]) -> None:
+        assert os.path.samestat(status, os.lstat(shown()))
+        assert fd is None or os.path.samestat(status, os.fstat(fd))
+        seen.append((os.path.relpath(shown(), path), stat.S_ISDIR(status.st_mode), fd is None))
+
+    assert nar.nar_hash(path, inspect=inspect) == nar.nar_hash(path)
+    assert seen == [
+        (".", True, False), ("a", False, False), ("b", True, False), ("b/c", False, True), ("d", True, False),
+    ]  # fmt: skip
+
+
 def test_a_tree_that_is_too_deep_is_refused(tmp_path: Path) -> None:
     deepest = tmp_path / "d"
     for _ in range(nar.MAX_DEPTH - 1):
@@ -241,6 +268,21 @@ def test_any_tree_comes_back_as_it_was(tmp_path: Path, tree: Tree) -> None:
     assert b"".join(nar.pack(with_dir / "copy")) == packed
     assert_canonical(with_dir / "copy")
     disk.remove_tree(with_dir)
+
+
+EDGES = [edge + off for edge in (1 << 16, 1 << 20, 1 << 22, (1 << 22) + (1 << 16)) for off in (-1, 0, 1)]
+
+
+@pytest.mark.parametrize("size", EDGES)
+def test_sizes_around_the_borders_of_buffers(tmp_path: Path, size: int) -> None:
+    tree: Tree = {b"a": b"1", b"big": hashlib.shake_256(b"x").digest(size), b"z": (b"2",)}
+    write(tree, tmp_path / "tree")
+    packed = b"".join(nar.pack(tmp_path / "tree"))
+    assert packed == archive(tree)
+    assert nar.nar_hash(tmp_path / "tree") == (NarHash.of(packed), len(packed))
+    read = nar.decompress(nar.reader(nar.compress(nar.pack(tmp_path / "tree"))), max_size=len(packed))
+    assert nar.unpack(read, tmp_path / "unpacked", max_size=len(packed)) == (NarHash.of(packed), len(packed))
+    assert b"".join(nar.pack(tmp_path / "unpacked")) == packed
 
 
 def assert_canonical(path: Path) -> None:
@@ -326,6 +368,8 @@ def directory(*entries: bytes) -> bytes:
         (GOOD + b"\0", "after its end"),
         (GOOD + GOOD, "after its end"),
         (GOOD.replace(text(b"123"), struct.pack("<Q", 3) + b"123\0\0\0\0\1"), "padding"),
+        (GOOD.replace(text(b"b"), struct.pack("<Q", 1) + b"b\0\0\0\0\0\0\1"), "padding"),
+        (archive(b"123").replace(text(b"123"), struct.pack("<Q", 3) + b"123\0\0\0\0\1"), "padding"),
         (directory(entry(b"b"), entry(b"a")), "'a' out of order"),
         (directory(entry(b"a"), entry(b"a")), "'a' out of order"),
         (directory(entry(b".")), "the name '.'"),
@@ -490,6 +534,19 @@ def test_other_bytes_are_refused(data: bytes, words: str) -> None:
     assert words in str(caught.value)
 
 
+def test_a_frame_that_lies_about_its_size_is_refused() -> None:
+    whole = frame(b"x" * 300)
+    assert whole[4] == 0x60  # a single segment, whose size takes two bytes, less 256
+    for size in (0, 43, 45, 0xFFFF):
+        with pytest.raises(nar.MalformedNar, match="malformed"):
+            decoded(whole[:5] + struct.pack("<H", size) + whole[7:])
+    with pytest.raises(nar.MalformedNar, match="malformed"):
+        decoded(whole[:4] + b"\x68" + whole[5:])  # the reserved bit
+    assert frame(b"")[4:6] == b"\x20\0"
+    with pytest.raises(nar.MalformedNar, match="malformed"):
+        decoded(frame(b"x" * 10).replace(b"\x20\x0a", b"\x20\0"))
+
+
 @pytest.mark.parametrize("whole", [frame(os.urandom(500) + bytes(500)), streamed(b"ab" * 500, write_checksum=True)])
 def test_every_truncated_frame_is_refused(whole: bytes) -> None:
     for size in range(len(whole)):
@@ -533,6 +590,42 @@ def test_dropping_a_stream_ends_its_threads(tmp_path: Path) -> None:
     read(10)
     del read
     assert threading.active_count() == before
+
+
+def test_small_objects_start_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write({b"a": os.urandom(100_000), b"b": b"x"}, tmp_path / "tree")
+
+    def refuse(thread: threading.Thread) -> None:
+        raise AssertionError(f"{thread.name} was started")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    compressed = b"".join(nar.compress(nar.pack(tmp_path / "tree")))
+    wanted = nar.nar_hash(tmp_path / "tree")
+    for copy in ("one", "two"):
+        assert nar.unpack(nar.decompress(io.BytesIO(compressed), max_size=1 << 20), tmp_path / copy) == wanted
+    assert nar.canonical_copy(tmp_path / "one", tmp_path / "three")[:2] == wanted
+
+
+def test_large_objects_leave_no_thread(tmp_path: Path) -> None:
+    write({b"a": os.urandom(5_000_000), b"b": b"x"}, tmp_path / "tree")
+    before = threading.active_count()
+    compressed = b"".join(nar.compress(nar.pack(tmp_path / "tree")))
+    wanted = nar.nar_hash(tmp_path / "tree")
+    assert nar.unpack(nar.decompress(io.BytesIO(compressed), max_size=1 << 30), tmp_path / "copy") == wanted
+    for broken in (compressed[:-1], compressed + compressed, compressed + b"rest"):
+        with pytest.raises(nar.MalformedNar):
+            nar.unpack(nar.decompress(io.BytesIO(broken), max_size=1 << 30), tmp_path / os.urandom(4).hex())
+    assert threading.active_count() == before
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.sampled_from([0, 1, 1000, 1 << 18, (1 << 20) - 1, 1 << 20, 3 << 20]), max_size=8))
+def test_a_stream_is_hashed_however_it_is_cut(sizes: list[int]) -> None:
+    chunks = [bytes([number]) * size for number, size in enumerate(sizes)]
+    with nar.Hasher() as hasher:
+        for chunk in chunks:
+            hasher.update(chunk)
+        assert (hasher.finish(), hasher.size) == (NarHash.of(b"".join(chunks)), sum(sizes))
 
 
 def test_errors_while_reading_come_through(tmp_path: Path) -> None:

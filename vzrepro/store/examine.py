@@ -1,10 +1,10 @@
-"""Comparing one object on the disk with what is registered: content first, then everything the NAR does not hold."""
+"""Comparing one object on the disk with what is registered: content, and everything that the NAR does not hold."""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from vzrepro import nar
@@ -16,12 +16,17 @@ _SHOWN = 3  # deviations that are told
 
 def differences(tree: Path, wanted: NarHash) -> list[str]:
     """How `tree` differs from the canonical tree with this hash, in words; nothing if it does not."""
-    details = []
+    details: list[str] = []
+    deviations: list[str] = []
+
+    def inspect(status: os.stat_result, fd: int | None, path: Callable[[], str]) -> None:
+        if wrong := _wrong(status, fd, path):
+            deviations.append(f"{Path(path()).relative_to(tree.parent)}: {', '.join(wrong)}")
+
     try:
-        found, _ = nar.nar_hash(tree)
+        found, _ = nar.nar_hash(tree, inspect=inspect)
         if found != wanted:
             details.append(f"its content has changed (wanted {wanted.nix}, found {found.nix})")
-        deviations = list(_deviations(tree))
         details += deviations[:_SHOWN]
         if len(deviations) > _SHOWN:
             details.append(f"{len(deviations) - _SHOWN} more")
@@ -30,27 +35,22 @@ def differences(tree: Path, wanted: NarHash) -> list[str]:
     return details
 
 
-def _deviations(tree: Path) -> Iterator[str]:
-    """What in a tree differs from the canonical form, apart from content: one line for each entry."""
-    paths = [tree]
-    while paths:
-        path = paths.pop()
-        status = path.lstat()
-        wrong = []
-        if stat.S_ISDIR(status.st_mode):
-            paths += sorted(path.iterdir(), reverse=True)
-            modes: tuple[int, ...] = (0o555,)
-        else:
-            modes = (0o444, 0o555)
-            if status.st_nlink > 1:
-                wrong.append("has another hard link")
-        if not stat.S_ISLNK(status.st_mode) and stat.S_IMODE(status.st_mode) not in modes:
-            wrong.append(f"mode {stat.S_IMODE(status.st_mode):04o}")
-        if status.st_mtime_ns != 1_000_000_000:
-            wrong.append("modified later")
-        # Labels of security modules belong to the machine, not to the object.
-        if hasattr(os, "listxattr"):
-            names = os.listxattr(path, follow_symlinks=False)
-            wrong += [f"attribute {name}" for name in names if not name.startswith("security.") or "capab" in name]
-        if wrong:
-            yield f"{path.relative_to(tree.parent)}: {', '.join(wrong)}"
+def _wrong(status: os.stat_result, fd: int | None, path: Callable[[], str]) -> list[str]:
+    """What in a node differs from the canonical form, apart from content."""
+    wrong = []
+    mode, kind = stat.S_IMODE(status.st_mode), stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFDIR:
+        right = mode == 0o555
+    else:
+        right = kind == stat.S_IFLNK or mode in (0o444, 0o555)
+        if status.st_nlink > 1:
+            wrong.append("has another hard link")
+    if not right:
+        wrong.append(f"mode {mode:04o}")
+    if status.st_mtime_ns != 1_000_000_000:
+        wrong.append("modified later")
+    # Labels of security modules belong to the machine, not to the object.
+    if hasattr(os, "listxattr"):
+        names = os.listxattr(path(), follow_symlinks=False) if fd is None else os.listxattr(fd)
+        wrong += [f"attribute {name}" for name in names if not name.startswith("security.") or "capab" in name]
+    return wrong
