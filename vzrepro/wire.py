@@ -218,7 +218,7 @@ class Http:
             )
         except (HTTPError, OSError, ValueError) as error:
             # A URL that cannot be parsed and a certificate that is not trusted stay so; anything else may pass.
-            again = not isinstance(error, ValueError | urllib3.exceptions.SSLError)
+            again = not isinstance(error, ValueError | urllib3.exceptions.SSLError) or _ends_tls(error)
             distrusted = error.args and isinstance(error.args[0], ssl.SSLCertVerificationError)
             hint = (
                 "SSL_CERT_FILE can name the bundle of the authority that vouches for the server" if distrusted else None
@@ -522,6 +522,8 @@ def reason_of(error: BaseException) -> str:
         return "answers with something that is not HTTP"
     if isinstance(error, kinds.NameResolutionError):
         return "its host name cannot be resolved"
+    if _ends_tls(error):
+        return "ends the connection before TLS is agreed on"
     # A refused connection is a kind of time-out to urllib3.
     if isinstance(error, kinds.ConnectTimeoutError) and not isinstance(error, kinds.NewConnectionError):
         return "does not take the connection in time"
@@ -530,6 +532,12 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return _printable(re.sub(r"^.*\[Errno \d+\] ", "", str(error))) or type(error).__name__
+
+
+def _ends_tls(error: BaseException) -> bool:
+    """Whether a connection has ended in the middle of TLS, which is like any other break."""
+    kinds = ssl.SSLEOFError | ssl.SSLZeroReturnError
+    return isinstance(error, urllib3.exceptions.SSLError) and isinstance(error.args[0], kinds)
 
 
 def _printable(text: str) -> str:
