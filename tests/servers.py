@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -82,8 +83,11 @@ def seaweedfs(directory: Path) -> Iterator[S3Server]:
 
 
 @contextmanager
-def rclone(directory: Path, *, signed: bool = False) -> Iterator[S3Server]:
-    """Run rclone's S3 server over `directory`/data, where a bucket is a directory; `signed` wants the credentials."""
+def rclone(directory: Path, *, signed: bool = False, tls: tuple[Path, Path] | None = None) -> Iterator[S3Server]:
+    """Run rclone's S3 server over `directory`/data, where a bucket is a directory.
+
+    `signed` wants the credentials; with `tls`, a certificate and its key, it is an https server.
+    """
     data, log = directory / "data", directory / "rclone.log"
     data.mkdir(parents=True)
     port = free_ports(1)[0]
@@ -97,7 +101,8 @@ def rclone(directory: Path, *, signed: bool = False) -> Iterator[S3Server]:
     ]
     command += ["--config=/dev/null", "--vfs-cache-mode=off"]
     command += [f"--auth-key={ACCESS_KEY},{SECRET_KEY}"] if signed else []
-    endpoint = f"http://127.0.0.1:{port}"
+    command += [f"--cert={tls[0]}", f"--key={tls[1]}"] if tls else []
+    endpoint = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
     with _running(command, log, dict(os.environ), endpoint):
         yield S3Server(endpoint, log)
 
@@ -148,7 +153,7 @@ def _running(command: Sequence[str], log: Path, environ: dict[str, str], url: st
 
 def _answers(url: str) -> bool:
     try:
-        urllib.request.urlopen(url, timeout=5).close()
+        urllib.request.urlopen(url, timeout=5, context=ssl._create_unverified_context()).close()
     except urllib.error.HTTPError:
         return True
     except OSError:

@@ -11,18 +11,24 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import botocore.session
 import pytest
 from botocore.config import Config
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from tests import servers
 from tests.servers import S3Server
 from vzrepro.cache.remote import PIECE, Patience
 from vzrepro.cache.s3 import QUIRKS_KEY, Quirks, S3Backend, backend, upload
-from vzrepro.cache.s3.bucket import CONNECTIONS
+from vzrepro.cache.s3.bucket import CONNECTIONS, Access
 from vzrepro.cache.s3.place import S3Place
 from vzrepro.cache.s3.upload import PART, part_size
 from vzrepro.errors import Interrupted, RemoteError, UsageError
@@ -153,6 +159,28 @@ def test_other_urls_are_refused_and_give_no_secret_away(url: str, told: str) -> 
     with pytest.raises(UsageError, match=told) as caught:
         S3Backend(url, Patience())
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("s3://team?region=eu-central-1", "https://team.s3.eu-central-1.amazonaws.com/a%2Bb"),
+        ("s3://team?region=cn-north-1", "https://team.s3.cn-north-1.amazonaws.com.cn/a%2Bb"),
+        ("s3://te.am?region=eu-central-1", "https://s3.eu-central-1.amazonaws.com/te.am/a%2Bb"),
+        ("s3://team?region=eu-central-1&addressing=path", "https://s3.eu-central-1.amazonaws.com/team/a%2Bb"),
+        ("s3://team?endpoint=https://s3.example.org:8333", "https://s3.example.org:8333/team/a%2Bb"),
+        ("s3://team?endpoint=https://s3.example.org:8333&addressing=virtual", "https://team.s3.example.org:8333/a%2Bb"),
+    ],
+)
+def test_an_entry_has_the_address_that_the_server_gives_it(credentials: None, url: str, address: str) -> None:
+    assert Access.find(S3Place.parse(url)).url("a+b", None) == address
+
+
+def test_what_other_clients_are_told_counts_too(credentials: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://storage:9000")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "here")
+    access = Access.find(S3Place.parse("s3://team"))
+    assert (access.url("a", {"uploads": ""}), access.region) == ("http://storage:9000/team/a?uploads=", "here")
 
 
 def test_nothing_is_imported_before_a_bucket_is_named() -> None:
@@ -436,17 +464,17 @@ def test_an_entry_too_large_for_one_copy_is_refreshed_in_parts(
 
 
 MEMORY = """
-import hashlib, resource, sys
+import hashlib, re, sys
 from pathlib import Path
 from vzrepro.cache.remote import Patience
 from vzrepro.cache.s3 import S3Backend
 from vzrepro.model import FileHash
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+def peak():  # getrusage would begin with what the parent had
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
 
 place, file = S3Backend(sys.argv[1], Patience()), Path(sys.argv[2])
-place.head("warm")
+place.head("nar/big")
 before = peak()
 digest = hashlib.sha256()
 with file.open("rb") as source:
@@ -546,6 +574,39 @@ def test_a_server_that_is_not_there_is_told(
     with pytest.raises(RemoteError, match=why) as caught:
         use(place)
     assert caught.value.exit_code == 105
+
+
+def certificate(directory: Path) -> tuple[Path, Path]:
+    """A certificate that vouches for itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a server")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    paths = directory / "cert.pem", directory / "key.pem"
+    paths[0].write_bytes(made.public_bytes(Encoding.PEM))
+    paths[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return paths
+
+
+def test_only_the_systems_bundle_vouches_for_a_server(
+    tmp_path: Path, credentials: None, monkeypatch: pytest.MonkeyPatch, big: Path
+) -> None:
+    tls = certificate(tmp_path)
+    with servers.rclone(tmp_path / "server", tls=tls) as server:
+        with pytest.raises(RemoteError, match="certificate verify failed") as caught:
+            S3Backend(server.url("bucket"), Patience()).head("a")
+        assert "SSL_CERT_FILE" in str(caught.value)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tls[0]))
+        place = S3Backend(server.url("bucket"), Patience())
+        place.create_bucket_if_missing()
+        place.put("nar/big", big)
+        assert content(place, "nar/big") == big.read_bytes()
 
 
 def test_a_failing_server_is_asked_again(place: S3Backend, http: Counting) -> None:

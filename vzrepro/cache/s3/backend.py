@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from urllib.parse import quote, unquote_plus
@@ -409,7 +409,8 @@ class S3Backend:
             try:
                 self._copy_parts(key, upload_id, size, source)
             except BaseException:
-                abort(self._bucket, key, upload_id)
+                with suppress(RemoteError):
+                    abort(self._bucket, key, upload_id)
                 raise
         except Refused as refused:
             if refused.status == 412:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -65,7 +66,8 @@ def upload(
         complete(bucket, key, current, size, etags, last_headers)
     except RemoteError as error:
         if refusal(error) is not None:
-            abort(bucket, key, current)
+            with contextlib.suppress(RemoteError):
+                abort(bucket, key, current)
         raise
 
 
