@@ -1,19 +1,29 @@
-"""A tiny toolchain image from today's real trixie: a shell and coreutils, for tests that may use the network."""
+"""Images from today's real trixie, for tests that may use the network: a shell and coreutils; its Nix client."""
 
 from __future__ import annotations
 
 import datetime as dt
 import functools
 import os
+import tempfile
 from pathlib import Path
 
-from vzrepro import fetch
+import platformdirs
+
+from vzrepro import fetch, sandbox
 from vzrepro.debian import Deb, Index, suites
-from vzrepro.image import ImageId, write_image
+from vzrepro.image import IMAGE_FORMAT, ImageId, image_id, write_image
+from vzrepro.model import FileHash
 
 KEYRING = Path(__file__).parents[1] / "recipes/toolchain/debian-archive.asc"
 TINY = ("coreutils", "dash", "libc-bin", "sed")
 WITHOUT = {"debianutils": "which, run-parts: no test runs them", "libsystemd0": "only who, users and pinky use it"}
+NIX_WITHOUT = {
+    **dict.fromkeys(("bash-static", "bzip2", "xz-utils"), "for builds, and nothing is built"),
+    **dict.fromkeys(("curl", "perl", "libdbd-sqlite3-perl", "libdbi-perl", "libwww-curl-perl"), "for nix-channel"),
+    **dict.fromkeys(("base-passwd", "passwd"), "an image has its users"),
+    "libc-bin": "for maintainer scripts",
+}
 
 
 @functools.cache
@@ -45,3 +55,21 @@ def tiny_image(folder: Path) -> tuple[ImageId, Path]:
     debs = download(index().resolve(TINY, without=WITHOUT), folder / "debs")
     archive = folder / "tiny.tar"
     return write_image(debs, archive, platform="linux/amd64"), archive
+
+
+def nix_image() -> ImageId:
+    """The image with trixie's Nix, loaded. Written once per state of its packages, and kept in the user's cache."""
+    debs = index().resolve(("nix-bin",), without=NIX_WITHOUT)
+    state = FileHash.of(f"{IMAGE_FORMAT} {' '.join(deb.sha256.hex for deb in debs)}".encode())
+    archive = Path(platformdirs.user_cache_dir("vzrepro"), "tests", f"nix-{state.hex[:16]}.tar")
+    if not archive.exists():
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
+            made = Path(folder, "nix.tar")
+            write_image(download(debs, Path(folder, "debs")), made, platform="linux/amd64")
+            for earlier in set(archive.parent.glob("nix-*.tar")) - {archive}:
+                earlier.unlink(missing_ok=True)
+            made.rename(archive)
+    identity = image_id(archive)
+    sandbox.load_image(archive, str(identity))
+    return identity

@@ -596,19 +596,30 @@ def test_a_strangers_equal_result_gets_our_signature_as_well(
     assert warnings.lines == []
 
 
+@pytest.mark.parametrize("signer", [KEY, STRANGER])
 def test_what_nix_has_copied_back_without_our_fields_gets_them_again(
-    cache: BinaryCache, made: Made, warnings: Warnings
+    cache: BinaryCache, made: Made, signer: SigningKey
 ) -> None:
     push(cache, made)
-    bare = replace(
-        narinfo_of(cache.backend, made),
-        drv_hash=None, build_key=None, origin=None, own_signatures=(), signatures=(),
-    )  # fmt: skip
-    cache.backend.put(narinfo_key(made.info.path), bare.signed(STRANGER).render())
+    before = narinfo_of(cache.backend, made)
+    bare = replace(before, drv_hash=None, build_key=None, origin=None, own_signatures=(), signatures=())
+    cache.backend.put(narinfo_key(made.info.path), bare.signed(signer).render())
     assert push(cache, made).kept is Kept.HEALED
     found = cache.query(made.info.path)
     assert found is not None
     assert found.build_key == made.info.build_key
+    assert found.own_signatures == before.own_signatures
+    assert push(cache, made).kept is Kept.PRESENT
+
+
+def test_where_two_must_sign_fields_that_one_would_sign_are_not_added(cache: BinaryCache, made: Made) -> None:
+    push(cache, made)
+    before = narinfo_of(cache.backend, made)
+    bare = replace(before, drv_hash=None, build_key=None, origin=None, own_signatures=()).signed(STRANGER)
+    cache.backend.put(narinfo_key(made.info.path), bare.render())
+    demanding = BinaryCache(cache.backend, TrustedKeys([KEY.public, STRANGER.public], required=2), KEY)
+    assert push(demanding, made).kept is Kept.PRESENT
+    assert demanding.query(made.info.path) is not None
 
 
 def test_many_that_push_at_once_leave_one_whole_object(backend: Backend, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ class Push:
             return self._different(existing)
         if not self._nar_serves(existing, narinfo_key(existing.path)):
             return None
-        if self._signer is not None and not self._signed_by_us(existing):
+        if self._signer is not None and not self._vouched_for_by_us(existing):
             return self._cosigned(existing, self._signer)
         self._records(existing)
         return Pushed(Kept.PRESENT, self._written)
@@ -144,18 +144,36 @@ class Push:
     def _has_content(self, other: NarInfo) -> bool:
         return other.nar_hash == self._info.nar_hash and self._nar_serves(other)
 
-    def _signed_by_us(self, existing: NarInfo) -> bool:
+    def _vouched_for_by_us(self, existing: NarInfo) -> bool:
+        """Whether our signature is on all that we have to say."""
         assert self._signer is not None
         us = TrustedKeys([self._signer.public])
-        return bool(us.signers(existing.fingerprint, existing.signatures))
+        if not us.signers(existing.fingerprint, existing.signatures):
+            return False
+        ours = self._with_our_fields(existing).own_message
+        if ours is not None and ours == existing.own_message:
+            return bool(us.signers(ours, existing.own_signatures))
+        return ours is None or not self._lacks_fields(existing)
+
+    def _lacks_fields(self, existing: NarInfo) -> bool:
+        """Whether it has no fields of ours and should: a Nix client that copies a narinfo keeps the signatures only.
+
+        Where several must sign, readers would refuse fields that only we have signed, and do without if there are none.
+        """
+        return existing.own_message is None and self._cache.trusted.required <= 1
+
+    def _with_our_fields(self, existing: NarInfo) -> NarInfo:
+        info = self._info
+        return replace(existing, drv_hash=info.drv_hash, build_key=info.build_key, origin=info.origin)
 
     def _cosigned(self, existing: NarInfo, signer: SigningKey) -> Pushed:
         """Others have pushed the same bytes: vouch for them too."""
         info = self._info
         for _ in range(_COSIGN_TRIES):
-            ours = replace(existing, drv_hash=info.drv_hash, build_key=info.build_key, origin=info.origin)
-            if ours.own_message == existing.own_message or not self._cache.is_trusted(existing):
-                if ours.own_message != existing.own_message:
+            ours = self._with_our_fields(existing)
+            same = ours.own_message == existing.own_message
+            if same or self._lacks_fields(existing) or not self._cache.is_trusted(existing):
+                if not same:
                     ours = replace(ours, own_signatures=())
                 signed = ours.signed(signer)
             else:
@@ -165,7 +183,7 @@ class Push:
             self._put(narinfo_key(info.path), signed.render(), if_absent=False)
             # Two that sign at once would overwrite each other.
             found, damaged = self._cache.look(info.path)
-            if found is None or damaged or found.nar_hash != info.nar_hash or self._signed_by_us(found):
+            if found is None or damaged or found.nar_hash != info.nar_hash or self._vouched_for_by_us(found):
                 break
             existing = found
         return Pushed(Kept.HEALED, self._written)
