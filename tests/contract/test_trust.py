@@ -10,7 +10,17 @@ import pytest
 
 from tests.contract.memory import MemoryBackend
 from tests.contract.test_binary_cache import KEY, STRANGER, Made, keys, make, narinfo_of, push, read
-from vzrepro.cache import Backend, BinaryCache, Damaged, DirectoryBackend, Kept, PublicKey, SigningKey, TrustedKeys
+from vzrepro.cache import (
+    Backend,
+    BinaryCache,
+    Damaged,
+    DirectoryBackend,
+    Kept,
+    PublicKey,
+    SigningKey,
+    TrustedKeys,
+    machine_cache,
+)
 from vzrepro.cache.narinfo import has_lost_trust, narinfo_key
 from vzrepro.errors import Untrusted, UsageError
 from vzrepro.model import DrvHash, Outcome, store_path
@@ -39,6 +49,12 @@ def test_two_builders_who_agree_both_sign(backend: Backend, made: Made) -> None:
     assert demanding.query(made.info.path) is not None
     assert push(by(backend, SECOND, KEY, SECOND), made).kept is Kept.PRESENT
     assert push(by(backend, KEY, KEY, SECOND), made).kept is Kept.PRESENT
+
+
+def test_builders_who_demand_two_signatures_get_there_one_by_one(backend: Backend, made: Made) -> None:
+    push(by(backend, KEY, KEY, SECOND, required=2), made)
+    assert push(by(backend, SECOND, KEY, SECOND, required=2), made).kept is Kept.HEALED
+    assert by(backend, None, KEY, SECOND, required=2).query(made.info.path) is not None
 
 
 def test_one_key_under_two_names_is_one_voice(backend: Backend, made: Made) -> None:
@@ -134,6 +150,19 @@ def test_what_came_from_elsewhere_is_passed_on_with_its_own_signatures(
 def test_what_was_made_here_needs_a_key(backend: Backend, made: Made) -> None:
     with pytest.raises(UsageError, match="no key"):
         push(by(backend, None, KEY), made)
+
+
+def test_the_machines_own_cache_vouches_for_nothing_but_what_was_made_here(made: Made, tmp_path: Path) -> None:
+    """So what comes from it is signed with the upload key when it goes to the team."""
+    own = machine_cache(tmp_path / "own", tmp_path / "keys")
+    push(own, made)
+    info = own.query(made.info.path)
+    assert info is not None
+    taken = own.fetch(info, tmp_path / "dest")
+    assert taken.voucher is None
+    team = MemoryBackend()
+    by(team, KEY, KEY).push(taken, tmp_path / "dest")
+    assert [text.partition(":")[0] for text in narinfo_of(team, made).signatures] == ["ours-1"]
 
 
 # --- copies: the same content under another name ----------------------------------------------------------------------

@@ -30,6 +30,24 @@ def test_defaults(tmp_path: Path) -> None:
     assert config.build_jobs() >= 1
 
 
+def test_a_teams_settings(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[tool.vzrepro]\ncaches = ["s3://a?x=1&y=2"]\nupload-key = "keys/team"\n')
+    config = _load(tmp_path)
+    assert config.caches == ["s3://a?x=1&y=2"]
+    assert config.upload_key == tmp_path / "keys" / "team"
+    assert config.require_signatures == 1
+    config = _load(tmp_path, {"VZREPRO_CACHES": " https://a/b  s3://c?d=e&f ", "VZREPRO_CACHE_PATIENCE_SECS": "0.5"})
+    assert config.caches == ["https://a/b", "s3://c?d=e&f"]
+    assert config.cache_patience_secs == 0.5
+
+
+def test_revoked_keys_add_up_while_trusted_ones_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[tool.vzrepro]\nrevoked-keys = ["a"]\ntrusted-keys = ["x"]\n')
+    config = _load(tmp_path, {"VZREPRO_REVOKED_KEYS": "c d"}, 'revoked-keys = ["b"]\ntrusted-keys = ["y"]\n')
+    assert config.revoked_keys == ["a", "b", "c", "d"]
+    assert config.trusted_keys == ["y"]
+
+
 def test_absolute_store(tmp_path: Path) -> None:
     assert _load(tmp_path, {"VZREPRO_STORE": "/elsewhere"}).store == Path("/elsewhere")
 
@@ -41,6 +59,9 @@ def test_absolute_store(tmp_path: Path) -> None:
         ("cores = -1\n", {}, "user.toml: cores"),
         ("cores = [", {}, "user.toml: cannot be read as TOML"),
         ("", {"VZREPRO_JOBS": "many"}, "VZREPRO_JOBS: jobs"),
+        ("require-signatures = 0", {}, "user.toml: require-signatures"),
+        ("cache-patience-secs = 0", {}, "user.toml: cache-patience-secs"),
+        ('caches = "s3://a"', {}, "user.toml: caches"),
         ("", {"VZREPRO_MACHINE_CACHE": "perhaps"}, "VZREPRO_MACHINE_CACHE: machine-cache"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from vzrepro.evaluate import DrvGraph
 from vzrepro.lock import PinnedFile
 from vzrepro.model import BuildKey, DrvHash, FileHash, NarHash, ObjectInfo, StorePath, canonical_json
-from vzrepro.plan import Change, Offer, diff, make_plan, why
+from vzrepro.plan import Change, Offer, diff, make_plan, nearest, why
 from vzrepro.recipe import Node
 
 Declare = Callable[..., DrvGraph]
@@ -94,6 +94,31 @@ def test_a_cache_saves_the_toolchain(declare: Declare) -> None:
     assert [(step.verb, step.download_bytes) for step in plan.steps] == [("substitute", 1000)]
     assert plan.actions() == {"substitute": 1}
     assert plan.download_bytes() == 1000
+
+
+def test_caches_are_asked_a_level_at_a_time_and_only_about_what_may_be_needed(declare: Declare) -> None:
+    graph, world = declare(a=RECIPES), World()
+    world.offered[graph.find("low").path] = Offer(1000, None, "file:///cache")
+    make_plan(graph, [graph.find("high")], world)
+    assert [sorted(level) for level in world.asked] == [["high"], ["image-tools", "low"], ["debs-tools"]]
+    world.asked.clear()
+    world.add(graph.find("high"))
+    make_plan(graph, [graph.find("high")], world)
+    assert world.asked == [[]]
+
+
+def test_the_nearest_of_those_kept_is_compared_with(declare: Declare) -> None:
+    near = declare(a=RECIPES.replace("hello", "hi"))
+    far = declare(a=RECIPES.replace("hello", "hi").replace('"x"', '"y"'))
+    graph, world = declare(a=RECIPES), World()
+    near_first = World()
+    for one, order in ((world, (near, far)), (near_first, (far, near))):
+        for each in order:
+            one.keep(each)
+    for one in (world, near_first):
+        found = why(graph, graph.find("high"), one, nearest)
+        assert [change.field for change in found[0][1]] == ["inputs.low"]
+    assert [change.field for change in why(graph, graph.find("high"), world)[0][1]] == ["command", "inputs.low"]
 
 
 def test_equal_inputs_are_copied_not_built(declare: Declare) -> None:

@@ -102,3 +102,15 @@ def check_key(key: str) -> str:
     if not is_key(key):
         raise UsageError(f"{key!r} is not a valid key of a cache entry")
     return key
+
+
+def read_whole(opened: AbstractContextManager[Stream], limit: int, what: str) -> bytes:
+    """All of an entry that is open. Raises Damaged, saying `what` it is, when there are more than `limit` bytes."""
+    pieces, size = [], 0
+    with opened as stream:
+        while size <= limit and (piece := stream.read(limit + 1 - size)):
+            pieces.append(piece)
+            size += len(piece)
+    if size > limit:
+        raise Damaged(f"{what} is larger than {limit} bytes")
+    return b"".join(pieces)

@@ -7,7 +7,6 @@ used. A cache that errs is a miss, and not asked again in this process. docs/cac
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -17,31 +16,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vzrepro import nar
-from vzrepro.cache.backend import Backend, Damaged, Entry, Stream
+from vzrepro.cache.backend import Backend, Damaged, Entry, read_whole
+from vzrepro.cache.content import Progress, take
 from vzrepro.cache.layout import kind_of
 from vzrepro.cache.narinfo import MAX_SIZE, NarInfo, narinfo_key
 from vzrepro.cache.parallel import in_order
 from vzrepro.cache.push import Push, Pushed
 from vzrepro.cache.records import (
     MAX_RECORD,
+    BuildRecord,
     Difference,
     build_key_record,
     differences_prefix,
     read_difference,
-    read_realization,
 )
-from vzrepro.cache.signing import SigningKey, TrustedKeys, parse_signature
+from vzrepro.cache.signing import SigningKey, TrustedKeys
 from vzrepro.errors import RemoteError, Untrusted, UsageError, VzreproError
-from vzrepro.model import STORE_DIR, BuildKey, DrvHash, FileHash, ObjectInfo, Outcome, Realization, StorePath
+from vzrepro.model import STORE_DIR, BuildKey, DrvHash, ObjectInfo, Outcome, Realization, StorePath
 
 CACHE_INFO = "nix-cache-info"
 _CACHE_INFO = f"StoreDir: {STORE_DIR}\nWantMassQuery: 1\nPriority: 40\n".encode()
 _MAX_LOG = 64 << 20
-_PIECE = 1 << 20
 
 Warn = Callable[[str], None]
-Progress = Callable[[int, int | None], None]
-"""Bytes of the compressed NAR that have arrived, and how many there are if that is known."""
 
 
 def _quiet(*_anything: object) -> None:
@@ -165,7 +162,9 @@ class BinaryCache:
             data = self.read(build_key_record(key), MAX_RECORD)
             if data is None:
                 return None
-            realization = read_realization(data, self.trusted, self.url)
+            record = BuildRecord.parse(data, self.url)
+            self.trusted.verify(record.message, record.signatures, f"a build record in {self.url}")
+            realization = record.realization
             if realization.build_key != key:
                 raise Untrusted(f"the record {build_key_record(key)} is that of another build key")
             return realization
@@ -230,12 +229,7 @@ class BinaryCache:
             return None, True
         if info.path != path:
             return None, True
-        try:
-            info.verify(self.trusted, self.url)
-        except Untrusted:
-            if not info.signatures or self._claims_trust(info):
-                return None, True
-        return info, False
+        return (None, True) if info.is_void(self.trusted) else (info, False)
 
     def is_trusted(self, info: NarInfo) -> bool:
         """Whether `query` would return this."""
@@ -302,11 +296,6 @@ class BinaryCache:
 
     # --- what both need -----------------------------------------------------------------------------------------------
 
-    def _claims_trust(self, info: NarInfo) -> bool:
-        """Whether a signature says, rightly or wrongly, that it is by a key which is trusted here."""
-        ours = {key.name for key in self.trusted.keys}
-        return any(parse_signature(text)[0] in ours for text in info.signatures)
-
     def _has_info(self) -> bool:
         """Whether the cache says which store it is for. Raises RemoteError when that is not ours."""
         if self._place is None:
@@ -330,38 +319,14 @@ class BinaryCache:
     def read(self, key: str, limit: int) -> bytes | None:
         """An entry's bytes; None when there is none. Raises RemoteError; Damaged when there are more than `limit`."""
         opened = self.backend.get(key)
-        if opened is None:
-            return None
-        pieces, size = [], 0
-        with opened as stream:
-            while size <= limit and (piece := stream.read(limit + 1 - size)):
-                pieces.append(piece)
-                size += len(piece)
-        if size > limit:
-            raise Damaged(f"{key} in {self.url} is larger than {limit} bytes")
-        return b"".join(pieces)
+        return None if opened is None else read_whole(opened, limit, f"{key} in {self.url}")
 
     def _unpack(self, info: NarInfo, dest: Path, progress: Progress) -> None:
         opened = self.backend.get(info.url)
         if opened is None:
             raise Damaged(f"{self.url} has lost {info.url}", reason=f"it is the content of {info.path}")
         with opened as stream:
-            source = _Counted(stream, info, progress)
-            read: nar.Read = source.read
-            try:
-                if info.compression == "zstd":
-                    read = nar.decompress(source.read, max_size=info.nar_size)
-                nar_hash, nar_size = nar.unpack(read, dest, max_size=info.nar_size)
-            except nar.MalformedNar as error:
-                reason = f"{error.message}: {error.reason}" if error.reason else error.message
-                raise Damaged(f"{self.url} has a malformed {info.path}", reason=reason) from error
-            source.finish()
-        if (nar_hash, nar_size) != (info.nar_hash, info.nar_size):
-            raise Damaged(
-                f"{self.url} has another {info.path} than it promises",
-                reason=f"wanted NAR {info.nar_hash.nix} of {info.nar_size} bytes, "
-                f"found {nar_hash.nix} of {nar_size} bytes",
-            )
+            take(stream, info, self.url, lambda read: nar.unpack(read, dest, max_size=info.nar_size), progress)
 
     @contextmanager
     def _as_miss(self) -> Iterator[None]:
@@ -380,44 +345,6 @@ class BinaryCache:
             ending = "it is not asked again" if self._broken else "what is wrong there is built here"
             hint = f" ({error.hint})" if error.hint else ""
             self._warn(f"cache {self.url}: {error.message}{reason}; {ending}{hint}")
-
-
-class _Counted:
-    """A compressed NAR on its way in: its size is bounded, its size and hash are compared in the end."""
-
-    def __init__(self, stream: Stream, info: NarInfo, progress: Progress) -> None:
-        self._stream = stream
-        self._info = info
-        self._progress = progress
-        self._digest = hashlib.sha256()
-        self._size = 0
-
-    def read(self, size: int) -> bytes:
-        piece = self._stream.read(size)
-        self._digest.update(piece)
-        self._size += len(piece)
-        if self._info.file_size is not None and self._size > self._info.file_size:
-            raise self._mismatch("more")
-        if piece:
-            self._progress(self._size, self._info.file_size)
-        return piece
-
-    def finish(self) -> None:
-        """Raise Damaged unless exactly what the narinfo announces has been read."""
-        while self.read(_PIECE):
-            pass  # the decoder need not have looked for the end
-        if self._info.file_size is not None and self._size != self._info.file_size:
-            raise self._mismatch(f"{self._size} bytes")
-        found = FileHash(self._digest.hexdigest())
-        if self._info.file_hash is not None and found != self._info.file_hash:
-            raise self._mismatch(found.nix)
-
-    def _mismatch(self, found: str) -> Damaged:
-        info = self._info
-        wanted = (
-            f"{info.file_size} bytes" if info.file_hash is None else f"{info.file_hash.nix}, {info.file_size} bytes"
-        )
-        return Damaged(f"{info.url} is not what its narinfo says: wanted {wanted}, found {found}")
 
 
 def _remove(tree: Path) -> None:

@@ -6,7 +6,6 @@ removes the narinfo that nobody can use, so that the object is built and pushed 
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -14,20 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, Protocol
 
-from vzrepro import nar
 from vzrepro.cache.backend import FRESH_SECS, Damaged
 from vzrepro.cache.binary import BinaryCache
+from vzrepro.cache.content import hashed, take
 from vzrepro.cache.layout import MAX_DERIVATION, KeySet, claim_of, kind_of, needs_of, open_entry, read_entry
 from vzrepro.cache.narinfo import MAX_SIZE, NarInfo, narinfo_key
 from vzrepro.cache.notice import announced
 from vzrepro.cache.parallel import WORKERS, in_order
 from vzrepro.cache.push import Kept
-from vzrepro.cache.records import MAX_RECORD, build_key_record, read_realization
-from vzrepro.cache.signing import PublicKey, TrustedKeys, parse_signature
+from vzrepro.cache.records import MAX_RECORD, BuildRecord, build_key_record
+from vzrepro.cache.signing import TrustedKeys
 from vzrepro.errors import HashMismatch, Untrusted, UsageError
-from vzrepro.model import DrvHash, FileHash, NarHash, ObjectInfo, StorePath
+from vzrepro.model import DrvHash, ObjectInfo, StorePath
 
-_PIECE = 1 << 20
 _NAR_WORKERS = 4  # NARs that are read at once: each is decoded in parallel as well
 
 Kind = Literal["damaged", "missing-nar", "damaged-nar", "missing-reference", "untrusted", "orphan"]
@@ -128,17 +126,6 @@ def repair(cache: BinaryCache, findings: Iterable[Finding], source: Source) -> I
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
-class _Anybody(TrustedKeys):
-    """Believes everybody, and remembers what was signed by whom."""
-
-    message = b""
-    signatures: tuple[str, ...] = ()
-
-    def verify(self, message: bytes, signatures: Iterable[str], what: str) -> frozenset[PublicKey]:
-        self.message, self.signatures = message, tuple(signatures)
-        return frozenset()
-
-
 def _signed(trusted: TrustedKeys, message: bytes, signatures: Iterable[str]) -> tuple[Kind, str] | None:
     """What is wrong with the signatures of a message: `damaged` when there is none, or none is good and one is wrong in
     the name of a trusted key; `untrusted` when others have signed, or too few."""
@@ -148,10 +135,7 @@ def _signed(trusted: TrustedKeys, message: bytes, signatures: Iterable[str]) -> 
     except UsageError as error:
         return "damaged", error.message
     except Untrusted as error:
-        names = {parse_signature(text)[0] for text in signatures}
-        claimed = not names.isdisjoint(key.name for key in trusted.keys)
-        good = trusted.signers(message, signatures) or trusted.revoked_signers(message, signatures)
-        kind: Kind = "damaged" if not names or (claimed and not good) else "untrusted"
+        kind: Kind = "damaged" if trusted.is_void(message, signatures) else "untrusted"
         return kind, f"{error.message}: {error.reason}" if error.reason else error.message
     return None
 
@@ -233,17 +217,17 @@ class _Examiner:
         if info.build_key is None:
             return None
         key = build_key_record(info.build_key)
-        anybody = _Anybody()
         try:
             data = read_entry(self._backend, key, MAX_RECORD)
             if data is None:
                 return None
-            record = read_realization(data, anybody, self._backend.url)
-        except (Damaged, Untrusted) as error:
+            found = BuildRecord.parse(data, self._backend.url)
+        except Damaged as error:
             return Finding(key, info.path, "damaged", error.reason or error.message)
+        record = found.realization
         if record.build_key != info.build_key:
             return Finding(key, info.path, "damaged", "it is that of another build key")
-        wrong = _signed(self._cache.trusted, anybody.message, anybody.signatures)
+        wrong = _signed(self._cache.trusted, found.message, found.signatures)
         if wrong is not None:
             return Finding(key, record.path, *wrong)
         if record.path == info.path:
@@ -265,38 +249,18 @@ class _Examiner:
         opened = open_entry(self._backend, info.url)
         if opened is None:
             return self._missing(info)
-        file_digest, file_size = hashlib.sha256(), 0
-        nar_digest, nar_size = hashlib.sha256(), 0
-        limit = info.nar_size if info.file_size is None else info.file_size
+        done = 0
+
+        def progress(size: int, _total: int | None) -> None:
+            nonlocal done
+            self._read(size - done)
+            done = size
+
         with opened as stream:
-
-            def read(size: int) -> bytes:
-                nonlocal file_size
-                piece = stream.read(size)
-                file_digest.update(piece)
-                file_size += len(piece)
-                self._read(len(piece))
-                if info.file_size is not None and file_size > limit:
-                    raise nar.MalformedNar(f"it has more than {limit} bytes")
-                return piece
-
             try:
-                decoded = nar.decompress(read, max_size=info.nar_size) if info.compression == "zstd" else read
-                while piece := decoded(_PIECE):
-                    nar_digest.update(piece)
-                    nar_size += len(piece)
-                    if nar_size > info.nar_size:
-                        raise nar.MalformedNar(f"the NAR has more than {info.nar_size} bytes")
-                while read(_PIECE):
-                    pass
-            except nar.MalformedNar as error:
+                take(stream, info, self._backend.url, lambda read: hashed(read, info.nar_size), progress)
+            except Damaged as error:
                 return _damaged_nar(info, f"{error.message}: {error.reason}" if error.reason else error.message)
-        file_hash, nar_hash = FileHash(file_digest.hexdigest()), NarHash(nar_digest.hexdigest())
-        if (nar_hash, nar_size) != (info.nar_hash, info.nar_size):
-            wanted = f"{info.nar_hash.nix} of {info.nar_size} bytes"
-            return _damaged_nar(info, f"wanted NAR {wanted}, found {nar_hash.nix} of {nar_size} bytes")
-        if info.file_size not in (None, file_size) or info.file_hash not in (None, file_hash):
-            return _damaged_nar(info, f"wanted {info.file_size} bytes, found {file_size}, {file_hash.nix}")
         return None
 
 

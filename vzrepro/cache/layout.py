@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
-from vzrepro.cache.backend import Backend, Damaged, Stream, is_key
+from vzrepro.cache.backend import Backend, Damaged, Stream, is_key, read_whole
 from vzrepro.cache.directory import DirectoryBackend
 from vzrepro.cache.narinfo import MAX_SIZE, NarInfo
 from vzrepro.cache.records import build_key_record, differences_prefix
@@ -65,16 +65,7 @@ def read_entry(backend: Backend, key: str, limit: int) -> bytes | None:
     Raises Damaged when it has more than `limit` bytes, RemoteError when the place fails.
     """
     opened = open_entry(backend, key)
-    if opened is None:
-        return None
-    pieces, size = [], 0
-    with opened as stream:
-        while size <= limit and (piece := stream.read(limit + 1 - size)):
-            pieces.append(piece)
-            size += len(piece)
-    if size > limit:
-        raise Damaged(f"{key} in {backend.url} is larger than {limit} bytes")
-    return b"".join(pieces)
+    return None if opened is None else read_whole(opened, limit, f"{key} in {backend.url}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,6 +127,13 @@ class NarInfo:
         if own is not None:
             trusted.verify(own, self.own_signatures, f"the Vz fields of {what}")
 
+    def is_void(self, trusted: TrustedKeys) -> bool:
+        """Whether its signatures are of no use to anybody, so that it is nobody's result."""
+        own = self.own_message
+        return trusted.is_void(self.fingerprint, self.signatures) or (
+            own is not None and trusted.is_void(own, self.own_signatures)
+        )
+
     def signed(self, key: SigningKey) -> NarInfo:
         """The same with the key's signatures added."""
         own = self.own_message

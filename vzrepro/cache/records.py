@@ -46,25 +46,39 @@ def signed_realization(realization: Realization, signer: SigningKey) -> bytes:
     return canonical_json({"format": FORMAT, "realization": realization.document(), "signatures": [signature]})
 
 
-def read_realization(data: bytes, trusted: TrustedKeys, place: str) -> Realization:
-    """Read a `build/` record. Raises Damaged when it is malformed, Untrusted when too few trusted keys signed it."""
-    try:
-        document = json.loads(data)
-        made = document["realization"]
-        realization = Realization(
-            build_key=BuildKey(made["build_key"]),
-            drv_hash=DrvHash(made["drv_hash"]),
-            path=StorePath.parse(made["path"]),
-            nar_hash=NarHash(made["nar_hash"]),
-            nar_size=int(made["nar_size"]),
-        )
-        signatures = [str(text) for text in document["signatures"]]
-        if store_path(realization.drv_hash, realization.path.name) != realization.path:
-            raise ValueError("its path is not that of its derivation")
-        trusted.verify(_realization_message(realization), signatures, f"a build record in {place}")
-    except (ValueError, KeyError, TypeError, UsageError, RecursionError) as error:
-        raise Damaged(f"a build record in {place} is malformed", reason=str(error)) from error
-    return realization
+@dataclass(frozen=True, slots=True)
+class BuildRecord:
+    """A `build/` record as it was found: what it says, and who says so."""
+
+    realization: Realization
+    signatures: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, data: bytes, place: str) -> BuildRecord:
+        """Read a record that was found in `place`. Raises Damaged when it is malformed."""
+        try:
+            document = json.loads(data)
+            made = document["realization"]
+            realization = Realization(
+                build_key=BuildKey(made["build_key"]),
+                drv_hash=DrvHash(made["drv_hash"]),
+                path=StorePath.parse(made["path"]),
+                nar_hash=NarHash(made["nar_hash"]),
+                nar_size=int(made["nar_size"]),
+            )
+            signatures = tuple(str(text) for text in document["signatures"])
+            for text in signatures:
+                parse_signature(text)
+            if store_path(realization.drv_hash, realization.path.name) != realization.path:
+                raise ValueError("its path is not that of its derivation")
+        except (ValueError, KeyError, TypeError, UsageError, RecursionError) as error:
+            raise Damaged(f"a build record in {place} is malformed", reason=str(error)) from error
+        return cls(realization, signatures)
+
+    @property
+    def message(self) -> bytes:
+        """What the signatures are over."""
+        return _realization_message(self.realization)
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,6 +142,16 @@ class TrustedKeys:
         """The revoked keys that have signed `message`, under whatever name."""
         return _signers(self.revoked, message, signatures, by_name=False)
 
+    def is_void(self, message: bytes, signatures: Iterable[str]) -> bool:
+        """Whether these signatures are no use to anybody: none is there, or none is good and one wrong in the name of
+        a trusted key. Unknown keys, and too few signatures, are another matter.
+        """
+        signatures = tuple(signatures)
+        names = {parse_signature(text)[0] for text in signatures}
+        if names.isdisjoint(key.name for key in self.keys):
+            return not names
+        return not self.signers(message, signatures) and not self.revoked_signers(message, signatures)
+
     def verify(self, message: bytes, signatures: Iterable[str], what: str) -> frozenset[PublicKey]:
         """As `signers`, but raises Untrusted, with the reason, when too few trusted keys have signed `what`."""
         signatures = tuple(signatures)

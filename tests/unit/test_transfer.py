@@ -1,0 +1,106 @@
+"""Pushing many: the order, and what one failure does to the rest."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.contract.memory import MemoryBackend
+from vzrepro import events, nar
+from vzrepro.cache import BinaryCache, Kept, SigningKey, TrustedKeys
+from vzrepro.errors import Interrupted, RemoteError
+from vzrepro.model import DrvHash, NarHash, ObjectInfo, StorePath, store_path
+from vzrepro.store import LocalStore
+from vzrepro.transfer import Pusher, waves
+
+KEY = SigningKey.generate("ours-1")
+
+
+def info(name: str, size: int, *references: StorePath) -> ObjectInfo:
+    drv = DrvHash.of(name.encode())
+    return ObjectInfo(store_path(drv, name), NarHash.of(name.encode()), size, references, drv)
+
+
+def test_the_largest_come_first_but_nothing_before_what_it_refers_to() -> None:
+    small, large = info("small", 1), info("large", 100)
+    user = info("user", 1000, small.path)
+    top = info("top", 5, user.path, large.path)
+    itself = info("itself", 50)
+    itself = replace(itself, references=(itself.path, info("elsewhere", 1).path))
+    found = [[each.path.name for each in wave] for wave in waves([top, small, user, large, itself])]
+    assert found == [["large", "itself", "small"], ["user"], ["top"]]
+    assert waves([]) == []
+
+
+def test_a_circle_comes_at_once() -> None:
+    one, two = info("one", 1), info("two", 2)
+    one, two = replace(one, references=(two.path,)), replace(two, references=(one.path,))
+    assert [len(wave) for wave in waves([one, two])] == [2]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "store")
+
+
+def put(store: LocalStore, name: str, *references: StorePath) -> ObjectInfo:
+    with store.scratch(name) as scratch:
+        (scratch / "source").write_text(name)
+        nar_hash, size, _ = nar.canonical_copy(scratch / "source", scratch / "tree")
+        return store.add(scratch / "tree", replace(info(name, size, *references), nar_hash=nar_hash))
+
+
+def pusher(store: LocalStore, seen: list[events.Event] | None = None) -> Pusher:
+    return Pusher(store, events.ignore if seen is None else seen.append, threading.Event())
+
+
+def test_a_closure_arrives_whole_and_in_order(store: LocalStore) -> None:
+    low = put(store, "low")
+    high = put(store, "high", low.path)
+    backend, seen = MemoryBackend(), list[events.Event]()
+    cache = BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
+    summary = pusher(store, seen).push_all(cache, [high, low], jobs=4)
+    assert summary.kept[Kept.NEW] == (low.path, high.path)
+    assert summary.written_bytes > 0
+    written = [key for verb, key in backend.log if verb == "put" and key.endswith(".narinfo")]
+    assert written == [f"{low.path.hash_part}.narinfo", f"{high.path.hash_part}.narinfo"]
+    ended = [event.outcome for event in seen if isinstance(event, events.Finished)]
+    assert ended == ["new", "new"]
+    again = pusher(store).push_all(cache, [high, low], jobs=4)
+    assert (set(again.kept[Kept.PRESENT]), again.written_bytes) == ({low.path, high.path}, 0)
+
+
+class Refusing(MemoryBackend):
+    """Takes everything but the narinfo of one path."""
+
+    def __init__(self, path: StorePath) -> None:
+        super().__init__()
+        self._refused = f"{path.hash_part}.narinfo"
+
+    def put(self, key: str, source: bytes | Path, **more: object) -> bool:  # type: ignore[override]
+        if key == self._refused:
+            raise RemoteError("507 Insufficient Storage")
+        return super().put(key, source, **more)  # type: ignore[arg-type]
+
+
+def test_a_failure_ends_the_push_and_leaves_no_dangling_object(store: LocalStore) -> None:
+    low = put(store, "low")
+    high = put(store, "high", low.path)
+    backend = Refusing(low.path)
+    cache = BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
+    with pytest.raises(RemoteError, match="507"):
+        pusher(store).push_all(cache, [low, high], jobs=2)
+    assert not any(key.endswith(".narinfo") for key in backend.entries)
+
+
+def test_what_is_stopped_has_not_begun(store: LocalStore) -> None:
+    low = put(store, "low")
+    backend = MemoryBackend()
+    stopped = pusher(store)
+    stopped.stop.set()
+    with pytest.raises(Interrupted):
+        stopped.push_all(BinaryCache(backend, TrustedKeys([KEY.public]), KEY), [low], jobs=2)
+    assert backend.entries == {}
