@@ -63,10 +63,10 @@ def seaweedfs(directory: Path) -> Iterator[S3Server]:
     with ExitStack() as stack:
         names = ["master.port", "volume.port", "filer.port", "s3.port"]
         ports = dict(zip([*names, *(f"{name}.grpc" for name in names)], free_ports(2 * len(names)), strict=True))
-        for port in (ports["filer.port.grpc"], ports["s3.port.grpc"]):
-            # Written by the server, wherever its directories are.
-            for kind in ("filer", "s3"):
-                stack.callback(Path(f"/tmp/seaweedfs-{kind}-grpc-{port}.sock").unlink, missing_ok=True)
+        for name in names:
+            # Made by the server, wherever its directories are.
+            socket_path = Path(f"/tmp/seaweedfs-{name.removesuffix('.port')}-grpc-{ports[f'{name}.grpc']}.sock")
+            stack.callback(socket_path.unlink, missing_ok=True)
         command = [
             program("weed"),
             *("server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", f"-s3.config={config}"),
@@ -135,9 +135,13 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def _running(command: Sequence[str], log: Path, environ: dict[str, str], url: str) -> Iterator[None]:
-    """Run a server in a process group of its own from when it answers at `url`, whatever it says, until the end."""
+    """Run a server in a process group of its own from when it answers at `url`, whatever it says, until the end of the
+    block or of this process, however that ends."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environ, start_new_session=True)
+    # Its standard input ends with us.
+    guard = ["sh", "-c", f"read -r _; kill -9 -{process.pid}"]
+    watcher = subprocess.Popen(guard, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         until = time.monotonic() + _START_SECS
         while not _answers(url):
@@ -148,6 +152,7 @@ def _running(command: Sequence[str], log: Path, environ: dict[str, str], url: st
     finally:
         # Asked politely, SeaweedFS takes ten seconds to end, and nobody needs its data any more.
         os.killpg(process.pid, signal.SIGKILL)
+        watcher.communicate()
         process.wait()
 
 

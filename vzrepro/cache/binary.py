@@ -86,6 +86,10 @@ class BinaryCache:
         """Whether what was made here can be pushed: there is a key to sign with, and the cache has not erred."""
         return self._signer is not None and not self._broken
 
+    def reach(self) -> None:
+        """Raise RemoteError when the cache cannot be asked, or is another store's."""
+        self._has_info()
+
     def disable(self, error: VzreproError) -> None:
         """Stop asking this cache, and say why, once."""
         self._broken = True

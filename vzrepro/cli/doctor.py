@@ -85,4 +85,6 @@ def _store(session: Session) -> str:
 
 
 def _caches(session: Session) -> str:
+    for cache in session.shared_caches:
+        cache.reach()
     return ", ".join(cache.url for cache in session.caches) or "none"

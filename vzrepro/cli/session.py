@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from vzrepro.pin import Pinner
 
 
+_SAY_SECS = 0.25
+
+
 class Session:
     """Lazily made parts; `start` is where the workspace is looked for."""
 
@@ -247,20 +250,30 @@ class Session:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LongWork:
-    """What `Session.long_work` shows while it lasts."""
+    """What `Session.long_work` shows while it lasts; most of what comes too often is left out. Call from any thread."""
 
     report: Report
     path: str
+    said: float = 0.0
 
     def progress(self, done: int, total: int) -> None:
         """So many bytes of so many."""
-        self.report(Progress("cache", self.path, done, total))
+        if self._may_say():
+            self.report(Progress("cache", self.path, done, total))
 
     def line(self, text: str) -> None:
         """What is being done."""
-        self.report(LogLine("cache", self.path, text))
+        if self._may_say():
+            self.report(LogLine("cache", self.path, text))
+
+    def _may_say(self) -> bool:
+        now = time.monotonic()
+        if now - self.said < _SAY_SECS:
+            return False
+        self.said = now
+        return True
 
 
 def _keys(setting: str, texts: Sequence[str]) -> list[PublicKey]:
