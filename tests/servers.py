@@ -49,14 +49,14 @@ class S3Server:
 
 
 @contextmanager
-def seaweedfs(directory: Path) -> Iterator[S3Server]:
-    """Run SeaweedFS with all its data in `directory`. Who has no credentials may read, but neither list nor write."""
+def seaweedfs(directory: Path, *, anonymous: Sequence[str] = ("Read",)) -> Iterator[S3Server]:
+    """Run SeaweedFS with all its data in `directory`; who has no credentials may do what `anonymous` says."""
     data, log = directory / "data", directory / "weed.log"
     data.mkdir(parents=True)
     config = directory / "s3.json"
     credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
     identities = [
-        {"name": "anonymous", "actions": ["Read"]},
+        {"name": "anonymous", "actions": list(anonymous)},
         {"name": "writer", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]},
     ]
     config.write_text(json.dumps({"identities": identities}))

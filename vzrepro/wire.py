@@ -32,7 +32,7 @@ JOBS = 6
 
 _PIECE = 1 << 18  # bytes read at once
 _DRAINED = 1 << 16  # bytes read of an answer that is not wanted, to keep its connection
-_SHOWN = 200  # characters of what a server says that a message may hold
+_SHOWN = 300  # characters of what a server says that a message may hold
 _MAX_REDIRECTS = 10
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _SYSTEM_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
@@ -40,7 +40,7 @@ _SYSTEM_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-
 
 class Failed(Exception):
     """An attempt at one URL came to nothing. `again` says whether another attempt at it may do better, `hint` what a
-    person can do, `status` what an HTTP server answered."""
+    person can do, `status` what an HTTP server answered, `unreachable` that there was not even a connection."""
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class Failed(Exception):
         stale: bool = False,
         hint: str | None = None,
         status: int | None = None,
+        unreachable: bool = False,
     ) -> None:
         super().__init__(why)
         self.why = why
@@ -63,6 +64,7 @@ class Failed(Exception):
         self.stale = stale
         self.hint = hint
         self.status = status
+        self.unreachable = unreachable
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +225,8 @@ class Http:
             hint = (
                 "SSL_CERT_FILE can name the bundle of the authority that vouches for the server" if distrusted else None
             )
-            raise Failed(reason_of(error), again=again, hint=hint) from error
+            unreachable = isinstance(error, urllib3.exceptions.ConnectTimeoutError)  # also refused, unresolved
+            raise Failed(reason_of(error), again=again, hint=hint, unreachable=unreachable) from error
 
     def _pool(self, url: str) -> urllib3.PoolManager:
         parsed = urlsplit(url)
@@ -358,9 +361,9 @@ def _redirected(url: str, location: str) -> str:
         target = urljoin(url, location)
         scheme = urlsplit(target).scheme
     except ValueError as error:
-        raise Failed(f"redirects to the impossible {_printable(location)}", again=False) from error
+        raise Failed(f"redirects to the impossible {printable(location)}", again=False) from error
     if scheme not in ("http", "https"):
-        raise Failed(f"redirects to {_printable(shown(target))}, which is not http or https", again=False)
+        raise Failed(f"redirects to {printable(shown(target))}, which is not http or https", again=False)
     return target
 
 
@@ -386,7 +389,7 @@ def _usable_body(answer: urllib3.BaseHTTPResponse, offset: int, head: bool) -> B
     if status not in (200, 206):
         again = status in _TRANSIENT
         raise Failed(
-            f"answers {status} {_printable(answer.reason or '')}".rstrip(),
+            f"answers {status} {printable(answer.reason or '')}".rstrip(),
             again=again,
             after=_retry_after(answer.headers.get("Retry-After")) if again else 0.0,
             missing=status in (404, 410),
@@ -446,7 +449,7 @@ def _content_range(text: str) -> tuple[int, int | None]:
     span, _, total = rest.partition("/")
     first, size = _number(span.partition("-")[0]), _number(total)
     if unit != "bytes" or first is None or (size is None and total != "*"):
-        raise Failed(f"answers with the impossible Content-Range {_printable(text)!r}", again=True, stale=True)
+        raise Failed(f"answers with the impossible Content-Range {printable(text)!r}", again=True, stale=True)
     return first, size
 
 
@@ -531,7 +534,7 @@ def reason_of(error: BaseException) -> str:
         return "stalls"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return _printable(re.sub(r"^.*\[Errno \d+\] ", "", str(error))) or type(error).__name__
+    return printable(re.sub(r"^.*\[Errno \d+\] ", "", str(error))) or type(error).__name__
 
 
 def _ends_tls(error: BaseException) -> bool:
@@ -540,6 +543,6 @@ def _ends_tls(error: BaseException) -> bool:
     return isinstance(error, urllib3.exceptions.SSLError) and isinstance(error.args[0], kinds)
 
 
-def _printable(text: str) -> str:
-    """What a server says, fit for one line on a terminal."""
+def printable(text: str) -> str:
+    """What a server says, fit for one line on a terminal: no control characters, not too long."""
     return "".join(letter if letter.isprintable() else "�" for letter in text[:_SHOWN])

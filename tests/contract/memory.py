@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from vzrepro.cache import Entry, Stream, check_key
+from vzrepro.cache.backend import Sent
 from vzrepro.model import FileHash
 
 
@@ -34,7 +35,15 @@ class MemoryBackend:
         self.used[key] = self._clock()
         return io.BytesIO(self.entries[key])
 
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False, sha256: FileHash | None = None) -> bool:
+    def put(
+        self,
+        key: str,
+        source: bytes | Path,
+        *,
+        if_absent: bool = False,
+        sha256: FileHash | None = None,
+        progress: Sent | None = None,
+    ) -> bool:
         self.log.append(("put", check_key(key)))
         data = source if isinstance(source, bytes) else source.read_bytes()
         with self._lock:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from vzrepro.cache import DirectoryBackend, Entry, Stream
+from vzrepro.cache.backend import Sent
 from vzrepro.cache.http import HttpBackend
 from vzrepro.cache.remote import Patience
 from vzrepro.cache.serve import Server, serve
@@ -46,7 +47,15 @@ class ServedBackend:
     def head(self, key: str) -> Entry | None:
         return self._http.head(key)
 
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False, sha256: FileHash | None = None) -> bool:
+    def put(
+        self,
+        key: str,
+        source: bytes | Path,
+        *,
+        if_absent: bool = False,
+        sha256: FileHash | None = None,
+        progress: Sent | None = None,
+    ) -> bool:
         return self._directory.put(key, source, if_absent=if_absent, sha256=sha256)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:

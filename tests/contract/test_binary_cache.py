@@ -30,6 +30,7 @@ from vzrepro.cache import (
     TrustedKeys,
     machine_cache,
 )
+from vzrepro.cache.backend import Sent
 from vzrepro.cache.machine import trim
 from vzrepro.cache.narinfo import deriver_of, narinfo_key
 from vzrepro.errors import HashMismatch, RemoteError, UsageError
@@ -665,7 +666,15 @@ class Failing:
         opened = self.inner.get(key)
         return _Breaking(opened) if opened is not None and self.fails("read", key) else opened
 
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False, sha256: FileHash | None = None) -> bool:
+    def put(
+        self,
+        key: str,
+        source: bytes | Path,
+        *,
+        if_absent: bool = False,
+        sha256: FileHash | None = None,
+        progress: Sent | None = None,
+    ) -> bool:
         self._ask("put", key)
         return self.inner.put(key, source, if_absent=if_absent, sha256=sha256)
 

@@ -18,7 +18,7 @@ import pytest
 from tests.contract.memory import MemoryBackend
 from tests.contract.test_binary_cache import KEY, Made, keys, make
 from vzrepro.cache import Backend, BinaryCache, Damaged, DirectoryBackend, Entry, NarInfo, Stream, TrustedKeys, notice
-from vzrepro.cache.backend import FRESH_SECS
+from vzrepro.cache.backend import FRESH_SECS, Sent
 from vzrepro.cache.collect import Amount, Collected, collect
 from vzrepro.cache.layout import KeySet, kind_of
 from vzrepro.cache.narinfo import narinfo_key
@@ -369,7 +369,15 @@ class Watched(MemoryBackend):
             self.stuck.set()
         return found
 
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False, sha256: FileHash | None = None) -> bool:
+    def put(
+        self,
+        key: str,
+        source: bytes | Path,
+        *,
+        if_absent: bool = False,
+        sha256: FileHash | None = None,
+        progress: Sent | None = None,
+    ) -> bool:
         if self.hold is not None and key.endswith(".narinfo"):
             self.stuck.set()
             assert self.hold.wait(60)
@@ -400,7 +408,15 @@ class Scripted:
         self._step()
         return self._place.get(key)
 
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False, sha256: FileHash | None = None) -> bool:
+    def put(
+        self,
+        key: str,
+        source: bytes | Path,
+        *,
+        if_absent: bool = False,
+        sha256: FileHash | None = None,
+        progress: Sent | None = None,
+    ) -> bool:
         self._step()
         return MemoryBackend.put(self._place, key, source, if_absent=if_absent, sha256=sha256)
 
@@ -682,7 +698,15 @@ class Large:
         data = self.extra.get(key) if number is None else self.narinfo(number)
         return None if data is None or (number is not None and self.deleted[number]) else io.BytesIO(data)
 
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False, sha256: FileHash | None = None) -> bool:
+    def put(
+        self,
+        key: str,
+        source: bytes | Path,
+        *,
+        if_absent: bool = False,
+        sha256: FileHash | None = None,
+        progress: Sent | None = None,
+    ) -> bool:
         assert isinstance(source, bytes)
         self.extra[key] = source
         return True

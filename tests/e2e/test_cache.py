@@ -348,7 +348,12 @@ def test_init_makes_the_bucket_and_says_what_the_server_can_do(team: Team, seawe
 
 @pytest.mark.parametrize(
     "url",
-    ["s3://gone?endpoint=http://127.0.0.1:9", "http://127.0.0.1:9/cache", "https://cache.invalid/x", "file:///dev/null/x"],
+    [
+        "s3://gone?endpoint=http://127.0.0.1:9",
+        "http://127.0.0.1:9/cache",
+        "https://cache.invalid/x",
+        "file:///dev/null/x",
+    ],
 )
 def test_a_cache_that_is_gone_costs_one_warning_and_the_build_goes_on(team: Team, url: str) -> None:
     member = team.member("somebody", seeded=True, key="team-1", trusts=("team-1",))

@@ -32,12 +32,17 @@ class Clock(threading.Event):
         super().__init__()
         self.now = 1000.0
         self.slept: list[float] = []
+        self.hook: Callable[[], object] | None = None
 
     def __call__(self) -> float:
         return self.now
 
     def wait(self, timeout: float | None = None) -> bool:
         assert timeout is not None
+        hook, self.hook = self.hook, None
+        if hook is not None:
+            hook()
+            return self.is_set()
         self.slept.append(timeout)
         self.now += timeout
         return self.is_set()
@@ -531,3 +536,40 @@ def test_what_is_no_prefix_is_refused(url: str, clock: Clock) -> None:
 def test_an_entry_stream_needs_an_entry(clock: Clock) -> None:
     with ThreadPoolExecutor(1) as pool:
         assert EntryStream.open("place", patient(clock), pool, lambda _start, _end, _etag: None) is None
+
+
+def test_a_server_that_is_asked_too_much_is_left_in_peace_by_all(clock: Clock) -> None:
+    """One thread is throttled: what the others would ask waits as well."""
+    patience = patient(clock)
+    busy = Failed("answers 503 Slow Down", again=True, status=503, after=4.0)
+    asked: list[float] = []
+
+    def other() -> str:
+        asked.append(clock.now)
+        return "done"
+
+    def throttled() -> str:
+        if not asked:
+            # Meanwhile, before this one's pause is over, another thread asks.
+            clock.hook = lambda: patience.attempt("place", other)
+            raise busy
+        return "done"
+
+    begun = clock.now
+    assert patience.attempt("place", throttled) == "done"
+    assert asked == [begun + 4.0]
+
+
+def test_what_cannot_even_be_connected_to_is_given_up_sooner(clock: Clock) -> None:
+    gone = Failed("Connection refused", again=True, unreachable=True)
+    patience = patient(clock)
+    begun = clock.now
+    with pytest.raises(RemoteError):
+        patience.attempt("place", failing(99, gone))
+    assert clock.now - begun <= 6.0
+    known = patient(clock)
+    known.attempt("place", failing(0))
+    begun = clock.now
+    with pytest.raises(RemoteError):
+        known.attempt("place", failing(99, gone))
+    assert 20.0 < clock.now - begun <= 30.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,10 @@ class Stream(Protocol):
     """What an entry is read from: `read` gives at most so many bytes, none only at the end."""
 
     def read(self, size: int, /) -> bytes: ...
+
+
+Sent = Callable[[int], object]
+"""Told how many bytes of an entry the place has by now, from one thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +62,19 @@ class Backend(Protocol):
     def get(self, key: str) -> AbstractContextManager[Stream] | None:
         """The entry, open from its first byte, or None when there is none. Counts as use."""
 
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False, sha256: FileHash | None = None) -> bool:
+    def put(
+        self,
+        key: str,
+        source: bytes | Path,
+        *,
+        if_absent: bool = False,
+        sha256: FileHash | None = None,
+        progress: Sent | None = None,
+    ) -> bool:
         """Write an entry from bytes or from a file, which must not change any more.
 
         With `if_absent`, an entry that is there stays, also when two write at once. Says whether this one was written.
-        `sha256`, the content's, is kept beside the entry where the place can.
+        `sha256`, the content's, is kept beside the entry where the place can. `progress` is told about large ones.
         """
 
     def head(self, key: str) -> Entry | None:

@@ -33,6 +33,7 @@ from vzrepro.cache.records import (
 from vzrepro.cache.signing import SigningKey, TrustedKeys
 from vzrepro.errors import RemoteError, Untrusted, UsageError, VzreproError
 from vzrepro.model import STORE_DIR, BuildKey, DrvHash, ObjectInfo, Outcome, Realization, StorePath
+from vzrepro.wire import printable
 
 CACHE_INFO = "nix-cache-info"
 _CACHE_INFO = f"StoreDir: {STORE_DIR}\nWantMassQuery: 1\nPriority: 40\n".encode()
@@ -303,7 +304,11 @@ class BinaryCache:
     def _has_info(self) -> bool:
         """Whether the cache says which store it is for. Raises RemoteError when that is not ours."""
         if self._place is None:
-            data = self.read(CACHE_INFO, MAX_RECORD)
+            try:
+                data = self.read(CACHE_INFO, MAX_RECORD)
+            except Damaged as error:
+                # Whoever sends megabytes instead of a line or two would do so at every question.
+                raise RemoteError(f"{self.url} is not a binary cache", reason=error.message) from error
             for line in (data or b"").decode(errors="replace").splitlines():
                 name, _, value = line.partition(":")
                 if name == "StoreDir" and value.strip() != STORE_DIR:
@@ -345,10 +350,11 @@ class BinaryCache:
         with self._lock:
             first, self._warned = not self._warned, True
         if first:
-            reason = f": {error.reason}" if error.reason else ""
+            what = printable(error.message)
+            reason = f": {printable(error.reason)}" if error.reason else ""
             ending = "it is not asked again" if self._broken else "what is wrong there is built here"
             hint = f" ({error.hint})" if error.hint else ""
-            self._warn(f"cache {self.url}: {error.message}{reason}; {ending}{hint}")
+            self._warn(f"cache {self.url}: {what}{reason}; {ending}{hint}")
 
 
 def _remove(tree: Path) -> None:

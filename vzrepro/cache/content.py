@@ -62,12 +62,15 @@ class _Counted:
         self._progress = progress
         self._digest = hashlib.sha256()
         self._size = 0
+        # The announced file size is not signed, and what does not decode to anything could go on for ever.
+        most = info.nar_size + info.nar_size // 64 + _PIECE
+        self._limit = most if info.file_size is None else min(most, info.file_size)
 
     def read(self, size: int) -> bytes:
         piece = self._stream.read(size)
         self._digest.update(piece)
         self._size += len(piece)
-        if self._info.file_size is not None and self._size > self._info.file_size:
+        if self._size > self._limit:
             raise self._mismatch("more")
         if piece:
             self._progress(self._size, self._info.file_size)

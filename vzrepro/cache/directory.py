@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from io import FileIO
 from pathlib import Path
 
-from vzrepro.cache.backend import Entry, check_key, is_key
+from vzrepro.cache.backend import Entry, Sent, check_key, is_key
 from vzrepro.errors import RemoteError
 from vzrepro.model import FileHash
 
@@ -54,8 +54,16 @@ class DirectoryBackend:
                     os.utime(fd)
         return _Reader(fd, self._root)
 
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False, sha256: FileHash | None = None) -> bool:
-        """See `Backend.put`; a directory has no place for `sha256`."""
+    def put(
+        self,
+        key: str,
+        source: bytes | Path,
+        *,
+        if_absent: bool = False,
+        sha256: FileHash | None = None,
+        progress: Sent | None = None,
+    ) -> bool:
+        """See `Backend.put`; a directory has no place for `sha256`, and takes no time to speak of."""
         path = self._path(key)
         with self._explained("write"):
             if if_absent and path.exists():

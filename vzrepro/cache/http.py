@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from vzrepro.cache.backend import Entry, check_key
+from vzrepro.cache.backend import Entry, Sent, check_key
 from vzrepro.cache.remote import EntryStream, Patience
 from vzrepro.errors import UsageError
 from vzrepro.model import FileHash
@@ -83,7 +83,15 @@ class HttpBackend:
             hint="name the cache by its s3:// or file:// URL",
         )
 
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False, sha256: FileHash | None = None) -> bool:
+    def put(
+        self,
+        key: str,
+        source: bytes | Path,
+        *,
+        if_absent: bool = False,
+        sha256: FileHash | None = None,
+        progress: Sent | None = None,
+    ) -> bool:
         """Raises UsageError, as all that writes does."""
         check_key(key)
         self._refuse()

@@ -202,7 +202,12 @@ class Push:
         self, ready: NarInfo, compressed: bytes | Path, existing: NarInfo | None, damaged: bool
     ) -> Pushed:
         if not self._nar_serves(ready):
-            self._backend.put(ready.url, compressed, sha256=ready.file_hash)
+            self._backend.put(
+                ready.url,
+                compressed,
+                sha256=ready.file_hash,
+                progress=lambda sent: self._progress(sent, ready.file_size),
+            )
             self._written += ready.file_size or 0
             self._cache.clear_suspicion(ready.url)
         return self._published(ready, existing, damaged)

@@ -29,6 +29,7 @@ _AHEAD = 4  # pieces of one entry on their way, so at most about 5 · PIECE are 
 _MIN_SPEED = 4 << 10  # bytes per second
 _BACKOFF_SECS = 0.2
 _BACKOFF_MAX_SECS = 5.0
+_THROTTLING = frozenset({429, 503})  # who answers so wants fewer questions, whoever asks them
 
 T = TypeVar("T")
 Open = Callable[[int, int | None, str | None], Body | None]
@@ -37,7 +38,8 @@ ETag (None: any). A place that knows no ranges answers with all of it. None: the
 
 
 class Patience:
-    """How many seconds in all, in this process, one place's failures may cost before it is given up.
+    """How many seconds in all, in this process, one place's failures may cost before it is given up; a fifth of that
+    while not even a connection has been made, as on a machine that is off line.
 
     Time counts from an attempt's begin, or the last time that one succeeded or a body brought enough, while attempts
     fail, however many threads try. Requests time out after a third of it, and a body that brings less than 4 KiB/s for
@@ -61,6 +63,8 @@ class Patience:
         self._lost = 0.0  # until `_counted`
         self._counted = -math.inf
         self._failing_since: float | None = None
+        self._answered = False
+        self._not_before = -math.inf
 
     @property
     def timeout_secs(self) -> float:
@@ -74,6 +78,9 @@ class Patience:
         """
         failures = 0
         while True:
+            early = self._not_before - self._clock()
+            if early > 0:
+                self._stop.wait(early)
             self.check()
             begun = self._clock()
             try:
@@ -81,11 +88,15 @@ class Patience:
             except Failed as failure:
                 failures += 1
                 pause = max(failure.after, self._jitter(0.0, min(_BACKOFF_MAX_SECS, _BACKOFF_SECS * 2.0**failures)))
-                if not failure.again or self._lost_since(begun) + pause > self.secs:
+                limit = self.secs / 5 if failure.unreachable and not self._answered else self.secs
+                if not failure.again or self._lost_since(begun) + pause > limit:
                     self._count()  # nobody waits here any more
                     raise RemoteError(f"{place} {failure.why}", hint=failure.hint) from failure
+                if failure.status in _THROTTLING:
+                    self._not_before = max(self._not_before, self._clock() + pause)  # for all who ask
                 self._stop.wait(pause)
             else:
+                self._answered = True
                 self._count()
                 return result
 

@@ -105,7 +105,10 @@ class Session:
     @property
     def push_to(self) -> str | None:
         """The shared cache that is written to: the one configured, else the first that can be."""
-        return self.config.push_to or next(filter(is_writable, self.config.caches), None)
+        chosen = self.config.push_to
+        if chosen is not None and not is_writable(chosen):
+            raise UsageError(f"push-to: {chosen} cannot be written", hint="name an s3:// URL or a directory")
+        return chosen or next(filter(is_writable, self.config.caches), None)
 
     def chosen_cache(self, url: str | None) -> str:
         """The URL of the shared cache to work on: the one given, else the one that is pushed to, else the first."""

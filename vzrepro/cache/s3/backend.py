@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote_plus
 from xml.etree import ElementTree
 
-from vzrepro.cache.backend import Entry, check_key, is_key
+from vzrepro.cache.backend import Entry, Sent, check_key, is_key
 from vzrepro.cache.remote import EntryStream, Patience
 from vzrepro.cache.s3.bucket import CONNECTIONS, XMLNS, Bucket, Payload, Refused, Xml, tag
 from vzrepro.cache.s3.place import S3Place
@@ -112,7 +112,15 @@ class S3Backend:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def put(self, key: str, source: bytes | Path, *, if_absent: bool = False, sha256: FileHash | None = None) -> bool:
+    def put(
+        self,
+        key: str,
+        source: bytes | Path,
+        *,
+        if_absent: bool = False,
+        sha256: FileHash | None = None,
+        progress: Sent | None = None,
+    ) -> bool:
         """See `Backend.put`. Large files go in parts, and where `sha256` is given, an interrupted upload is continued.
 
         When `if_absent` meets an entry that an attempt with a lost answer has written itself, it is somebody else's.
@@ -122,7 +130,7 @@ class S3Backend:
         if sha256 is not None:
             headers[_SHA256] = sha256.hex
         if not if_absent:
-            self._write(key, source, headers, {}, sha256)
+            self._write(key, source, headers, {}, sha256, progress)
             return True
         return self._write_if_absent(key, source, headers, sha256)
 
@@ -321,6 +329,7 @@ class S3Backend:
         headers: dict[str, str],
         condition: dict[str, str],
         sha256: FileHash | None,
+        progress: Sent | None = None,
     ) -> None:
         """Raises RemoteError, whose cause is a Refused with status 412 when the condition does not hold."""
         if isinstance(source, bytes):
@@ -339,6 +348,7 @@ class S3Backend:
                         headers,
                         condition,
                         resume=sha256 is not None,
+                        progress=progress,
                     )
                 except LacksParts:
                     pass

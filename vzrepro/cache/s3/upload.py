@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from xml.etree import ElementTree
 
+from vzrepro.cache.backend import Sent
 from vzrepro.cache.s3.bucket import XMLNS, Bucket, Payload, Refused, Xml, read_file, tag
 from vzrepro.errors import RemoteError
 from vzrepro.wire import Failed
@@ -46,6 +47,7 @@ def upload(
     last_headers: Mapping[str, str],
     *,
     resume: bool,
+    progress: Sent | None = None,
 ) -> None:
     """Upload the open file of `size` bytes; `headers` are the entry's, `last_headers` those of the request that makes
     it appear.
@@ -62,7 +64,7 @@ def upload(
         etags = _kept(bucket, key, found, fd, size, part)
     current = found or begin(bucket, key, headers)
     try:
-        etags |= _send(bucket, senders, key, current, fd, size, part, etags)
+        etags |= _send(bucket, senders, key, current, fd, size, part, etags, progress)
         complete(bucket, key, current, size, etags, last_headers)
     except RemoteError as error:
         if refusal(error) is not None:
@@ -215,6 +217,7 @@ def _send(
     size: int,
     part: int,
     kept: Mapping[int, str],
+    progress: Sent | None,
 ) -> dict[int, str]:
     """Upload the parts that are not kept; their ETags, by number."""
     left = threading.Event()
@@ -234,7 +237,12 @@ def _send(
         for number in range(1, -(-size // part) + 1):
             if number not in kept:
                 futures[senders.submit(send, number)] = number
-        return {futures[future]: future.result() for future in as_completed(futures)}
+        sent: dict[int, str] = {}
+        for future in as_completed(futures):
+            sent[futures[future]] = future.result()
+            if progress is not None:
+                progress(sum(min(part, size - (number - 1) * part) for number in (*kept, *sent)))
+        return sent
     finally:
         # No part may arrive once the upload is removed, and nobody else read the file once it is closed.
         left.set()
