@@ -221,10 +221,11 @@ class Session:
 
     def target(self, name: str) -> Node:
         """The node called `name`; a store path or object directory of this workspace's graph is understood too."""
-        base = Path(name).name
-        for node in self.graph.nodes.values():
-            if node.path.base == base:
-                return node
+        if name not in self.graph.targets:
+            base = Path(name).name
+            for node in self.graph.nodes.values():
+                if node.path.base == base:
+                    return node
         return self.graph.find(name)
 
     def path(self, name: str) -> StorePath:
