@@ -135,7 +135,8 @@ class LocalStore:
         directory of this store. If the object exists already, it stays and `tree` is left to its scratch directory.
         Raises NotDeterministic when the existing object has another hash.
         """
-        self._registrar.enter(tree, info, replaces=False)
+        if self._registrar.enter(tree, info, replaces=False):
+            return info
         return self.query(info.path) or info
 
     def replace(self, tree: Path, info: ObjectInfo, *, distrusted: bool = False) -> ObjectInfo:
