@@ -33,8 +33,8 @@ class Offer:
 class Known(Protocol):
     """What planning may ask about the world."""
 
-    def have(self, path: StorePath) -> ObjectInfo | None:
-        """The valid local object, or None."""
+    def have(self, paths: Sequence[StorePath]) -> Mapping[StorePath, ObjectInfo]:
+        """Those of these objects that are valid here, asked for all at once."""
 
     def origin_known(self, path: StorePath, origin: FileHash) -> bool:
         """Whether the local object was verified from these URLs."""
@@ -118,12 +118,13 @@ def make_plan(graph: DrvGraph, targets: Sequence[Node], known: Known) -> Plan:
 def _direct_steps(graph: DrvGraph, targets: Sequence[Node], known: Known) -> dict[DrvHash, Step | None]:
     """The steps that need no inputs, for every node that is looked at; None where the inputs must be realized first.
 
-    Level by level from the targets downwards, so that caches are asked about a whole level at once.
+    Level by level from the targets downwards, so that store and caches are asked about a whole level at once.
     """
     direct: dict[DrvHash, Step | None] = {}
     level = {node.drv_hash: node for node in targets}
     while level:
-        local = {drv: _here(node, known) for drv, node in level.items()}
+        have = known.have([node.path for node in level.values()])
+        local = {drv: _here(node, have.get(node.path), known) for drv, node in level.items()}
         offers = known.offers([node for drv, node in level.items() if local[drv] is None])
         for drv, node in level.items():
             direct[drv] = local[drv] or _elsewhere(node, offers.get(node.path), known)
@@ -137,9 +138,8 @@ def _direct_steps(graph: DrvGraph, targets: Sequence[Node], known: Known) -> dic
     return direct
 
 
-def _here(node: Node, known: Known) -> Step | None:
-    """The step for a node that is in the store or comes from the workspace."""
-    info = known.have(node.path)
+def _here(node: Node, info: ObjectInfo | None, known: Known) -> Step | None:
+    """The step for a node that is in the store, as `info`, or comes from the workspace."""
     if info is not None:
         if node.origin is None or known.origin_known(node.path, node.origin):
             return Step(node, "have", "it is in the store", info)

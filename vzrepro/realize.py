@@ -14,7 +14,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,12 +94,16 @@ class Realizer:
 
     # --- what planning asks -------------------------------------------------------------------------------------
 
-    def have(self, path: StorePath) -> ObjectInfo | None:
-        """The valid local object (see `plan.Known`); what is to be replaced counts as absent until it is."""
-        return None if path in self._replaced() else self.store.query(path)
+    def have(self, paths: Sequence[StorePath]) -> dict[StorePath, ObjectInfo]:
+        """The valid local objects (see `plan.Known`); what is to be replaced counts as absent until it is."""
+        replaced = self._replaced()
+        return self.store.query_many(path for path in paths if path not in replaced)
 
     def _replaced(self) -> set[StorePath]:
         return self._mending | self._distrusted | self._tainted
+
+    def _here(self, path: StorePath) -> ObjectInfo | None:
+        return self.have([path]).get(path)
 
     def origin_known(self, path: StorePath, origin: FileHash) -> bool:
         """Whether the object was verified from these URLs."""
@@ -148,6 +152,17 @@ class Realizer:
         Plans again when a cache breaks its promise. Raises the first step's VzreproError; everything that
         was finished until then stays in the store.
         """
+        return self._reach(targets, lambda _plan: None)
+
+    def pull(self, targets: Sequence[Node]) -> list[ObjectInfo]:
+        """As `realize`, but nothing is built or downloaded from mirrors.
+
+        Raises a cache's objection to a target (Untrusted, Damaged), or RemoteError when no cache has it.
+        """
+        return self._reach(targets, self._refuse_to_make)
+
+    def _reach(self, targets: Sequence[Node], check: Callable[[Plan], None]) -> list[ObjectInfo]:
+        """Plan and execute until all is there; `check` raises for a plan that is not to be executed."""
         self.store.sweep()
         # Held first, then looked at: what the plan finds then stays until it has been used.
         closure = self.graph.closure(targets)
@@ -155,6 +170,7 @@ class Realizer:
         self._judge(closure)
         while True:
             plan = make_plan(self.graph, targets, self)
+            check(plan)
             if plan.todo():
                 self.report(events.Planned(plan.actions(), plan.download_bytes() or None, plan.expected_secs()))
             try:
@@ -165,14 +181,9 @@ class Realizer:
             found = self.store.query_many([node.path for node in targets])
             return [found[node.path] for node in targets]
 
-    def pull(self, targets: Sequence[Node]) -> list[ObjectInfo]:
-        """As `realize`, but nothing is built or downloaded from mirrors.
-
-        Raises a cache's objection to a target (Untrusted, Damaged), or RemoteError when no cache has it.
-        """
-        self.store.hold([node.path for node in targets])
-        plan = make_plan(self.graph, targets, self)
-        wanted = {node.drv_hash for node in targets}
+    def _refuse_to_make(self, plan: Plan) -> None:
+        """Raise when a target would not come from a cache."""
+        wanted = {node.drv_hash for node in plan.targets}
         missing = [step.node for step in plan.steps if step.node.drv_hash in wanted and step.verb not in _PULLED]
         for node in missing:
             for cache in self.caches:
@@ -184,7 +195,6 @@ class Realizer:
                 reason="asked: " + (", ".join(cache.url for cache in self.caches) or "none is configured"),
                 hint=f"vzrepro cache why-missing {missing[0].target}",
             )
-        return self.realize(targets)
 
     def _judge(self, closure: Sequence[Node]) -> None:
         """Find what was taken on the word of a key that is revoked since, and what was made here from that."""
@@ -244,7 +254,7 @@ class Realizer:
             self.report(events.Waiting(node.target, str(path), holder))
 
         with self.store.lock(path, f"{step.verb} {node.target}", waiting, cancelled=self.stop):
-            there = self.have(path)
+            there = self._here(path)
             if there is not None and (node.origin is None or self.store.known_origin(path, node.origin)):
                 self._finished(step, action, Outcome.ALREADY_VALID, begun, there.nar_size)
                 return there
@@ -323,7 +333,7 @@ class Realizer:
         )
         origin = node.origin
         assert origin is not None
-        existing = self.have(node.path)
+        existing = self._here(node.path)
         if existing is not None:
             # The object was there; only its new URLs had to be seen to give the same bytes.
             self.store.add_origin(node.path, origin)
@@ -346,7 +356,7 @@ class Realizer:
 
     def _seed(self, node: Node) -> None:
         """Take files that an earlier set of the same recipe has under the same name, instead of downloading them."""
-        if self.have(node.path) is not None or "" in node.files:
+        if self._here(node.path) is not None or "" in node.files:
             return
         for drv_hash, canonical, _seen in self.store.derivations_named(node.target):
             earlier = json.loads(canonical)

@@ -35,8 +35,8 @@ class World:
     keys: dict[BuildKey, ObjectInfo] = field(default_factory=dict)
     kept: list[tuple[DrvHash, str, bytes]] = field(default_factory=list)
 
-    def have(self, path: StorePath) -> ObjectInfo | None:
-        return self.objects.get(path)
+    def have(self, paths: Sequence[StorePath]) -> dict[StorePath, ObjectInfo]:
+        return {path: self.objects[path] for path in paths if path in self.objects}
 
     def origin_known(self, path: StorePath, origin: FileHash) -> bool:
         return (path, origin) in self.origins
