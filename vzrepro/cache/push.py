@@ -22,7 +22,7 @@ from vzrepro.model import FileHash, NarHash, ObjectInfo, Outcome, Realization
 if TYPE_CHECKING:
     from vzrepro.cache.binary import BinaryCache
 
-_SMALL = 1 << 20  # NARs up to this are made ready in memory
+_SMALL = 1 << 20  # NARs up to this are made ready in memory, and at once
 _COSIGN_TRIES = 4  # each beaten by somebody else who signs at the same time
 
 
@@ -81,14 +81,15 @@ class Push:
         """Do it. Raises RemoteError, and HashMismatch when the tree is not the object announced."""
         with self._backend.lock(exclusive=False):
             self._cache.make_place()
-            pushed = self._settled(*self._cache.look(self._info.path)) or self._renamed()
+            existing, damaged = self._cache.look(self._info.path)
+            pushed = self._settled(existing, damaged) or self._renamed()
+            if pushed is None and self._info.nar_size <= _SMALL:
+                pieces: list[bytes] = []
+                ready = self._compressed(pieces.append)
+                pushed = self._written_anew(ready, b"".join(pieces), existing, damaged)
         if pushed is not None:
             return pushed
         # Compressing takes long: nothing is held meanwhile, so what is there is looked at again.
-        if self._info.nar_size <= _SMALL:
-            pieces: list[bytes] = []
-            ready = self._compressed(pieces.append)
-            return self._finished(ready, b"".join(pieces))
         with self._backend.spool() as spool:
             # Not buffered, so that closing has nothing left to write and to fail at.
             with spool.open("wb", buffering=0) as file:
