@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from vzrepro import disk, nar
 from vzrepro.errors import VzreproError
 from vzrepro.model import NarHash
+from vzrepro.nar.stream import Hasher
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "nar"
 
@@ -622,7 +623,7 @@ def test_large_objects_leave_no_thread(tmp_path: Path) -> None:
 @given(sizes=st.lists(st.sampled_from([0, 1, 1000, 1 << 18, (1 << 20) - 1, 1 << 20, 3 << 20]), max_size=8))
 def test_a_stream_is_hashed_however_it_is_cut(sizes: list[int]) -> None:
     chunks = [bytes([number]) * size for number, size in enumerate(sizes)]
-    with nar.Hasher() as hasher:
+    with Hasher() as hasher:
         for chunk in chunks:
             hasher.update(chunk)
         assert (hasher.finish(), hasher.size) == (NarHash.of(b"".join(chunks)), sum(sizes))

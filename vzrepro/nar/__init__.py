@@ -10,14 +10,13 @@ what carries bytes between them.
 
 from vzrepro.nar.frames import COMPRESSION_LEVEL, compress, decompress
 from vzrepro.nar.packing import Inspect, hash_of_file, nar_hash, pack
-from vzrepro.nar.stream import Hasher, MalformedNar, Read, reader
+from vzrepro.nar.stream import MalformedNar, Read, reader
 from vzrepro.nar.tokens import MAX_DEPTH
 from vzrepro.nar.unpacking import canonical_copy, unpack
 
 __all__ = [
     "COMPRESSION_LEVEL",
     "MAX_DEPTH",
-    "Hasher",
     "Inspect",
     "MalformedNar",
     "Read",

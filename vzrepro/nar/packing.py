@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 from vzrepro.errors import VzreproError
 from vzrepro.model import NarHash
 from vzrepro.nar import tokens
-from vzrepro.nar.stream import Hasher
 
 Inspect = Callable[[os.stat_result, int | None, Callable[[], str]], None]
 """Is shown a node: its status, its open descriptor (None for a symlink), and what tells its path when called."""
@@ -132,10 +132,11 @@ def pack(path: Path, *, inspect: Inspect | None = None) -> Iterator[bytes]:
 
 def nar_hash(path: Path, *, inspect: Inspect | None = None) -> tuple[NarHash, int]:
     """The SHA-256 of the NAR of `path`, and the NAR's size in bytes. Takes and raises what `pack` does."""
-    with Hasher() as hasher:
-        for chunk in pack(path, inspect=inspect):
-            hasher.update(chunk)
-        return hasher.finish(), hasher.size
+    digest, size = hashlib.sha256(), 0  # in this thread: another one took 7 % more CPU time, for trees in memory
+    for chunk in pack(path, inspect=inspect):
+        digest.update(chunk)
+        size += len(chunk)
+    return NarHash(digest.hexdigest()), size
 
 
 def hash_of_file(data: bytes) -> NarHash:
