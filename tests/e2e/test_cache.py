@@ -99,6 +99,18 @@ def test_pull_takes_and_never_builds(team: Team) -> None:
     assert "vzrepro cache why-missing high" in refused.stderr
 
 
+def test_pull_does_not_build_what_a_cache_failed_to_give(team: Team) -> None:
+    team.member("builder", seeded=True, key="team-1", trusts=("team-1",)).realize("low")
+    backend = open_backend(team.url, Patience(), team.root)
+    for entry in backend.list("nar/"):
+        backend.put(entry.key, bytes(entry.size))
+    colleague = team.member("colleague", seeded=True, trusts=("team-1",))
+    refused = colleague.run("cache", "pull", "low", code=105)
+    assert "no cache has low" in refused.stderr
+    assert "warning: cache s3://" in refused.stderr
+    assert actions(colleague, "realize", "low")["low"] == "built"
+
+
 def test_a_stranger_is_not_believed(team: Team) -> None:
     builder = team.member("builder", seeded=True, key="evil-1", trusts=())
     builder.realize("low")
