@@ -21,7 +21,7 @@ from vzrepro.cache.places import is_writable, prepare
 from vzrepro.cache.roots import add_root, read_roots, remove_root
 from vzrepro.cache.serve import serve as listen
 from vzrepro.cli.inspect import changes_document, changes_lines
-from vzrepro.cli.options import cache_option, json_option
+from vzrepro.cli.options import cache_option, json_option, signatures_option
 from vzrepro.cli.session import Session
 from vzrepro.errors import Untrusted, UsageError, VzreproError
 from vzrepro.events import Notice, Result
@@ -119,10 +119,12 @@ def _wanted(session: Session, names: Sequence[str], with_inputs: bool) -> list[O
 @cache.command()
 @click.argument("targets", metavar="TARGET...", nargs=-1, required=True)
 @click.option("--from", "url", help="The cache to take from, instead of all that are configured.")
+@signatures_option
 @json_option
 @click.pass_obj
-def pull(session: Session, targets: tuple[str, ...], url: str | None) -> None:
+def pull(session: Session, targets: tuple[str, ...], url: str | None, require_signatures: int | None) -> None:
     """Take TARGETs from the caches into the store; nothing is built."""
+    session.override(require_signatures=require_signatures)
     nodes = [session.target(name) for name in targets]
     realizer = session.realizer()
     if url is not None:

@@ -22,3 +22,9 @@ def cache_option(function: F) -> F:
     return click.option("--cache", "url", metavar="URL", help="The cache; by default the one that is pushed to.")(
         function
     )
+
+
+def signatures_option(function: F) -> F:
+    """`--require-signatures`, which overrides the setting of that name."""
+    text = "Trusted keys that must have signed what is taken."
+    return click.option("--require-signatures", type=click.IntRange(1), help=text)(function)

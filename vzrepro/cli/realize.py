@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from vzrepro import console, sandbox
-from vzrepro.cli.options import json_option
+from vzrepro.cli.options import json_option, signatures_option
 from vzrepro.cli.session import Session
 from vzrepro.errors import UsageError
 from vzrepro.events import Result
@@ -27,7 +27,7 @@ from vzrepro.realize import Substitute
 @click.option("--keep-failed", is_flag=True, help="Keep /build of a failed build and print how to enter it.")
 @click.option("--no-substitute", is_flag=True, help="Take nothing from caches: build everything that is not here.")
 @click.option("--sources-from-cache", is_flag=True, help="With --no-substitute: downloads may come from caches.")
-@click.option("--require-signatures", type=click.IntRange(1), help="Trusted keys that must have signed what is taken.")
+@signatures_option
 @click.option("--out-link", type=click.Path(path_type=Path), help="Make this symbolic link to the (only) result.")
 @json_option
 @click.pass_obj
