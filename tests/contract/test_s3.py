@@ -16,6 +16,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+import botocore.auth
 import botocore.session
 import pytest
 from botocore.config import Config
@@ -623,3 +624,13 @@ def test_a_failing_server_is_asked_again(place: S3Backend, http: Counting) -> No
 
 def test_a_bucket_that_is_there_is_not_made_again(place: S3Backend) -> None:
     assert not place.create_bucket_if_missing()
+
+
+def test_a_clock_that_is_wrong_is_told(place: S3Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server checks when a request was signed; nothing tells a person better than the clock itself."""
+    place.put("a", b"")
+    now = botocore.auth.get_current_datetime
+    monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda *some: now(*some) + timedelta(hours=2))
+    with pytest.raises(RemoteError, match="clock") as caught:
+        place.put("a", b"")
+    assert caught.value.hint == "check the clock: date -u"
