@@ -88,7 +88,7 @@ class Plan:
                 total += step.expected_secs
             elif step.verb in ("build", "image"):
                 return None
-        return total
+        return total or None
 
 
 def make_plan(graph: DrvGraph, targets: Sequence[Node], known: Known) -> Plan:
