@@ -194,12 +194,13 @@ class BinaryCache:
         derivation: bytes | None = None,
         log: Path | None = None,
         progress: Progress = _quiet,
+        mend: bool = False,
     ) -> Pushed:
         """Have the valid object `info`, which lies at `tree`, in the cache: the NAR first, the narinfo last.
 
         `derivation` is the canonical JSON that hashes to `info.drv_hash`; `log` is the build log, a plain text file;
-        `progress` counts bytes of the NAR. The first result wins: when the cache holds another one for this path that
-        is sound, it stays.
+        `progress` counts bytes of the NAR, then of its upload. The first result wins: when the cache holds another one
+        for this path that is sound, it stays. With `mend`, records that an object there has lost are written as well.
 
         What was made here is signed with our key; what came from elsewhere keeps the signatures that it came with, and
         needs no key.
@@ -212,7 +213,7 @@ class BinaryCache:
         if derivation is not None and (info.drv_hash is None or DrvHash.of(derivation) != info.drv_hash):
             raise ValueError("the derivation is not the one that the object was made from")
         try:
-            pushed = Push(self, self._signer, info, tree, derivation, log, progress).run()
+            pushed = Push(self, self._signer, info, tree, derivation, log, progress, mend).run()
         except RemoteError as error:
             self.disable(error)
             raise

@@ -446,7 +446,7 @@ class _Repair:
             self._backend.delete([finding.key])  # records are written only where there is none
 
         def push() -> Kept:
-            return self._cache.push(held.info, held.tree, derivation=held.derivation, log=held.log).kept
+            return self._cache.push(held.info, held.tree, derivation=held.derivation, log=held.log, mend=True).kept
 
         try:
             kept = push()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -64,6 +64,7 @@ class Push:
         derivation: bytes | None,
         log: Path | None,
         progress: Callable[[int, int | None], None],
+        mend: bool,
     ) -> None:
         self._cache = cache
         self._backend = cache.backend
@@ -72,6 +73,7 @@ class Push:
         self._derivation = derivation
         self._log = log
         self._progress = progress
+        self._mend = mend
         self._written = 0
         self._voucher = None if info.voucher is None else NarInfo.parse(info.voucher)
         ours = self._voucher is None or self._voucher.path != info.path
@@ -109,25 +111,34 @@ class Push:
             return None
         if existing.nar_hash != self._info.nar_hash:
             return self._different(existing)
-        if not self._nar_serves(existing, narinfo_key(existing.path)):
+        if not self._serves(existing, narinfo_key(existing.path)):
             return None
         if self._signer is not None and not self._vouched_for_by_us(existing):
             return self._cosigned(existing, self._signer)
-        self._records(existing)
+        # The narinfo came last, so its records were there; only a log may come later.
+        self._records(existing, *(() if self._mend else ("log",)))
         return Pushed(Kept.PRESENT, self._written)
 
-    def _nar_serves(self, info: NarInfo, *also: str) -> bool:
-        """Whether the NAR that `info` names is there and, as far as can be told, right; then it is made young, and the
-        entries `also` with it, since from now on somebody relies on them (`FRESH_SECS`)."""
-        entry = self._backend.head(info.url)
-        if entry is None or self._cache.is_suspect(info.url) or not _is_announced(entry, info):
+    def _serves(self, info: NarInfo, *also: str) -> bool:
+        """Whether the NAR that `info` names is there and, as far as can be told, right, and so are the entries `also`.
+
+        Then they are young, since from now on somebody relies on them.
+        """
+        entries = [self._backend.head(key) for key in (info.url, *also)]
+        there = [entry for entry in entries if entry is not None]
+        if len(there) < len(entries) or self._cache.is_suspect(info.url) or not _is_announced(there[0], info):
             return False
-        if entry.mtime >= self._backend.now() - FRESH_SECS:
-            return True
-        keys = (info.url, *also)
-        there = [self._backend.refresh(key) for key in keys]
+        return not self._made_young(there)
+
+    def _made_young(self, entries: Sequence[Entry]) -> list[str]:
+        """Have what is older than FRESH_SECS count as just used; the keys of what was collected meanwhile."""
+        stale = self._backend.now() - FRESH_SECS
+        old = [entry.key for entry in entries if entry.mtime < stale]
+        if not old:
+            return []
+        gone = [key for key in old if not self._backend.refresh(key)]
         settle(self._backend)
-        return all(there) and all(self._backend.head(key) is not None for key in keys)
+        return [key for key in old if key in gone or self._backend.head(key) is None]
 
     def _renamed(self) -> Pushed | None:
         """For a copy made here of an object whose NAR the cache has: only its new name travels."""
@@ -143,7 +154,7 @@ class Push:
         return None if existing is not None else self._published(fresh, None, damaged)
 
     def _has_content(self, other: NarInfo) -> bool:
-        return other.nar_hash == self._info.nar_hash and self._nar_serves(other)
+        return other.nar_hash == self._info.nar_hash and self._serves(other)
 
     def _vouched_for_by_us(self, existing: NarInfo) -> bool:
         """Whether our signature is on all that we have to say."""
@@ -202,7 +213,7 @@ class Push:
     def _written_anew(
         self, ready: NarInfo, compressed: bytes | Path, existing: NarInfo | None, damaged: bool
     ) -> Pushed:
-        if not self._nar_serves(ready):
+        if not self._serves(ready):
             self._backend.put(
                 ready.url,
                 compressed,
@@ -282,20 +293,33 @@ class Push:
         except OSError as error:
             raise RemoteError(f"cannot prepare an upload to {self._cache.url}", reason=error.strerror) from error
 
-    def _records(self, info: NarInfo) -> None:
-        """What goes with the narinfo and is written before it: derivation, log, build record."""
+    def _records(self, info: NarInfo, *only: str) -> None:
+        """Have what goes with the narinfo and is written before it: derivation, log, build record, or `only` these.
+
+        What is there already may be garbage that is about to be collected, so it is made young or written again.
+        """
+        records = {key: data for key, data in self._documents(info) if not only or key.partition("/")[0] in only}
+        left = [key for key, data in records.items() if not self._put(key, data)]
+        entries = [self._backend.head(key) for key in left]
+        there = [entry for entry in entries if entry is not None]
+        for key in {*left} - {entry.key for entry in there} | {*self._made_young(there)}:
+            self._put(key, records[key])
+
+    def _documents(self, info: NarInfo) -> Iterator[tuple[str, bytes | Path]]:
+        """Keys and contents of the records that this push can write for a narinfo."""
         if self._derivation is not None and info.drv_hash is not None:
-            self._put(f"drv/{info.drv_hash}.json", self._derivation)
+            yield f"drv/{info.drv_hash}.json", self._derivation
         if self._log is not None and info.deriver is not None and self._log.is_file():
-            self._backend.put(f"log/{info.deriver}", self._log, if_absent=True)
+            yield f"log/{info.deriver}", self._log
         ours = self._info
         if self._signer is not None and ours.build_key is not None and ours.drv_hash is not None:
             realization = Realization(ours.build_key, ours.drv_hash, ours.path, ours.nar_hash, ours.nar_size)
-            self._put(build_key_record(ours.build_key), signed_realization(realization, self._signer))
+            yield build_key_record(ours.build_key), signed_realization(realization, self._signer)
 
-    def _put(self, key: str, data: bytes, *, if_absent: bool = True) -> bool:
+    def _put(self, key: str, data: bytes | Path, *, if_absent: bool = True) -> bool:
         written = self._backend.put(key, data, if_absent=if_absent)
-        self._written += len(data) if written else 0
+        if written:
+            self._written += len(data) if isinstance(data, bytes) else data.stat().st_size
         return written
 
 
