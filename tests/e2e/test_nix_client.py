@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import servers, trixie
+from tests import faults, servers, trixie
 from tests.contract.served import Serving
 from tests.e2e.conftest import Cli
+from tests.faults import FaultyProxy
 from vzrepro import events, nar
 from vzrepro.cache import BinaryCache, Damaged, DirectoryBackend, Kept, NarInfo, SigningKey, TrustedKeys
 from vzrepro.cache.narinfo import MAX_SIZE, narinfo_key
@@ -231,6 +232,17 @@ def test_substituters_and_a_key_are_all_it_needs(nix: Nix, shop: Shop, place: Pl
     assert nar.nar_hash(nix.arrived(shop.bundle.path)) == (shop.bundle.nar_hash, shop.bundle.nar_size)
 
 
+def test_it_goes_on_where_a_connection_to_our_server_broke(
+    nix: Nix, shop: Shop, backend: DirectoryBackend, tmp_path: Path
+) -> None:
+    shop.push_all(opened(backend))
+    with Serving(tmp_path / "cache") as serving, FaultyProxy(serving.url) as proxy:
+        proxy.on(f"/{narinfo_of(backend, shop.bundle.path).url}", faults.cuts(5000), faults.passes)
+        nix.ok("nix", "copy", "--from", proxy.url, "--to", nix.root, shop.bundle.path)
+        assert "bytes=5000-" in [seen.range for seen in proxy.requests]
+    assert nar.nar_hash(nix.arrived(shop.bundle.path)) == (shop.bundle.nar_hash, shop.bundle.nar_size)
+
+
 def test_it_hashes_a_tree_as_we_do(nix: Nix, shop: Shop) -> None:
     tree = shop.store.location(shop.bundle.path)
     found = nix.ok("nix-hash", "--type", "sha256", "--base32", tree).strip()
@@ -376,9 +388,14 @@ def test_we_live_with_what_it_leaves_in_a_cache(
     source.write_text("foreign\n")
     foreign = nix.ok("nix-store", "--store", nix.root, "--add", source).strip()
     nix.ok("nix", "copy", "--no-check-sigs", "--from", nix.root, "--to", writing, foreign)
+    source.write_text("in a form that only Nix reads\n")
+    packed = nix.ok("nix-store", "--store", nix.root, "--add", source).strip()
+    nix.ok("nix", "copy", "--no-check-sigs", "--from", nix.root, "--to", f"{backend.url}?compression=xz", packed)
     (left / "realisations" / "sha256:00!out.doi").write_text("{}")
     assert "agent" in cli.run("cache", "ls").stdout
     cli.run("cache", "verify", "--deep")
+    cli.run("cache", "verify", "--deep", "--repair")
+    nix.ok("nix", "path-info", "--store", backend.url, packed)
 
     for entry in left.rglob("*"):
         if entry.is_file() and entry.parent.name != "roots":

@@ -17,7 +17,7 @@ from vzrepro.cache.backend import FRESH_SECS, Damaged
 from vzrepro.cache.binary import BinaryCache
 from vzrepro.cache.content import hashed, take
 from vzrepro.cache.layout import MAX_DERIVATION, KeySet, claim_of, kind_of, needs_of, open_entry, read_entry
-from vzrepro.cache.narinfo import MAX_SIZE, NarInfo, narinfo_key
+from vzrepro.cache.narinfo import MAX_SIZE, NarInfo, OtherCompression, narinfo_key
 from vzrepro.cache.notice import announced
 from vzrepro.cache.parallel import WORKERS, in_order
 from vzrepro.cache.push import Kept
@@ -28,10 +28,11 @@ from vzrepro.model import DrvHash, ObjectInfo, StorePath
 
 _NAR_WORKERS = 4  # NARs that are read at once: each is decoded in parallel as well
 
-Kind = Literal["damaged", "missing-nar", "damaged-nar", "missing-reference", "untrusted", "orphan"]
+Kind = Literal["damaged", "missing-nar", "damaged-nar", "missing-reference", "untrusted", "foreign", "orphan"]
 """What is wrong: a narinfo or record that nobody can use · a narinfo whose NAR is not there · a NAR that is not what a
 narinfo says · a path that a narinfo refers to is not there · too few trusted keys have signed, but none wrongly ·
-no narinfo needs the entry, and it is not one of a push that is under way."""
+an object that some Nix client has written in a form that we do not read · no narinfo needs the entry, and it is not
+one of a push that is under way."""
 
 Progress = Callable[[int, int], object]
 """Bytes that have been checked, and how many there are to check; called in any thread, never twice at once."""
@@ -178,7 +179,8 @@ class _Examiner:
             needs = None if data is None else needs_of(data, hash_part)
             detail = f"{error.message}: {error.reason}" if error.reason else error.message
             path = None if needs is None else needs.path
-            return _Look(None, (Finding(key, path, "damaged", detail),), () if needs is None else needs.keys)
+            kind: Kind = "foreign" if isinstance(error, OtherCompression) and needs is not None else "damaged"
+            return _Look(None, (Finding(key, path, kind, detail),), () if needs is None else needs.keys)
         if data is None or info is None:
             return _Look(None, ())
         needs = needs_of(data, hash_part)
@@ -397,6 +399,8 @@ class _Repair:
         for finding in findings:
             if finding.kind == "untrusted":
                 yield Repaired(finding, "left", "keys that are not trusted here have signed it")
+            elif finding.kind == "foreign":
+                yield Repaired(finding, "left", "others can read it")
             elif finding.kind == "orphan":
                 yield Repaired(finding, "left", "collecting garbage removes it when it is old")
             else:

@@ -29,10 +29,16 @@ MAX_SIZE = 1 << 20
 COMPRESSIONS = ("zstd", "none")
 """What we read; we write zstd."""
 
+_OTHERS = frozenset({"xz", "bzip2", "gzip", "br", "lz4", "lzip", "lzma", "compress", "grzip", "lrzip", "lzop"})
+
 _NIX_FIELDS = ("StorePath", "URL", "Compression", "FileHash", "FileSize", "NarHash", "NarSize", "References", "Deriver")
 _OWN_FIELDS = ("VzDrvHash", "VzBuildKey", "VzOrigin")
 _REQUIRED = ("StorePath", "URL", "Compression", "NarHash", "NarSize")
 _UNKNOWN_DERIVER = "unknown-deriver"  # what old Nix clients write for none
+
+
+class OtherCompression(Damaged):
+    """A narinfo that we have no use for, while some Nix client has: its NAR is compressed in a way we do not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +67,17 @@ class NarInfo:
 
     @classmethod
     def parse(cls, data: bytes) -> NarInfo:
-        """Read a narinfo file. Raises Damaged, saying what is wrong."""
+        """Read a narinfo file. Raises Damaged, saying what is wrong; OtherCompression if that is all."""
         try:
-            return _built(*_fields(data))
+            single, *signatures = _fields(data)
+            other = single["Compression"] if single["Compression"] in _OTHERS else None
+            info = _built(single if other is None else single | {"Compression": "none"}, *signatures)
         except (ValueError, UsageError) as error:
             reason = error.message if isinstance(error, UsageError) else str(error)
             raise Damaged("this is not a valid narinfo", reason=reason) from error
+        if other is not None:
+            raise OtherCompression("this narinfo is of no use here", reason=f"its NAR is compressed with {other}")
+        return info
 
     def render(self) -> bytes:
         """The file's bytes, fields in the order in which Nix writes them, ours at the end."""

@@ -29,7 +29,7 @@ from vzrepro.model import ObjectInfo, StorePath
 from vzrepro.transfer import Pusher
 
 _JOBS = 8
-_HARMLESS = frozenset({"orphan", "untrusted"})  # what others do, or have begun, is no fault of the cache
+_HARMLESS = frozenset({"orphan", "untrusted", "foreign"})  # what others do, or have begun, is no fault of the cache
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
