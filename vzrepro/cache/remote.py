@@ -298,7 +298,8 @@ class EntryStream:
                     raise Failed("sends a whole entry where it has sent parts before", again=True)
                 if not self._patience.read_into(held, body, end - start):
                     raise Failed("breaks off in the middle", again=True)
-            return bytes(held[: end - start])
+            with memoryview(held) as view:
+                return bytes(view[: end - start])
 
         return self._patience.attempt(self._place, once)
 

@@ -11,6 +11,7 @@ import re
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -110,11 +111,11 @@ class SigningKey:
     @property
     def public(self) -> PublicKey:
         """The public key that belongs to this one."""
-        return PublicKey(self.name, Ed25519PrivateKey.from_private_bytes(self._seed).public_key().public_bytes_raw())
+        return PublicKey(self.name, _private(self._seed).public_key().public_bytes_raw())
 
     def sign(self, message: bytes) -> str:
         """The signature of `message`, `name:base64`."""
-        signature = Ed25519PrivateKey.from_private_bytes(self._seed).sign(message)
+        signature = _private(self._seed).sign(message)
         return f"{self.name}:{base64.b64encode(signature).decode()}"
 
 
@@ -213,6 +214,12 @@ def _checked_name(name: str) -> str:
             f"{name!r} is not a name for a key", hint="use 1 to 128 printable ASCII characters, no blank, no colon"
         )
     return name
+
+
+@cache
+def _private(seed: bytes) -> Ed25519PrivateKey:
+    """Deriving it costs more than a signature, and every object has two."""
+    return Ed25519PrivateKey.from_private_bytes(seed)
 
 
 def _is_valid(key: PublicKey, signature: bytes, message: bytes) -> bool:
