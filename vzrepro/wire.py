@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import os
@@ -10,6 +11,7 @@ import socket
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -36,6 +38,21 @@ _SHOWN = 300  # characters of what a server says that a message may hold
 _MAX_REDIRECTS = 10
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _SYSTEM_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
+
+
+_connected: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+class Stop(threading.Event):
+    """Set when all work is to end: the process then hangs up on every server, so that none that is silent is waited
+    for."""
+
+    def set(self) -> None:
+        super().set()
+        for sock in list(_connected):
+            with contextlib.suppress(OSError):
+                # The plain socket's: TLS would want to say goodbye, in the middle of somebody else's reading.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 class Failed(Exception):
@@ -260,6 +277,7 @@ class _Timed(io.RawIOBase):
     socket's own timeout starts anew with every byte."""
 
     def __init__(self, sock: socket.socket, raw: io.RawIOBase) -> None:
+        _connected.add(sock)
         self._sock = sock
         self._raw = raw
         self._secs = sock.gettimeout()

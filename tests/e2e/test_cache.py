@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -420,6 +421,24 @@ def test_a_wrong_blob_heals(team: Team) -> None:
     builder.run("cache", "verify", "--deep")
     fresh = team.member("fresh", trusts=("team-1",))
     assert actions(fresh, "realize", "low") == {"low": "substituted"}
+
+
+@pytest.mark.parametrize("words", [("realize", "low"), ("cache", "pull", "low"), ("cache", "verify"), ("cache", "ls")])
+def test_ctrl_c_does_not_wait_for_a_silent_server(team: Team, words: tuple[str, ...]) -> None:
+    """It would be waited for much longer than this test may take."""
+    member = team.member("somebody", seeded=True, trusts=("team-1",))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"s3://silent?endpoint=http://127.0.0.1:{listening.getsockname()[1]}"
+        member.env |= {"VZREPRO_CACHES": url, "VZREPRO_CACHE_PATIENCE_SECS": "3600"}
+        process = member.start(*words)
+        listening.settimeout(60)
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.recv(1000)
+            process.send_signal(signal.SIGINT)
+            _out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
 
 
 def test_a_directory_is_served_to_a_lan(team: Team) -> None:

@@ -17,8 +17,9 @@ WORKERS = 16
 def in_order(act: Callable[[T], R], items: Iterable[T], workers: int = WORKERS) -> Generator[R]:
     """`act` of every item, in the items' order, done by `workers` threads; at most four times as many are ahead.
 
-    The first error ends it: it is raised in its turn, and what has not begun by then is not done. With one worker, all
-    is done in the caller's thread, each item when its answer is wanted.
+    The first error ends it: it is raised in its turn, what has not begun by then is not done, and what has is not
+    waited for, nor is it after an interrupt. With one worker, all is done in the caller's thread, each item when its
+    answer is wanted.
     """
     if workers == 1:
         yield from map(act, items)
@@ -32,7 +33,7 @@ def in_order(act: Callable[[T], R], items: Iterable[T], workers: int = WORKERS) 
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
-    finally:
-        for future in coming:
-            future.cancel()
-        pool.shutdown()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()

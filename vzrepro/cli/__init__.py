@@ -15,6 +15,7 @@ from vzrepro.cli import cache, doctor, inspect, key, lock, realize, store, vm
 from vzrepro.cli.session import Session
 from vzrepro.console import Console
 from vzrepro.errors import Interrupted, UsageError, VzreproError
+from vzrepro.wire import Stop
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -27,7 +28,8 @@ def group(context: click.Context, directory: str) -> None:
     Exit codes: 0 done, 1 failed, 2 usage, 100 build failed, 101 timed out, 102 hash mismatch, 103 untrusted,
     104 not deterministic, 105 cache or network, 130 interrupted.
     """
-    context.obj = Session(context.obj, Path(directory))
+    console, stop = context.obj
+    context.obj = Session(console, stop, Path(directory))
 
 
 group.add_command(realize.realize)
@@ -56,8 +58,9 @@ def main(words: Sequence[str]) -> None:
 
 
 def _run(words: Sequence[str], console: Console) -> int:
+    stop = Stop()
     try:
-        result = group.main(list(words), prog_name="vzrepro", standalone_mode=False, obj=console)
+        result = group.main(list(words), prog_name="vzrepro", standalone_mode=False, obj=(console, stop))
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         console.print_text(error.ctx.get_help())
@@ -66,6 +69,7 @@ def _run(words: Sequence[str], console: Console) -> int:
         command = error.ctx.command_path if error.ctx else "vzrepro"
         raise UsageError(error.format_message(), hint=f"see: {command} --help") from error
     except (KeyboardInterrupt, click.Abort) as error:
+        stop.set()
         raise Interrupted("interrupted") from error
     except OSError as error:
         raise _explained(error) from error

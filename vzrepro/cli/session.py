@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from vzrepro.model import ObjectInfo, Outcome, StorePath
 from vzrepro.realize import Realizer, Substitute
 from vzrepro.recipe import Node
 from vzrepro.store import LocalStore
+from vzrepro.wire import Stop
 
 if TYPE_CHECKING:
     from vzrepro.pin import Pinner
@@ -41,10 +41,12 @@ _SAY_SECS = 0.25
 
 
 class Session:
-    """Lazily made parts; `start` is where the workspace is looked for."""
+    """Lazily made parts; `start` is where the workspace is looked for. What works or waits in other threads looks at
+    `stop`, which is set when the command is to end."""
 
-    def __init__(self, console: Console, start: Path) -> None:
+    def __init__(self, console: Console, stop: Stop, start: Path) -> None:
         self.console = console
+        self.stop = stop
         self._start = start
         self._overrides: dict[str, object] = {}
         self._begun_ns = time.time_ns()
@@ -120,11 +122,6 @@ class Session:
             )
         return chosen
 
-    @cached_property
-    def stop(self) -> threading.Event:
-        """Set when the command is to end; whatever works or waits in other threads looks at it."""
-        return threading.Event()
-
     def backend(self, url: str) -> Backend:
         """The place that a cache's URL names, relative to the workspace."""
         patience = Patience(self.config.cache_patience_secs, stop=self.stop)
@@ -171,7 +168,6 @@ class Session:
             outcome = "done"
         except KeyboardInterrupt:
             outcome = Outcome.INTERRUPTED.value
-            self.stop.set()
             raise
         finally:
             report(Finished("cache", path, action, outcome, time.monotonic() - begun))
