@@ -111,7 +111,9 @@ class Realizer:
 
     def offers(self, nodes: Sequence[Node]) -> dict[StorePath, Offer]:
         """The first trusted cache's offer for each node, asked for in parallel."""
-        asked = [node for node in nodes if self._may_substitute(node) and node.path not in self._lost]
+        # What is tainted is wherever it was pushed, too; only the same inputs, byte for byte, make it good again.
+        absent = self._lost | self._tainted
+        asked = [node for node in nodes if self._may_substitute(node) and node.path not in absent]
         if len(asked) <= 1:
             found = list(map(self._offer, asked))
         else:
@@ -208,6 +210,9 @@ class Realizer:
                     self._distrusted.add(info.path)
             elif {self.graph.nodes[drv].path for drv in node.drv.dependencies()} & (self._distrusted | self._tainted):
                 self._tainted.add(node.path)
+        for cache in self.caches:
+            if cache.own:
+                cache.forget([*self._distrusted, *self._tainted])
         if self._distrusted:
             names = ", ".join(sorted(path.name for path in self._distrusted))
             message = f"not trusted any more, because the key that vouched for it is revoked: {names}"

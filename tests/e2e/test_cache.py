@@ -159,6 +159,8 @@ def test_what_a_revoked_key_lied_about_is_replaced(team: Team) -> None:
     # Forge: another content under low's name, signed by the key, as one who has stolen it could.
     _forge(team, builder, low, b"evil\n")
     colleague = team.member("colleague", seeded=True, trusts=("team-1",))
+    own = {"VZREPRO_MACHINE_CACHE": "true", "VZREPRO_KEY_DIR": str(team.place / "machine")}
+    colleague.env |= own | {"VZREPRO_MACHINE_CACHE_DIR": str(team.place / "own")}
     first = colleague.realize("low", "high")
     assert (first[1] / "high").read_text().startswith("evil")
     warned = replace(colleague, env={**colleague.env, "VZREPRO_REVOKED_KEYS": team.public("team-1")})
@@ -167,6 +169,10 @@ def test_what_a_revoked_key_lied_about_is_replaced(team: Team) -> None:
     assert (second[0] / "low").read_text() == "low\n"
     assert (second[1] / "high").read_text() == CONTENT
     warned.run("store", "verify")
+    # Nor has the machine's own cache kept what was made from it, for the next workspace.
+    next_one = replace(warned, store=team.place / "next" / "store")
+    assert actions(next_one, "realize", "high") == {"high": "substituted"}
+    assert (next_one.realize("high")[0] / "high").read_text() == CONTENT
 
 
 def _forge(team: Team, builder: Cli, low: Path, content: bytes) -> None:

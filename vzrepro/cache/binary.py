@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -293,6 +293,13 @@ class BinaryCache:
             if difference is not None:
                 found.append(difference)
         return found
+
+    def forget(self, paths: Collection[StorePath]) -> None:
+        """Have none of these paths any more, so that the next push wins. Of no avail where the cache fails."""
+        with self._as_miss():
+            self.backend.delete([narinfo_key(path) for path in paths])
+        for path in paths:
+            self._found.pop(path, None)
 
     def make_place(self) -> None:
         """Write nix-cache-info if there is none. Raises RemoteError when the cache fails or is another store's."""
