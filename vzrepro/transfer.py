@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from vzrepro import events
@@ -17,6 +17,7 @@ from vzrepro.model import ObjectInfo, Outcome, StorePath
 from vzrepro.store import LocalStore
 
 _PROGRESS_SECS = 0.1
+_MANY = 200  # objects for which a listing of the place is cheaper than two questions about each
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,8 @@ class Pusher:
         """
         kept: dict[Kept, list[StorePath]] = {each: [] for each in Kept}
         written = 0
-        with ThreadPoolExecutor(jobs, thread_name_prefix="push") as pool, self._stopping():
+        listing = cache.surveyed() if len(infos) >= _MANY else nullcontext()
+        with ThreadPoolExecutor(jobs, thread_name_prefix="push") as pool, self._stopping(), listing:
             for wave in waves(infos):
                 futures = [(info, pool.submit(self._unless_stopped, cache, info)) for info in wave]
                 for info, future in futures:

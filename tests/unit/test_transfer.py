@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract.memory import MemoryBackend
-from vzrepro import events, nar
+from vzrepro import events, nar, transfer
 from vzrepro.cache import BinaryCache, Kept, SigningKey, TrustedKeys
 from vzrepro.errors import Interrupted, RemoteError
 from vzrepro.model import DrvHash, NarHash, ObjectInfo, StorePath, store_path
@@ -46,9 +46,9 @@ def store(tmp_path: Path) -> LocalStore:
     return LocalStore(tmp_path / "store")
 
 
-def put(store: LocalStore, name: str, *references: StorePath) -> ObjectInfo:
+def put(store: LocalStore, name: str, *references: StorePath, content: str | None = None) -> ObjectInfo:
     with store.scratch(name) as scratch:
-        (scratch / "source").write_text(name)
+        (scratch / "source").write_text(content or name)
         nar_hash, size, _ = nar.canonical_copy(scratch / "source", scratch / "tree")
         return store.add(scratch / "tree", replace(info(name, size, *references), nar_hash=nar_hash))
 
@@ -71,6 +71,32 @@ def test_a_closure_arrives_whole_and_in_order(store: LocalStore) -> None:
     assert ended == ["new", "new"]
     again = pusher(store).push_all(cache, [high, low], jobs=4)
     assert (set(again.kept[Kept.PRESENT]), again.written_bytes) == ({low.path, high.path}, 0)
+
+
+def test_of_many_none_that_is_not_listed_is_asked_for(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_MANY", 3)
+    infos = [put(store, f"object-{number}") for number in range(3)]
+    alias = put(store, "object-0-alias", content="object-0")
+    backend = MemoryBackend()
+    cache = BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
+    pusher(store).push_all(cache, [*infos, alias], jobs=1)
+    asked = [key for verb, key in backend.log if verb != "put" and key != "nix-cache-info"]
+    # What the first of two equal objects has written is known to be there.
+    assert asked == [key for key in backend.entries if key.startswith("nar/") and key in asked]
+    assert len([key for key in backend.entries if key.startswith("nar/")]) == 3
+    again = pusher(store).push_all(cache, [*infos, alias], jobs=1)
+    assert (len(again.kept[Kept.PRESENT]), again.written_bytes) == (4, 0)
+
+
+def test_what_others_push_after_the_listing_is_no_error(store: LocalStore) -> None:
+    low = put(store, "low")
+    backend = MemoryBackend()
+    cache = BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
+    other = BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
+    with cache.surveyed():
+        pusher(store).push(other, "low", low)
+        assert pusher(store).push(cache, "low", low).kept is Kept.PRESENT
+    assert pusher(store).push(cache, "low", low).kept is Kept.PRESENT
 
 
 class Refusing(MemoryBackend):

@@ -76,6 +76,7 @@ class BinaryCache:
         self._place: bool | None = None
         self._found: dict[StorePath, NarInfo] = {}  # misses are not kept: another may push meanwhile
         self._suspects: set[str] = set()
+        self._surveyed: set[str] | None = None
 
     @property
     def url(self) -> str:
@@ -262,7 +263,7 @@ class BinaryCache:
 
     def made_of(self, info: ObjectInfo) -> NarInfo | None:
         """For a push: the narinfo, trusted or not, of an object that came of the same work under another name."""
-        if info.build_key is None:
+        if info.build_key is None or self.was_absent(build_key_record(info.build_key)):
             return None
         try:
             data = self.read(build_key_record(info.build_key), MAX_RECORD)
@@ -279,9 +280,25 @@ class BinaryCache:
         """Whether this process knows that the NAR at this key is wrong."""
         return url in self._suspects
 
-    def clear_suspicion(self, url: str) -> None:
-        """The NAR at this key has been written anew."""
+    def has_written(self, url: str) -> None:
+        """The NAR at this key has been written, perhaps anew."""
         self._suspects.discard(url)
+        if self._surveyed is not None:
+            self._surveyed.add(url)
+
+    @contextmanager
+    def surveyed(self) -> Iterator[None]:
+        """While the block runs, pushes know from one listing which keys were not there before it, and ask for none of
+        these: for pushing many. Raises RemoteError when the cache fails."""
+        self._surveyed = {entry.key for entry in self.backend.list()}
+        try:
+            yield
+        finally:
+            self._surveyed = None
+
+    def was_absent(self, key: str) -> bool:
+        """Whether it is known that there was no such entry a moment ago. Others may have written it since."""
+        return self._surveyed is not None and key not in self._surveyed
 
     def differences(self, info: NarInfo) -> list[Difference]:
         """Who has told this cache that the object's derivation gave other bytes. Raises RemoteError."""

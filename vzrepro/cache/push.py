@@ -83,7 +83,9 @@ class Push:
         """Do it. Raises RemoteError, and HashMismatch when the tree is not the object announced."""
         with self._backend.lock(exclusive=False):
             self._cache.make_place()
-            existing, damaged = self._cache.look(self._info.path)
+            existing, damaged = None, False
+            if not self._cache.was_absent(narinfo_key(self._info.path)):
+                existing, damaged = self._cache.look(self._info.path)
             pushed = self._settled(existing, damaged) or self._renamed()
             if pushed is None and self._info.nar_size <= _SMALL:
                 pieces: list[bytes] = []
@@ -124,7 +126,7 @@ class Push:
 
         Then they are young, since from now on somebody relies on them.
         """
-        entries = [self._backend.head(key) for key in (info.url, *also)]
+        entries = [None if self._cache.was_absent(key) else self._backend.head(key) for key in (info.url, *also)]
         there = [entry for entry in entries if entry is not None]
         if len(there) < len(entries) or self._cache.is_suspect(info.url) or not _is_announced(there[0], info):
             return False
@@ -221,7 +223,7 @@ class Push:
                 progress=lambda sent: self._progress(sent, ready.file_size),
             )
             self._written += ready.file_size or 0
-            self._cache.clear_suspicion(ready.url)
+            self._cache.has_written(ready.url)
         return self._published(ready, existing, damaged)
 
     def _published(self, ready: NarInfo, existing: NarInfo | None, damaged: bool) -> Pushed:
