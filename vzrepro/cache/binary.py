@@ -76,7 +76,7 @@ class BinaryCache:
         self._place: bool | None = None
         self._found: dict[StorePath, NarInfo] = {}  # misses are not kept: another may push meanwhile
         self._suspects: set[str] = set()
-        self._surveyed: set[str] | None = None
+        self._surveyed: dict[str, Entry | None] | None = None
 
     @property
     def url(self) -> str:
@@ -284,17 +284,25 @@ class BinaryCache:
         """The NAR at this key has been written, perhaps anew."""
         self._suspects.discard(url)
         if self._surveyed is not None:
-            self._surveyed.add(url)
+            self._surveyed.setdefault(url)
 
     @contextmanager
     def surveyed(self) -> Iterator[None]:
-        """While the block runs, pushes know from one listing which keys were not there before it, and ask for none of
-        these: for pushing many. Raises RemoteError when the cache fails."""
-        self._surveyed = {entry.key for entry in self.backend.list()}
+        """While the block runs, pushes know from one listing which keys were not there before it, and how old narinfos
+        are, and do not ask for that: for pushing many. Raises RemoteError when the cache fails."""
+        self._surveyed = {
+            entry.key: entry if kind_of(entry.key) == "narinfo" else None for entry in self.backend.list()
+        }
         try:
             yield
         finally:
             self._surveyed = None
+
+    def head(self, key: str) -> Entry | None:
+        """For a push: what the place says of an entry, now or, where that does, when it was listed."""
+        if self._surveyed is None:
+            return self.backend.head(key)
+        return (self._surveyed[key] or self.backend.head(key)) if key in self._surveyed else None
 
     def was_absent(self, key: str) -> bool:
         """Whether it is known that there was no such entry a moment ago. Others may have written it since."""

@@ -126,7 +126,7 @@ class Push:
 
         Then they are young, since from now on somebody relies on them.
         """
-        entries = [None if self._cache.was_absent(key) else self._backend.head(key) for key in (info.url, *also)]
+        entries = [self._cache.head(key) for key in (info.url, *also)]
         there = [entry for entry in entries if entry is not None]
         if len(there) < len(entries) or self._cache.is_suspect(info.url) or not _is_announced(there[0], info):
             return False
