@@ -1,4 +1,8 @@
-"""A read-only HTTP server for a cache in a directory: `vzrepro cache serve`."""
+"""A read-only HTTP server for a cache in a directory: `vzrepro cache serve`.
+
+Small enough to be our own: `http.server` waits for a dripping head for as long as bytes come, bounds no number of
+connections, and knows neither ranges nor ETags, which is most of what is here.
+"""
 
 from __future__ import annotations
 
