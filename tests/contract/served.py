@@ -6,13 +6,12 @@ import threading
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from vzrepro.cache import DirectoryBackend, Entry, Stream
-from vzrepro.cache.backend import Sent
 from vzrepro.cache.http import HttpBackend
 from vzrepro.cache.remote import Patience
 from vzrepro.cache.serve import Server, serve
-from vzrepro.model import FileHash
 
 
 class Serving:
@@ -47,16 +46,8 @@ class ServedBackend:
     def head(self, key: str) -> Entry | None:
         return self._http.head(key)
 
-    def put(
-        self,
-        key: str,
-        source: bytes | Path,
-        *,
-        if_absent: bool = False,
-        sha256: FileHash | None = None,
-        progress: Sent | None = None,
-    ) -> bool:
-        return self._directory.put(key, source, if_absent=if_absent, sha256=sha256)
+    def put(self, key: str, source: bytes | Path, **more: Any) -> bool:
+        return self._directory.put(key, source, **more)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         return self._directory.list(prefix)

@@ -30,7 +30,6 @@ from vzrepro.cache import (
     TrustedKeys,
     machine_cache,
 )
-from vzrepro.cache.backend import Sent
 from vzrepro.cache.machine import trim
 from vzrepro.cache.narinfo import deriver_of, narinfo_key
 from vzrepro.errors import HashMismatch, RemoteError, UsageError
@@ -666,17 +665,9 @@ class Failing:
         opened = self.inner.get(key)
         return _Breaking(opened) if opened is not None and self.fails("read", key) else opened
 
-    def put(
-        self,
-        key: str,
-        source: bytes | Path,
-        *,
-        if_absent: bool = False,
-        sha256: FileHash | None = None,
-        progress: Sent | None = None,
-    ) -> bool:
+    def put(self, key: str, source: bytes | Path, **more: Any) -> bool:
         self._ask("put", key)
-        return self.inner.put(key, source, if_absent=if_absent, sha256=sha256)
+        return self.inner.put(key, source, **more)
 
     def head(self, key: str) -> Entry | None:
         self._ask("head", key)

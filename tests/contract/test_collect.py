@@ -12,20 +12,21 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.contract.memory import MemoryBackend
 from tests.contract.test_binary_cache import KEY, Made, keys, make
 from vzrepro.cache import Backend, BinaryCache, Damaged, DirectoryBackend, Entry, NarInfo, Stream, TrustedKeys, notice
-from vzrepro.cache.backend import FRESH_SECS, Sent
+from vzrepro.cache.backend import FRESH_SECS
 from vzrepro.cache.collect import Amount, Collected, collect
 from vzrepro.cache.layout import KeySet, kind_of
 from vzrepro.cache.narinfo import narinfo_key
 from vzrepro.cache.notice import NOTICES
 from vzrepro.cache.roots import Lacking, add_root, read_roots, remove_root
 from vzrepro.errors import RemoteError, UsageError
-from vzrepro.model import FileHash, NarHash, StorePath, canonical_json
+from vzrepro.model import NarHash, StorePath, canonical_json
 
 DAY = 86400.0
 MONTH = 30 * DAY
@@ -369,19 +370,11 @@ class Watched(MemoryBackend):
             self.stuck.set()
         return found
 
-    def put(
-        self,
-        key: str,
-        source: bytes | Path,
-        *,
-        if_absent: bool = False,
-        sha256: FileHash | None = None,
-        progress: Sent | None = None,
-    ) -> bool:
+    def put(self, key: str, source: bytes | Path, **more: Any) -> bool:
         if self.hold is not None and key.endswith(".narinfo"):
             self.stuck.set()
             assert self.hold.wait(60)
-        return super().put(key, source, if_absent=if_absent, sha256=sha256)
+        return super().put(key, source, **more)
 
     def copy(self) -> Watched:
         twin = Watched()
@@ -408,17 +401,9 @@ class Scripted:
         self._step()
         return self._place.get(key)
 
-    def put(
-        self,
-        key: str,
-        source: bytes | Path,
-        *,
-        if_absent: bool = False,
-        sha256: FileHash | None = None,
-        progress: Sent | None = None,
-    ) -> bool:
+    def put(self, key: str, source: bytes | Path, **more: Any) -> bool:
         self._step()
-        return MemoryBackend.put(self._place, key, source, if_absent=if_absent, sha256=sha256)
+        return MemoryBackend.put(self._place, key, source, **more)
 
     def head(self, key: str) -> Entry | None:
         self._step()
@@ -698,15 +683,7 @@ class Large:
         data = self.extra.get(key) if number is None else self.narinfo(number)
         return None if data is None or (number is not None and self.deleted[number]) else io.BytesIO(data)
 
-    def put(
-        self,
-        key: str,
-        source: bytes | Path,
-        *,
-        if_absent: bool = False,
-        sha256: FileHash | None = None,
-        progress: Sent | None = None,
-    ) -> bool:
+    def put(self, key: str, source: bytes | Path, **more: Any) -> bool:
         assert isinstance(source, bytes)
         self.extra[key] = source
         return True
