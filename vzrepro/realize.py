@@ -1,21 +1,19 @@
 """Execute a `Plan`: fetch, import, write images, build, copy, substitute and push, in parallel.
 
-One state machine: every step is in one `State`, and `_Schedule.move` is the only place that changes it. What a
-step does is in `Realizer`, which knows the store, the caches and the sandbox, but no graph beyond a step's inputs.
+What a step does is in `Realizer`, which knows the store, the caches and the sandbox, but no graph beyond a step's
+inputs; when it is done is `schedule`'s to say.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import json
 import os
-import queue
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -31,6 +29,7 @@ from vzrepro.lock import PinnedFile
 from vzrepro.model import BuildKey, DrvHash, FileHash, ObjectInfo, Outcome, StorePath, canonical_json, store_path
 from vzrepro.plan import Offer, Plan, Step, make_plan
 from vzrepro.recipe import Node
+from vzrepro.schedule import Gone, Schedule
 from vzrepro.store import LocalStore
 
 _ACTIONS: Mapping[str, events.Action] = {
@@ -41,30 +40,13 @@ _ACTIONS: Mapping[str, events.Action] = {
     "image": "build",
     "build": "build",
 }
-_TRANSFERS = 8
-"""Downloads and substitutions that run at once, besides builds."""
-_PUSHES = 4
 _LOOK_UPS = 16
 """Questions to caches that are under way at once."""
 
 Substitute = Literal["all", "sources", "none"]
 """What may come from caches: everything · downloads only, so that all else is built · nothing."""
 
-
 _PULLED = frozenset({"have", "substitute", "import"})
-
-
-class State(enum.Enum):
-    """Where a step stands."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    DONE = "done"
-    FAILED = "failed"
-
-
-class _Gone(Exception):
-    """A cache did not give what it had offered, or an object is not what it was: plan again without it."""
 
 
 @dataclass(slots=True)
@@ -177,7 +159,7 @@ class Realizer:
                 self.report(events.Planned(plan.actions(), plan.download_bytes() or None, plan.expected_secs()))
             try:
                 self.execute(plan)
-            except _Gone:
+            except Gone:
                 continue
             self._clear_downloads()
             found = self.store.query_many([node.path for node in targets])
@@ -243,7 +225,7 @@ class Realizer:
         if any(step.verb == "build" for step in todo):
             sandbox.check()
             sandbox.sweep()
-        _Schedule(plan, self).run()
+        Schedule(plan, self, self.config.build_jobs()).run()
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -384,7 +366,7 @@ class Realizer:
             with contextlib.suppress(RemoteError):
                 return self._from_cache(node, cache, info, Outcome.SUBSTITUTED)
         self._lost.add(node.path)
-        raise _Gone
+        raise Gone
 
     def _from_cache(
         self, node: Node, cache: BinaryCache, info: NarInfo, outcome: Outcome, key: BuildKey | None = None
@@ -413,7 +395,7 @@ class Realizer:
                 message = f"{error.message}; building {node.target} instead of copying it"
                 self.report(events.Notice("warning", message))
                 self._lost.add(equal.path)
-                raise _Gone from error
+                raise Gone from error
             found = replace(
                 equal,
                 path=node.path,
@@ -576,90 +558,3 @@ def _copy_file(source: Path, target: Path) -> None:
             if not done:
                 raise OSError(f"{source} became shorter while it was copied")
             remaining -= done
-
-
-class _Schedule:
-    """The state machine of one plan: which steps wait, run, are done or failed."""
-
-    def __init__(self, plan: Plan, realizer: Realizer) -> None:
-        self._realizer = realizer
-        self._steps = {step.node.drv_hash: step for step in plan.steps}
-        self._state = {drv: State.DONE if step.verb == "have" else State.WAITING for drv, step in self._steps.items()}
-        self._infos = {drv: step.info for drv, step in self._steps.items() if step.verb == "have" and step.info}
-        self._needs = {drv: self._missing(step) for drv, step in self._steps.items()}
-        self._needed_by: dict[DrvHash, list[DrvHash]] = {}
-        for drv, needs in self._needs.items():
-            for need in needs:
-                self._needed_by.setdefault(need, []).append(drv)
-        self._ended: queue.SimpleQueue[tuple[DrvHash, Future[ObjectInfo]]] = queue.SimpleQueue()
-        self._futures: dict[DrvHash, Future[ObjectInfo]] = {}
-        self._errors: list[BaseException] = []
-        self._running = 0
-
-    def _missing(self, step: Step) -> set[DrvHash]:
-        """The inputs that must be done first: only what is made from inputs waits for them."""
-        if step.verb not in ("build", "image"):
-            return set()
-        return {drv for drv in step.node.drv.dependencies() if self._state[drv] is not State.DONE}
-
-    def run(self) -> None:
-        """Run until no step can start or is running; raise the first failure."""
-        jobs = self._realizer.config.build_jobs()
-        with (
-            ThreadPoolExecutor(jobs) as builds,
-            ThreadPoolExecutor(_TRANSFERS) as transfers,
-            ThreadPoolExecutor(_PUSHES) as pushes,
-        ):
-            self._pools = (builds, transfers, pushes)
-            try:
-                for drv in [drv for drv, state in self._state.items() if state is State.WAITING]:
-                    if not self._needs[drv]:
-                        self.move(drv, State.RUNNING)
-                while self._running:
-                    drv, future = self._ended.get()
-                    if future.cancelled():
-                        self.move(drv, State.WAITING)
-                    elif (error := future.exception()) is not None:
-                        self._errors.append(error)
-                        self.move(drv, State.FAILED)
-                    else:
-                        self._infos[drv] = future.result()
-                        self.move(drv, State.DONE)
-            except KeyboardInterrupt as error:
-                # Leaving the pools waits for what runs, and that ends soon: containers and downloads watch `stop`.
-                self._realizer.stop.set()
-                self._cancel_queued()
-                raise Interrupted("interrupted; what was finished is kept in the store") from error
-        if self._errors:
-            # An interrupt of a step tells less than the failure that caused it.
-            raise min(self._errors, key=lambda error: isinstance(error, Interrupted | _Gone))
-
-    def _cancel_queued(self) -> None:
-        """What a pool has not begun goes back to WAITING, for good: nothing is started after a failure."""
-        for future in self._futures.values():
-            future.cancel()
-
-    def move(self, drv: DrvHash, to: State) -> None:
-        """The one transition function: WAITING → RUNNING → DONE or FAILED (or WAITING, cancelled before it began)."""
-        builds, transfers, pushes = self._pools
-        step = self._steps[drv]
-        self._state[drv] = to
-        if to is State.RUNNING:
-            self._running += 1
-            pool = builds if step.verb in ("build", "image") else transfers
-            inputs = {dep: self._infos[dep] for dep in step.node.drv.dependencies() if dep in self._infos}
-            future = pool.submit(self._realizer.perform, step, inputs)
-            self._futures[drv] = future
-            future.add_done_callback(lambda done: self._ended.put((drv, done)))
-            return
-        self._running -= 1
-        if to is State.FAILED:
-            self._cancel_queued()
-        if to is State.DONE:
-            if step.verb not in ("substitute", "import"):
-                pushes.submit(self._realizer.push, step.node, self._infos[drv])
-            if not self._errors:
-                for waiting in self._needed_by.get(drv, ()):
-                    self._needs[waiting].discard(drv)
-                    if not self._needs[waiting] and self._state[waiting] is State.WAITING:
-                        self.move(waiting, State.RUNNING)
