@@ -293,7 +293,11 @@ class Push:
             while left:
                 left = left[file.write(left) :]
         except OSError as error:
-            raise RemoteError(f"cannot prepare an upload to {self._cache.url}", reason=error.strerror) from error
+            raise RemoteError(
+                f"cannot prepare an upload to {self._cache.url}",
+                reason=error.strerror,
+                hint="for a bucket, that is done in $TMPDIR, else in the cache's directory: make room there",
+            ) from error
 
     def _records(self, info: NarInfo, *only: str) -> None:
         """Have what goes with the narinfo and is written before it: derivation, log, build record, or `only` these.
