@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,6 +184,62 @@ def test_another_content_for_the_same_path_is_refused_with_both_hashes(store: Lo
     with pytest.raises(NotDeterministic):
         put(store, "x", "other", repair=True)
     assert store.query(first.path) == first
+
+
+def test_of_many_that_come_at_once_one_fails_alone(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share a transaction, as the first of them keeps the others waiting for the disk."""
+    wrong = put(store, "wrong")
+    commits = 0
+    real = disk.sync_trees
+
+    def slow(trees: Sequence[Path]) -> None:
+        nonlocal commits
+        commits += 1
+        threading.Event().wait(0.2)
+        real(trees)
+
+    monkeypatch.setattr(disk, "sync_trees", slow)
+
+    def enter(name: str) -> ObjectInfo | None:
+        try:
+            return put(store, name, "other" if name == "wrong" else name)
+        except NotDeterministic:
+            return None
+
+    names = ["wrong", *(f"right-{number}" for number in range(12))]
+    with ThreadPoolExecutor(len(names)) as pool:
+        entered = dict(zip(names, pool.map(enter, names), strict=True))
+    assert [name for name, info in entered.items() if info is None] == ["wrong"]
+    assert commits < len(names)
+    assert {info.path.name for info in store.objects()} == set(names)
+    assert store.query(wrong.path) == wrong
+    assert store.verify() == []
+
+
+def test_when_the_transaction_of_many_fails_all_of_them_hear_of_it(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, "before")
+
+    def full(_path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk, "sync", full)
+    outcomes = []
+
+    def enter(name: str) -> None:
+        with pytest.raises(VzreproError, match="disk is full"):
+            put(store, name)
+        outcomes.append(name)
+
+    names = [f"object-{number}" for number in range(6)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(enter, names))
+    monkeypatch.undo()
+    assert sorted(outcomes) == names
+    assert [info.path.name for info in store.objects()] == ["before"]
+    assert store.verify() == []
+    assert put(store, names[0]) in store.objects()
 
 
 def test_an_unregistered_tree_in_the_way_gives_way(store: LocalStore) -> None:
@@ -726,6 +785,20 @@ def test_a_database_whose_creation_was_interrupted_is_made_again(store: LocalSto
     assert store.query(path_of("x")) is None
     info = put(store, "x")
     assert store.query(info.path) == info
+
+
+def test_a_store_of_the_first_format_goes_on_with_all_it_has(store: LocalStore) -> None:
+    info = put(store, "x", build_key="k")
+    store.close()
+    database = store.root / ".vzrepro" / "db.sqlite"
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.executescript("DROP TABLE vouchers; PRAGMA user_version = 1;")
+    assert store.query(info.path) == info
+    vouched = replace(put(store, "y"), voucher=b"StorePath: ...\n")
+    with store.scratch("again") as scratch:
+        store.copy_object(vouched.path, scratch / "tree")
+        assert store.replace(scratch / "tree", vouched) == vouched
+    assert store.query(vouched.path) == vouched
 
 
 def test_the_schema_matches_its_version(store: LocalStore) -> None:
