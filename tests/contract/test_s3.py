@@ -27,8 +27,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from tests import servers
 from tests.servers import S3Server
+from vzrepro.cache.backend import PROBED
 from vzrepro.cache.remote import PIECE, Patience
-from vzrepro.cache.s3 import QUIRKS_KEY, Quirks, S3Backend, backend, upload
+from vzrepro.cache.s3 import Quirks, S3Backend, backend, upload
 from vzrepro.cache.s3.bucket import CONNECTIONS, Access
 from vzrepro.cache.s3.place import S3Place
 from vzrepro.cache.s3.upload import PART, part_size
@@ -225,7 +226,7 @@ def test_signatures_are_checked_by_rclone_too(tmp_path: Path, credentials: None)
 
 
 def test_of_many_processes_that_put_if_absent_one_wins(place: S3Backend) -> None:
-    place.put(QUIRKS_KEY, canonical_json(place.probe().document()))
+    place.put(PROBED, canonical_json(place.probe().document()))
     start = threading.Barrier(8)
 
     def put(number: int) -> bool:
@@ -247,11 +248,11 @@ def test_a_put_asks_first_unless_the_condition_is_known_to_hold(
     place: S3Backend, http: Counting, honoured: bool
 ) -> None:
     if honoured:
-        place.put(QUIRKS_KEY, canonical_json(ALL.document()))
+        place.put(PROBED, canonical_json(ALL.document()))
     for number in range(3):
         place.put(f"drv/{number}.json", b"{}", if_absent=True)
     assert http.count(r"^HEAD .*/drv/") == (0 if honoured else 3)
-    assert http.count(rf"^GET .*/{QUIRKS_KEY}") == 1
+    assert http.count(rf"^GET .*/{PROBED}") == 1
 
 
 @pytest.mark.parametrize(("status", "code"), [(501, "NotImplemented"), (400, "InvalidArgument")])

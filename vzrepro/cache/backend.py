@@ -12,6 +12,15 @@ from typing import Protocol
 from vzrepro.errors import RemoteError, UsageError
 from vzrepro.model import FileHash
 
+CACHE_INFO = "nix-cache-info"
+"""The entry by which Nix clients know a cache and its store."""
+
+PROBED = "vzrepro.json"
+"""The entry that keeps what a place's server was found to do."""
+
+NARS = "nar/"
+"""Below which keys NARs are, and with them all that is large."""
+
 FRESH_SECS = 24 * 3600.0
 """A push refreshes what it finds in the place and relies on when it is older than this, so that who collects garbage
 may go by age: nothing that is this young is anybody's garbage."""

@@ -7,16 +7,14 @@ used. A cache that errs is a miss, and not asked again in this process. docs/cac
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vzrepro import nar
-from vzrepro.cache.backend import Backend, Damaged, Entry, read_whole
+from vzrepro import disk, nar
+from vzrepro.cache.backend import CACHE_INFO, Backend, Damaged, Entry, read_whole
 from vzrepro.cache.content import Progress, take
 from vzrepro.cache.layout import kind_of
 from vzrepro.cache.narinfo import MAX_SIZE, NarInfo, narinfo_key
@@ -35,8 +33,7 @@ from vzrepro.errors import RemoteError, Untrusted, UsageError, VzreproError
 from vzrepro.model import STORE_DIR, BuildKey, DrvHash, ObjectInfo, Outcome, Realization, StorePath
 from vzrepro.wire import printable
 
-CACHE_INFO = "nix-cache-info"
-_CACHE_INFO = f"StoreDir: {STORE_DIR}\nWantMassQuery: 1\nPriority: 40\n".encode()
+_ITS_INFO = f"StoreDir: {STORE_DIR}\nWantMassQuery: 1\nPriority: 40\n".encode()
 _MAX_LOG = 64 << 20
 
 Warn = Callable[[str], None]
@@ -140,7 +137,7 @@ class BinaryCache:
         try:
             self._unpack(info, dest, progress)
         except BaseException as error:
-            _remove(dest)
+            disk.remove_tree(dest)
             self._found.pop(info.path, None)
             if isinstance(error, Damaged):
                 self.suspect(info.url)
@@ -267,10 +264,9 @@ class BinaryCache:
             return None
         try:
             data = self.read(build_key_record(info.build_key), MAX_RECORD)
-            path = None if data is None else StorePath.parse(json.loads(data)["realization"]["path"])
-        except (Damaged, ValueError, KeyError, TypeError, UsageError, RecursionError):
+            return None if data is None else self.look(BuildRecord.parse(data, self.url).realization.path)[0]
+        except Damaged:
             return None
-        return None if path is None else self.look(path)[0]
 
     def suspect(self, url: str) -> None:
         """The NAR at this key is wrong, whatever the place says of it: the next push writes it anew."""
@@ -329,7 +325,7 @@ class BinaryCache:
     def make_place(self) -> None:
         """Write nix-cache-info if there is none. Raises RemoteError when the cache fails or is another store's."""
         if not self._has_info():
-            self.backend.put(CACHE_INFO, _CACHE_INFO, if_absent=True)
+            self.backend.put(CACHE_INFO, _ITS_INFO, if_absent=True)
             self._place = True
 
     # --- what both need -----------------------------------------------------------------------------------------------
@@ -388,13 +384,3 @@ class BinaryCache:
             ending = "it is not asked again" if self._broken else "what is wrong there is built here"
             hint = f" ({error.hint})" if error.hint else ""
             self._warn(f"cache {self.url}: {what}{reason}; {ending}{hint}")
-
-
-def _remove(tree: Path) -> None:
-    """Remove what a failed unpacking left; its directories may be read-only already."""
-    if tree.is_symlink() or not tree.is_dir():  # a hostile NAR may be a link to anywhere: it is never followed
-        tree.unlink(missing_ok=True)
-        return
-    for directory, _, _ in os.walk(tree):
-        Path(directory).chmod(0o700)
-    shutil.rmtree(tree)

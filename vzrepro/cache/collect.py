@@ -28,7 +28,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import IO, Literal, Protocol, runtime_checkable
 
-from vzrepro.cache.backend import FRESH_SECS, Backend, Damaged, Entry
+from vzrepro.cache.backend import CACHE_INFO, FRESH_SECS, PROBED, Backend, Damaged, Entry
 from vzrepro.cache.layout import KeySet, Kind, Needs, claim_of, kind_of, needs_of, number_of, read_entry
 from vzrepro.cache.narinfo import MAX_SIZE
 from vzrepro.cache.notice import NOTICE_SECS, NOTICES, announced
@@ -328,7 +328,7 @@ class _Collection:
             if kind is None:
                 if entry.key.startswith(NOTICES):
                     notices += [entry.key] if entry.mtime < self._started - NOTICE_SECS else []
-                elif not entry.key.startswith(ROOTS) and entry.key not in ("nix-cache-info", "vzrepro.json"):
+                elif not entry.key.startswith(ROOTS) and entry.key not in (CACHE_INFO, PROBED):
                     report = replace(report, foreign=report.foreign + 1)
             elif claim_of(entry.key) in self._live:
                 pass

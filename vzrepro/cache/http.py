@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from vzrepro.cache.backend import Entry, Sent, check_key
+from vzrepro.cache.backend import CACHE_INFO, NARS, Entry, Sent, check_key
 from vzrepro.cache.remote import EntryStream, Patience
 from vzrepro.errors import UsageError
 from vzrepro.model import FileHash
@@ -19,8 +19,6 @@ from vzrepro.wire import Body, Failed, Http, shown
 CONNECTIONS = 32
 """Connections to one cache that are kept open."""
 
-_CACHE_INFO = "nix-cache-info"
-_NARS = "nar/"
 _PIECES = 8  # pieces of NARs that are on their way at once, in all
 
 
@@ -48,7 +46,7 @@ class HttpBackend:
     def get(self, key: str) -> AbstractContextManager[EntryStream] | None:
         """See `Backend.get`. A NAR is asked for in pieces, anything else with one plain request."""
         url = self._url(key)
-        pieces = key.startswith(_NARS)
+        pieces = key.startswith(NARS)
 
         def ask(start: int, end: int | None, etag: str | None) -> Body | None:
             # Proxies keep whole answers more readily than ranges, and small entries gain nothing by one.
@@ -133,7 +131,7 @@ class HttpBackend:
             if failure.status in (401, 403):
                 failure.hint = "check user and password in the cache's URL, and what the server allows to read"
             raise
-        if key == _CACHE_INFO:
+        if key == CACHE_INFO:
             self._readable = True
         return body
 
@@ -144,11 +142,11 @@ class HttpBackend:
         seen from nix-cache-info: a place that refuses that one too refuses everything, and its user should know. A NAR
         that a narinfo promises is not missing in a sound cache, so being refused one is worth telling as well.
         """
-        if key == _CACHE_INFO or key.startswith(_NARS):
+        if key == CACHE_INFO or key.startswith(NARS):
             return False
         if self._readable is None:
             try:
-                body = self._asked(_CACHE_INFO, self._url(_CACHE_INFO), 0, None, None)
+                body = self._asked(CACHE_INFO, self._url(CACHE_INFO), 0, None, None)
             except Failed as failure:
                 if failure.again:
                     raise

@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
-from vzrepro.cache.backend import Backend
+from vzrepro.cache.backend import PROBED, Backend
 from vzrepro.cache.binary import BinaryCache
 from vzrepro.cache.directory import DirectoryBackend
 from vzrepro.cache.remote import Patience
 from vzrepro.errors import UsageError
 from vzrepro.model import canonical_json
-
-PROBED_KEY = "vzrepro.json"
-"""The entry that keeps what a place's server can do."""
 
 SCHEMES = "s3://BUCKET[/PREFIX]?endpoint=…, https://HOST/PATH, http://HOST/PATH, file:///PATH"
 """The forms that `open_backend` knows, for people."""
@@ -45,7 +42,7 @@ def prepare(cache: BinaryCache) -> dict[str, Any]:
     if isinstance(backend, Probed):
         created = backend.create_bucket_if_missing()
         document = backend.probe().document()
-        backend.put(PROBED_KEY, canonical_json(document))
+        backend.put(PROBED, canonical_json(document))
         found = {"bucket_created": created}
         found |= {name: value for name, value in document.items() if name not in ("format", "type")}
     cache.make_place()

@@ -86,7 +86,7 @@ class Push:
             existing, damaged = None, False
             if not self._cache.was_absent(narinfo_key(self._info.path)):
                 existing, damaged = self._cache.look(self._info.path)
-            pushed = self._settled(existing, damaged) or self._renamed()
+            pushed = self._settled(existing, damaged) or self._renamed(existing, damaged)
             if pushed is None and self._info.nar_size <= _SMALL:
                 pieces: list[bytes] = []
                 ready = self._compressed(pieces.append)
@@ -142,18 +142,17 @@ class Push:
         settle(self._backend)
         return [key for key in old if key in gone or self._backend.head(key) is None]
 
-    def _renamed(self) -> Pushed | None:
+    def _renamed(self, existing: NarInfo | None, damaged: bool) -> Pushed | None:
         """For a copy made here of an object whose NAR the cache has: only its new name travels."""
         info = self._info
-        if info.outcome is not Outcome.COPIED or self._signer is None:
+        if existing is not None or info.outcome is not Outcome.COPIED or self._signer is None:
             return None
         originals = (self._voucher, self._cache.made_of(info))
         original = next((each for each in originals if each is not None and self._has_content(each)), None)
         if original is None:
             return None
         fresh = self._described(original.url, original.compression, original.file_hash, original.file_size)
-        existing, damaged = self._cache.look(info.path)
-        return None if existing is not None else self._published(fresh, None, damaged)
+        return self._published(fresh, None, damaged)
 
     def _has_content(self, other: NarInfo) -> bool:
         return other.nar_hash == self._info.nar_hash and self._serves(other)

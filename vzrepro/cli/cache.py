@@ -23,7 +23,7 @@ from vzrepro.cache.serve import serve as listen
 from vzrepro.cli.inspect import changes_document, changes_lines
 from vzrepro.cli.options import cache_option, json_option, signatures_option
 from vzrepro.cli.session import Session
-from vzrepro.errors import Untrusted, UsageError, VzreproError
+from vzrepro.errors import UsageError, VzreproError
 from vzrepro.events import Notice, Result
 from vzrepro.model import ObjectInfo, StorePath
 from vzrepro.transfer import Pusher
@@ -251,7 +251,7 @@ def _why_missing(session: Session, place: BinaryCache, path: StorePath) -> str |
     """What stands in the way although something is there; None when nothing is."""
     try:
         found = place.ask(path)
-    except (Untrusted, VzreproError) as error:
+    except VzreproError as error:
         return ": ".join(filter(None, (error.message, error.reason))) + (f" ({error.hint})" if error.hint else "")
     if found is None:
         return None

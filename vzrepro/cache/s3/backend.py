@@ -15,11 +15,11 @@ from pathlib import Path
 from urllib.parse import quote, unquote_plus
 from xml.etree import ElementTree
 
-from vzrepro.cache.backend import Entry, Sent, check_key, is_key
+from vzrepro.cache.backend import CACHE_INFO, NARS, PROBED, Damaged, Entry, Sent, check_key, is_key, read_whole
 from vzrepro.cache.remote import EntryStream, Patience
 from vzrepro.cache.s3.bucket import CONNECTIONS, XMLNS, Bucket, Payload, Refused, Xml, tag
 from vzrepro.cache.s3.place import S3Place
-from vzrepro.cache.s3.quirks import QUIRKS_KEY, Quirks, probe
+from vzrepro.cache.s3.quirks import Quirks, probe
 from vzrepro.cache.s3.upload import (
     PART,
     LacksParts,
@@ -36,8 +36,6 @@ from vzrepro.errors import RemoteError
 from vzrepro.model import FileHash
 from vzrepro.wire import Answer, Body, Failed, Http
 
-_CACHE_INFO = "nix-cache-info"
-_NARS = "nar/"
 _PIECES = 8  # pieces of NARs that are on their way at once, in all
 _SENDERS = 4  # parts that are being sent at once, in all
 _BATCH = 1000  # keys that S3 deletes in one request
@@ -80,7 +78,7 @@ class S3Backend:
     def get(self, key: str) -> AbstractContextManager[EntryStream] | None:
         """See `Backend.get`. A NAR is asked for in pieces, anything else with one plain request."""
         check_key(key)
-        ranged = key.startswith(_NARS)
+        ranged = key.startswith(NARS)
 
         def ask(start: int, end: int | None, _etag: str | None) -> Body | None:
             return self._opened(key, start, end if ranged else None)
@@ -214,11 +212,11 @@ class S3Backend:
         except Refused as refused:
             if refused.status == 416 and not start:
                 return Body(0, 0, None, lambda: b"", lambda: None)  # an empty entry has no first byte
-            if self._is_missing(key, refused, hides=not key.startswith(_NARS)):
+            if self._is_missing(key, refused, hides=not key.startswith(NARS)):
                 return None
             raise
         self._exists = True
-        if key == _CACHE_INFO:
+        if key == CACHE_INFO:
             self._readable = True
         return answer.body(start)
 
@@ -260,11 +258,11 @@ class S3Backend:
         everything, and should know. A NAR that a narinfo promises is not missing in a sound cache, so being refused one
         is worth telling as well.
         """
-        if key == _CACHE_INFO:
+        if key == CACHE_INFO:
             return False
         if self._readable is None:
             try:
-                self._bucket.ask("GET", _CACHE_INFO).content(_MAX_ANSWER)
+                self._bucket.ask("GET", CACHE_INFO).content(_MAX_ANSWER)
                 self._readable = True
             except Refused as refused:
                 if refused.again:
@@ -312,14 +310,10 @@ class S3Backend:
             return self._conditional
 
     def _read_quirks(self) -> bool:
-        opened = self.get(QUIRKS_KEY)
-        if opened is None:
-            return False
-        with opened as stream:
-            data = b"".join(iter(lambda: stream.read(_MAX_ANSWER), b""))
+        opened = self.get(PROBED)
         try:
-            return Quirks.parse(data).conditional_writes
-        except ValueError:
+            return opened is not None and Quirks.parse(read_whole(opened, _MAX_ANSWER, PROBED)).conditional_writes
+        except (Damaged, ValueError):
             return False
 
     def _write(
@@ -468,6 +462,6 @@ def _content_type(key: str) -> str:
     """What browsers and Nix clients are told that an entry is."""
     if key.endswith(".narinfo"):
         return "text/x-nix-narinfo"
-    if key.startswith("log/") or key == _CACHE_INFO:
+    if key.startswith("log/") or key == CACHE_INFO:
         return "text/plain; charset=utf-8"
     return "application/json" if key.endswith(".json") else "application/octet-stream"

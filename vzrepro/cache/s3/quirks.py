@@ -14,9 +14,6 @@ from vzrepro.errors import RemoteError
 from vzrepro.model import FORMAT
 from vzrepro.wire import Answer, Failed
 
-QUIRKS_KEY = "vzrepro.json"
-"""The entry that keeps what was found out."""
-
 _MAX = 1 << 16
 
 
