@@ -255,6 +255,16 @@ def test_a_put_asks_first_unless_the_condition_is_known_to_hold(
     assert http.count(rf"^GET .*/{PROBED}") == 1
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b" " * (2 << 20) + b"{}"], ids=["empty", "list", "other", "large"]
+)
+def test_what_is_no_record_of_the_server_is_as_good_as_none(place: S3Backend, http: Counting, content: bytes) -> None:
+    place.put(PROBED, content)
+    assert place.put("drv/a.json", b"{}", if_absent=True)
+    assert not place.put("drv/a.json", b"{}", if_absent=True)
+    assert http.count(r"^HEAD .*/drv/") == 2
+
+
 @pytest.mark.parametrize(("status", "code"), [(501, "NotImplemented"), (400, "InvalidArgument")])
 def test_a_server_that_refuses_the_condition_is_not_bothered_with_it_again(
     place: S3Backend, http: Counting, monkeypatch: pytest.MonkeyPatch, status: int, code: str
