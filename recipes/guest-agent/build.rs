@@ -5,6 +5,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let contract = protox::compile(["proto/vz/agent/v1/agent.proto"], ["proto"])?;
     tonic_prost_build::configure()
         .build_transport(false)
+        // Sorted, so that equal messages are encoded alike.
+        .btree_map(".")
+        .bytes(".")
         .compile_fds(contract)?;
     Ok(())
 }

@@ -10,6 +10,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SigHandler, Signal, killpg, signal};
 use nix::unistd::Pid;
+use prost::bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
@@ -166,7 +167,7 @@ async fn relay(stream: &mut Stream, child: &mut Child) -> Result<io::Result<Exit
     let (mut stdout, mut stderr) = (child.stdout.take(), child.stderr.take());
     let (mut out, mut err) = (vec![0; CHUNK], vec![0; CHUNK]);
     // So that a client knows the exec_id of a command that prints nothing.
-    stream.send(Event::Stdout(Vec::new())).await?;
+    stream.send(Event::Stdout(Bytes::new())).await?;
     let queue = stream.queue.clone();
     let status = loop {
         tokio::select! {
@@ -194,12 +195,12 @@ async fn relay(stream: &mut Stream, child: &mut Child) -> Result<io::Result<Exit
 }
 
 /// The next chunk. At the end `pipe` becomes `None`, and from then on this never returns.
-async fn read<R: AsyncRead + Unpin>(pipe: &mut Option<R>, buffer: &mut [u8]) -> Option<Vec<u8>> {
+async fn read<R: AsyncRead + Unpin>(pipe: &mut Option<R>, buffer: &mut [u8]) -> Option<Bytes> {
     let Some(reader) = pipe else {
         return std::future::pending().await;
     };
     if let Ok(length @ 1..) = reader.read(buffer).await {
-        return Some(buffer[..length].to_vec());
+        return Some(Bytes::copy_from_slice(&buffer[..length]));
     }
     // The end; a pipe has no errors of its own.
     *pipe = None;
@@ -208,7 +209,7 @@ async fn read<R: AsyncRead + Unpin>(pipe: &mut Option<R>, buffer: &mut [u8]) -> 
 
 /// What an ended command left in its pipe, at most what a pipe holds. A background process may keep the pipe open
 /// and go on writing: neither its end nor its output is waited for.
-fn left_over(pipe: &impl AsFd) -> impl Iterator<Item = Vec<u8>> {
+fn left_over(pipe: &impl AsFd) -> impl Iterator<Item = Bytes> {
     let capacity = fcntl(pipe, FcntlArg::F_GETPIPE_SZ).unwrap_or(0);
     let mut left = usize::try_from(capacity).unwrap_or(0);
     std::iter::from_fn(move || {
@@ -217,7 +218,7 @@ fn left_over(pipe: &impl AsFd) -> impl Iterator<Item = Vec<u8>> {
         let length = nix::unistd::read(pipe, &mut chunk).unwrap_or(0);
         left -= length;
         chunk.truncate(length);
-        (length > 0).then_some(chunk)
+        (length > 0).then(|| chunk.into())
     })
 }
 

@@ -1,10 +1,11 @@
 //! The guest agent of a vz sandbox: serves the contract `vz.agent.v1` on a vsock port.
 //!
 //! One module per concern: [`transport`] accepts connections, [`agent`], [`oci`] and [`network`] are the services,
-//! [`exec`] runs commands, [`user`] says who runs them, [`system`] describes the guest.
+//! [`exec`] runs commands, [`idempotency`] answers repeated calls, [`user`] says who runs them, [`system`] describes the guest.
 
 pub mod agent;
 pub mod exec;
+pub mod idempotency;
 pub mod network;
 pub mod oci;
 pub mod system;

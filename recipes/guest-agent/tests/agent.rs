@@ -1,11 +1,12 @@
 //! Drives the real binary over a Unix socket, as a host would over vsock.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use prost::bytes::Bytes;
 use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
 use tonic::transport::{Channel, Endpoint};
@@ -338,7 +339,7 @@ async fn a_quiet_commands_exec_id_is_known_at_once() {
         .unwrap()
         .unwrap()
         .unwrap();
-    assert_eq!((event.sequence, event.event), (1, Some(Event::Stdout(vec![]))));
+    assert_eq!((event.sequence, event.event), (1, Some(Event::Stdout(Bytes::new()))));
     assert_ne!(event.exec_id, 0);
 }
 
@@ -405,7 +406,7 @@ async fn a_meaningless_request_is_a_status() {
 async fn environment_and_directory_are_the_requests() {
     let agent = Agent::start().await;
     let request = ExecRequest {
-        env: HashMap::from([("GREETING".into(), "hello".into())]),
+        env: BTreeMap::from([("GREETING".into(), "hello".into())]),
         working_dir: "/usr".into(),
         ..shell("pwd; echo $GREETING; echo ${AGENTS_OWN-unset}; echo $PATH; cat; readlink /proc/self/fd/0")
     };
@@ -422,7 +423,7 @@ async fn the_commands_path_is_the_requests() {
     std::fs::set_permissions(&tool, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let path = agent.directory.display().to_string();
     let request = ExecRequest {
-        env: HashMap::from([("PATH".into(), path)]),
+        env: BTreeMap::from([("PATH".into(), path)]),
         ..request("own-tool", &[])
     };
     assert_eq!(
@@ -479,7 +480,7 @@ async fn much_output_arrives_whole_and_waits_for_a_slow_reader() {
         if let Some(Event::Stdout(data)) = &event.event {
             assert!(data.len() <= 16 << 10);
             bytes += data.len();
-            tail = data.clone();
+            tail = data.to_vec();
         }
         last = event.event;
         peak = peak.max(agent.memory("VmHWM"));
