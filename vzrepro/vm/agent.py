@@ -1,4 +1,4 @@
-"""Speaks to the agent in a guest: reaches its vsock port from the host, and calls `vz.agent.v1` on it.
+"""Calls `vz.agent.v1` on the agent of a guest: one method of `AgentClient` for each method of the contract.
 
 `agent_pb2.py` and `.pyi` beside this module are generated from the agent's own .proto (tests/unit/test_vm_proto.py
 has the command); the calls below name the methods themselves, so that no generated service code is needed.
@@ -6,28 +6,32 @@ has the command); the calls below name the methods themselves, so that no genera
 
 from __future__ import annotations
 
-import contextlib
-import os
-import socket
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import queue
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal
 
 import grpc
 
-from vzrepro.errors import VzreproError
+from vzrepro.errors import TimedOut, VzreproError
 from vzrepro.vm import agent_pb2 as pb
 
-AGENT_PORT = 7424
-"""The guest's vsock port that the agent serves gRPC on."""
+# Until boot.py names them at vzrepro.vm.dial.
+from vzrepro.vm.dial import AGENT_PORT as AGENT_PORT  # noqa: PLC0414
+from vzrepro.vm.dial import READY_PORT as READY_PORT  # noqa: PLC0414
+from vzrepro.vm.dial import Dial as Dial  # noqa: PLC0414
+from vzrepro.vm.dial import Proxy as Proxy  # noqa: PLC0414
+from vzrepro.vm.dial import dial_streams as dial_streams  # noqa: PLC0414
+from vzrepro.vm.dial import dial_vsock as dial_vsock  # noqa: PLC0414
+from vzrepro.vm.dial import private_socket as private_socket  # noqa: PLC0414
+from vzrepro.vm.dial import read_line as read_line  # noqa: PLC0414
 
-READY_PORT = 7425
-"""The host's vsock port that the agent dials as soon as it listens, to write `ready <version> <revision>\\n`."""
+Protocol = Literal["tcp", "udp"]
 
-_SERVICE = "/vz.agent.v1.AgentService"
-_CHUNK = 65_536
+_PATIENCE_SECS = 60.0
+"""How long a call without a limit of its own may take: an emulated guest on a busy host is slow, not dead."""
+
 # gRPC's own pause after a failed attempt is a second, longer than a guest takes to boot.
 _CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 20),
@@ -35,121 +39,24 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     ("grpc.enable_http_proxy", 0),
+    # Clients of two guests in one process share nothing, else one guest's end would disturb the other's calls.
+    ("grpc.use_local_subchannel_pool", 1),
     # Else the socket's path, percent-encoded, which the agent's HTTP/2 library refuses as malformed.
     ("grpc.default_authority", "localhost"),
 )
-
-Dial = Callable[[], socket.socket]
-"""Opens one stream to a port of the guest. Raises OSError when nobody answers there."""
-
-
-def dial_streams(streams: Path, port: int, timeout_secs: float = 5.0) -> socket.socket:
-    """A stream to the guest's `port` by way of vhost-device-vsock's socket: `CONNECT <port>\\n`, `OK <port>\\n`.
-
-    Raises OSError; ConnectionError when the guest does not listen (the device then closes the stream).
-    """
-    stream = socket.socket(socket.AF_UNIX)
-    try:
-        stream.settimeout(timeout_secs)
-        stream.connect(str(streams))
-        stream.sendall(f"CONNECT {port}\n".encode())
-        answer = read_line(stream)
-        if not answer.startswith("OK "):
-            raise ConnectionRefusedError(f"guest port {port} answered {answer!r}, not OK")
-        stream.settimeout(None)
-    except BaseException:
-        stream.close()
-        raise
-    return stream
+# Frames of a forwarded stream that wait for the network; then `Forward.send` waits.
+_FRAMES = 4
 
 
-def dial_vsock(cid: int, port: int, timeout_secs: float = 5.0) -> socket.socket:
-    """A stream to the guest's `port` by way of the host's kernel. Raises OSError."""
-    stream = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-    try:
-        stream.settimeout(timeout_secs)
-        stream.connect((cid, port))
-        stream.settimeout(None)
-    except BaseException:
-        stream.close()
-        raise
-    return stream
+class AgentError(VzreproError):
+    """The agent refused a call, or could not be reached. `status` is gRPC's name of the reason, in lower case:
+    `not_found`, `already_exists`, `failed_precondition`, `invalid_argument`, `unavailable` …"""
 
-
-def read_line(stream: socket.socket, limit: int = 256) -> str:
-    """One line without its end, not a byte more: what follows belongs to somebody else. Raises ConnectionError."""
-    line = bytearray()
-    while len(line) <= limit:
-        byte = stream.recv(1)
-        if not byte:
-            raise ConnectionResetError(f"the stream ended after {bytes(line)!r}, before a whole line")
-        if byte == b"\n":
-            return line.decode("utf-8", "replace")
-        line += byte
-    raise ConnectionAbortedError(f"no end of line within {limit} bytes")
-
-
-class Proxy:
-    """A local Unix socket in front of `dial`, since gRPC for Python neither dials for itself nor takes a socket."""
-
-    def __init__(self, path: Path, dial: Dial) -> None:
-        self._dial = dial
-        self._lock = threading.Lock()
-        self._open: set[socket.socket] = set()
-        self._closed = False
-        self._listener = socket.socket(socket.AF_UNIX)
-        try:
-            self._listener.bind(str(path))
-            self._listener.listen()
-        except OSError:
-            self._listener.close()
-            raise
-        self.target = f"unix:{path}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        """End every stream and take no new ones."""
-        with self._lock:
-            self._closed = True
-            streams = [self._listener, *self._open]
-        for stream in streams:
-            with contextlib.suppress(OSError):
-                stream.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client:
-            try:
-                guest = self._dial()
-            except OSError:
-                return  # gRPC sees the stream end, and tries again
-            with guest:
-                with self._lock:
-                    if self._closed:
-                        return
-                    self._open |= {client, guest}
-                back = threading.Thread(target=_copy, args=(guest, client), daemon=True)
-                back.start()
-                _copy(client, guest)
-                back.join()
-                with self._lock:
-                    self._open -= {client, guest}
-
-
-def _copy(source: socket.socket, sink: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(_CHUNK):
-            sink.sendall(data)
-    with contextlib.suppress(OSError):
-        sink.shutdown(socket.SHUT_WR)
+    def __init__(self, method: str, status: str, sentence: str | None) -> None:
+        super().__init__(f"the guest agent's {method} failed: {status.replace('_', ' ')}", reason=sentence)
+        self.status = status
+        if status == "deadline_exceeded":
+            self.exit_code = TimedOut.exit_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +70,132 @@ class SystemInfo:
     agent_protocol_revision: int
 
 
+@dataclass(frozen=True, slots=True)
+class ResourceStats:
+    """What the guest uses; sizes in bytes, `load_average` over 1, 5 and 15 minutes."""
+
+    cpu_usage_percent: float
+    memory_used_bytes: int
+    memory_total_bytes: int
+    disk_used_bytes: int
+    disk_total_bytes: int
+    process_count: int
+    load_average: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerState:
+    """A container: `status` is `created`, `running` or `stopped`, `pid` None when it has no process."""
+
+    container_id: str
+    status: str
+    pid: int | None
+    bundle_path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExecResult:
+    """A command that ran in a container to its end."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkService:
+    """A service of a stack's network: its name, its address as CIDR, the name of the network it is on."""
+
+    name: str
+    addr: str
+    network_name: str
+
+
+class Execution:
+    """The events of a command that runs in the guest: iterate over it. The last is `exit_code` or `error`.
+
+    Iterating raises AgentError. Closing it early, as the end of its context does, ends the command.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __iter__(self) -> Iterator[pb.ExecEvent]:
+        return self
+
+    def __next__(self) -> pb.ExecEvent:
+        try:
+            event: pb.ExecEvent = next(self._call)
+        except grpc.RpcError as error:
+            raise _failed("Exec", error) from error
+        return event
+
+    def __enter__(self) -> Execution:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Read no more. A command that still runs is killed by the agent."""
+        self._call.cancel()
+
+
+class Forward:
+    """A connection to a port in the guest. One thread may send while another receives.
+
+    Whether the guest's port could be reached shows when something is received.
+    """
+
+    def __init__(self, multi_callable: Any, first: pb.PortForwardFrame) -> None:
+        self._frames: queue.Queue[pb.PortForwardFrame | None] = queue.Queue(_FRAMES)
+        self._frames.put(first)
+        self._call = multi_callable(iter(self._frames.get, None), wait_for_ready=False)
+
+    def send(self, data: bytes) -> None:
+        """Pass bytes on (udp: one datagram); waits while the guest takes none. After the end they are dropped."""
+        self._put(pb.PortForwardFrame(data=data))
+
+    def send_end(self) -> None:
+        """Say that no more is sent; receiving goes on."""
+        self._put(None)
+
+    def recv(self) -> bytes | None:
+        """The next bytes (udp: one datagram), or None at the end. Raises AgentError."""
+        try:
+            for frame in self._call:
+                return bytes(frame.data)
+        except grpc.RpcError as error:
+            raise _failed("PortForward", error) from error
+        return None
+
+    def close(self) -> None:
+        """End the connection both ways."""
+        self._call.cancel()
+        self._put(None)
+
+    def __enter__(self) -> Forward:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _put(self, frame: pb.PortForwardFrame | None) -> None:
+        # gRPC stops taking frames when the call ends, so nobody may wait for it for ever.
+        while self._call.is_active():
+            try:
+                return self._frames.put(frame, timeout=0.2)
+            except queue.Full:
+                continue
+        return None
+
+
 class AgentClient:
-    """Calls on the agent behind a gRPC `target`. Every method raises VzreproError with the agent's own sentence."""
+    """Calls on the agent behind a gRPC `target`. Every method raises AgentError with the agent's own sentence.
+
+    An `idempotency_key` that an earlier call had gets that call's answer, and nothing is done again. A call with a time
+    limit waits that long for a connection too; one without fails at once when there is none.
+    """
 
     def __init__(self, target: str) -> None:
         self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
@@ -172,7 +203,9 @@ class AgentClient:
     def __enter__(self) -> AgentClient:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -181,17 +214,31 @@ class AgentClient:
 
     def ping(self, timeout_secs: float) -> None:
         """Return as soon as the agent answers; waits for a connection."""
-        self._call("Ping", pb.PingRequest(), pb.PingResponse, timeout_secs)
+        self._call("AgentService/Ping", pb.PingRequest(), pb.PingResponse, timeout_secs)
 
     def system_info(self, timeout_secs: float = 10.0) -> SystemInfo:
         """What the guest is."""
-        answer = self._call("SystemInfo", pb.SystemInfoRequest(), pb.SystemInfoResponse, timeout_secs)
+        answer = self._call("AgentService/SystemInfo", pb.SystemInfoRequest(), pb.SystemInfoResponse, timeout_secs)
         return SystemInfo(
             cpu_count=answer.cpu_count,
             memory_bytes=answer.memory_bytes,
             disk_free_bytes=answer.disk_free_bytes,
             os_version=answer.os_version,
             agent_protocol_revision=answer.agent_protocol_revision,
+        )
+
+    def resource_stats(self, timeout_secs: float = _PATIENCE_SECS) -> ResourceStats:
+        """What the guest uses now."""
+        request = pb.ResourceStatsRequest()
+        answer = self._call("AgentService/ResourceStats", request, pb.ResourceStatsResponse, timeout_secs)
+        return ResourceStats(
+            cpu_usage_percent=answer.cpu_usage_percent,
+            memory_used_bytes=answer.memory_used_bytes,
+            memory_total_bytes=answer.memory_total_bytes,
+            disk_used_bytes=answer.disk_used_bytes,
+            disk_total_bytes=answer.disk_total_bytes,
+            process_count=answer.process_count,
+            load_average=tuple(answer.load_average),
         )
 
     def exec(
@@ -202,52 +249,204 @@ class AgentClient:
         working_dir: str = "",
         env: Mapping[str, str] | None = None,
         user: str = "",
+        pty: tuple[int, int] | None = None,
+        request_id: str = "",
+        idempotency_key: str = "",
         timeout_secs: float | None = None,
-    ) -> Iterator[pb.ExecEvent]:
-        """Run a command in the guest; its events as they come, the last one `exit_code` or `error`."""
+    ) -> Execution:
+        """Run a command in the guest, on a terminal of `pty` rows and columns if they are given, and follow it.
+
+        `user` is a name or a number of the guest's, root when empty; `working_dir` the agent's when empty.
+        """
+        rows, cols = pty or (0, 0)
         request = pb.ExecRequest(
-            command=command, args=list(arguments), working_dir=working_dir, env=dict(env or {}), user=user
+            command=command,
+            args=list(arguments),
+            working_dir=working_dir,
+            env=dict(env or {}),
+            user=user,
+            metadata=pb.TransportMetadata(request_id=request_id, idempotency_key=idempotency_key),
+            allocate_pty=pty is not None,
+            term_rows=rows,
+            term_cols=cols,
         )
         call = self._channel.unary_stream(
-            f"{_SERVICE}/Exec",
+            _path("AgentService/Exec"),
             request_serializer=pb.ExecRequest.SerializeToString,
             response_deserializer=pb.ExecEvent.FromString,
-        )(request, timeout=timeout_secs, wait_for_ready=True)
-        try:
-            yield from call
-        except grpc.RpcError as error:
-            raise _failed("Exec", error) from error
-        finally:
-            call.cancel()
+        )
+        return Execution(call(request, timeout=timeout_secs, wait_for_ready=timeout_secs is not None))
 
-    def _call(self, method: str, request: Any, response: Any, timeout_secs: float) -> Any:
+    def stdin_write(
+        self, exec_id: int, data: bytes, *, idempotency_key: str = "", timeout_secs: float | None = None
+    ) -> None:
+        """Give a command input. Returns when the agent has taken it: it waits for a command that does not read."""
+        request = pb.StdinWriteRequest(exec_id=exec_id, data=data, metadata=_keyed(idempotency_key))
+        self._call("AgentService/StdinWrite", request, pb.StdinWriteResponse, timeout_secs)
+
+    def stdin_close(
+        self, exec_id: int, *, idempotency_key: str = "", timeout_secs: float | None = _PATIENCE_SECS
+    ) -> None:
+        """End a command's input."""
+        request = pb.StdinCloseRequest(exec_id=exec_id, metadata=_keyed(idempotency_key))
+        self._call("AgentService/StdinClose", request, pb.StdinCloseResponse, timeout_secs)
+
+    def signal(
+        self, exec_id: int, number: int, *, idempotency_key: str = "", timeout_secs: float | None = _PATIENCE_SECS
+    ) -> None:
+        """Send a command a signal, by the guest's (Linux's) number."""
+        request = pb.SignalRequest(exec_id=exec_id, signal=number, metadata=_keyed(idempotency_key))
+        self._call("AgentService/Signal", request, pb.SignalResponse, timeout_secs)
+
+    def resize(
+        self,
+        exec_id: int,
+        rows: int,
+        cols: int,
+        *,
+        idempotency_key: str = "",
+        timeout_secs: float | None = _PATIENCE_SECS,
+    ) -> None:
+        """Give a command's terminal another size."""
+        request = pb.ResizeExecPtyRequest(exec_id=exec_id, rows=rows, cols=cols, metadata=_keyed(idempotency_key))
+        self._call("AgentService/ResizeExecPty", request, pb.ResizeExecPtyResponse, timeout_secs)
+
+    def port_forward(self, port: int, protocol: Protocol = "tcp", host: str = "") -> Forward:
+        """Connect to a port as seen from the guest; `host` is the guest itself (127.0.0.1) when empty."""
+        call = self._channel.stream_stream(
+            _path("AgentService/PortForward"),
+            request_serializer=pb.PortForwardFrame.SerializeToString,
+            response_deserializer=pb.PortForwardFrame.FromString,
+        )
+        opening = pb.PortForwardOpen(target_port=port, protocol=protocol, target_host=host)
+        return Forward(call, pb.PortForwardFrame(open=opening))
+
+    def oci_create(
+        self,
+        container_id: str,
+        bundle_path: str,
+        *,
+        idempotency_key: str = "",
+        timeout_secs: float | None = _PATIENCE_SECS,
+    ) -> None:
+        """Make a container of the OCI bundle in the guest's directory `bundle_path`; it does not run yet."""
+        request = pb.OciCreateRequest(
+            container_id=container_id, bundle_path=bundle_path, metadata=_keyed(idempotency_key)
+        )
+        self._call("OciService/Create", request, pb.OciCreateResponse, timeout_secs)
+
+    def oci_start(
+        self, container_id: str, *, idempotency_key: str = "", timeout_secs: float | None = _PATIENCE_SECS
+    ) -> None:
+        """Have a created container run its process."""
+        request = pb.OciStartRequest(container_id=container_id, metadata=_keyed(idempotency_key))
+        self._call("OciService/Start", request, pb.OciStartResponse, timeout_secs)
+
+    def oci_state(self, container_id: str, *, timeout_secs: float | None = _PATIENCE_SECS) -> ContainerState:
+        """What has become of a container."""
+        request = pb.OciStateRequest(container_id=container_id)
+        answer = self._call("OciService/State", request, pb.OciStateResponse, timeout_secs)
+        return ContainerState(answer.container_id, answer.status, answer.pid or None, answer.bundle_path)
+
+    def oci_exec(
+        self,
+        container_id: str,
+        command: str,
+        arguments: Sequence[str] = (),
+        *,
+        env: Mapping[str, str] | None = None,
+        working_dir: str = "",
+        user: str = "",
+        idempotency_key: str = "",
+        timeout_secs: float | None = None,
+    ) -> ExecResult:
+        """Run a command in a running container to its end."""
+        request = pb.OciExecRequest(
+            container_id=container_id,
+            command=command,
+            args=list(arguments),
+            env=dict(env or {}),
+            working_dir=working_dir,
+            user=user,
+            metadata=_keyed(idempotency_key),
+        )
+        answer = self._call("OciService/Exec", request, pb.OciExecResponse, timeout_secs)
+        return ExecResult(answer.exit_code, answer.stdout, answer.stderr)
+
+    def oci_kill(
+        self,
+        container_id: str,
+        signal: str,
+        *,
+        idempotency_key: str = "",
+        timeout_secs: float | None = _PATIENCE_SECS,
+    ) -> None:
+        """Send a container's process a signal by its name, `SIGTERM` say."""
+        request = pb.OciKillRequest(container_id=container_id, signal=signal, metadata=_keyed(idempotency_key))
+        self._call("OciService/Kill", request, pb.OciKillResponse, timeout_secs)
+
+    def oci_delete(
+        self,
+        container_id: str,
+        *,
+        force: bool = False,
+        idempotency_key: str = "",
+        timeout_secs: float | None = _PATIENCE_SECS,
+    ) -> None:
+        """Remove a stopped container, or with `force` any."""
+        request = pb.OciDeleteRequest(container_id=container_id, force=force, metadata=_keyed(idempotency_key))
+        self._call("OciService/Delete", request, pb.OciDeleteResponse, timeout_secs)
+
+    def network_setup(
+        self,
+        stack_id: str,
+        services: Sequence[NetworkService],
+        *,
+        idempotency_key: str = "",
+        timeout_secs: float | None = _PATIENCE_SECS,
+    ) -> None:
+        """Make the network of a stack: a bridge for each network, and each service's end of it."""
+        configs = [
+            pb.NetworkServiceConfig(name=service.name, addr=service.addr, network_name=service.network_name)
+            for service in services
+        ]
+        request = pb.NetworkSetupRequest(stack_id=stack_id, services=configs, metadata=_keyed(idempotency_key))
+        self._call("NetworkService/Setup", request, pb.NetworkSetupResponse, timeout_secs)
+
+    def network_teardown(
+        self,
+        stack_id: str,
+        service_names: Sequence[str],
+        *,
+        idempotency_key: str = "",
+        timeout_secs: float | None = _PATIENCE_SECS,
+    ) -> None:
+        """Take the named services off a stack's network."""
+        request = pb.NetworkTeardownRequest(
+            stack_id=stack_id, service_names=list(service_names), metadata=_keyed(idempotency_key)
+        )
+        self._call("NetworkService/Teardown", request, pb.NetworkTeardownResponse, timeout_secs)
+
+    def _call(self, method: str, request: Any, response: Any, timeout_secs: float | None) -> Any:
         call = self._channel.unary_unary(
-            f"{_SERVICE}/{method}",
+            _path(method),
             request_serializer=type(request).SerializeToString,
             response_deserializer=response.FromString,
         )
         try:
-            return call(request, timeout=timeout_secs, wait_for_ready=True)
+            return call(request, timeout=timeout_secs, wait_for_ready=timeout_secs is not None)
         except grpc.RpcError as error:
-            raise _failed(method, error) from error
+            service, _, name = method.partition("/")
+            raise _failed(name if service == "AgentService" else f"{service}.{name}", error) from error
 
 
-def _failed(method: str, error: grpc.RpcError) -> VzreproError:
-    return VzreproError(
-        f"the guest agent's {method} failed: {error.code().name.lower().replace('_', ' ')}", reason=error.details()
-    )
+def _path(method: str) -> str:
+    return f"/vz.agent.v1.{method}"
 
 
-def private_socket(directory: Path, name: str) -> Path:
-    """`directory/name`, checked to fit a socket address (107 bytes on Linux, 103 on macOS).
+def _keyed(idempotency_key: str) -> pb.TransportMetadata | None:
+    return pb.TransportMetadata(idempotency_key=idempotency_key) if idempotency_key else None
 
-    Raises VzreproError when the directory's name is too long.
-    """
-    path = directory / name
-    if len(os.fsencode(path)) > 103:
-        raise VzreproError(
-            f"{path} is too long a name for a socket",
-            reason="the directory for temporary files has a very long name",
-            hint="TMPDIR=/tmp vzrepro vm boot …",
-        )
-    return path
+
+def _failed(method: str, error: grpc.RpcError) -> AgentError:
+    return AgentError(method, error.code().name.lower(), error.details())
