@@ -83,3 +83,10 @@ def test_a_failing_call_says_what_the_agent_said(client: agent.AgentClient) -> N
 def test_nobody_there_is_an_error_in_time(short_dir: Path) -> None:
     with agent.AgentClient(f"unix:{short_dir}/nobody") as client, pytest.raises(VzreproError, match="Ping failed"):
         client.ping(0.2)
+
+
+def test_a_client_that_was_closed_says_so(client: agent.AgentClient) -> None:
+    client.close()
+    for call in (lambda: client.ping(30), lambda: client.exec("ls"), lambda: client.port_forward(80)):
+        with pytest.raises(agent.AgentError, match="unavailable"):
+            call()

@@ -6,6 +6,7 @@ has the command); the calls below name the methods themselves, so that no genera
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ class Execution:
 
 
 class Forward:
-    """A connection to a port in the guest. One thread may send while another receives.
+    """A connection to a port in the guest, to be closed. One thread may send while another receives.
 
     Whether the guest's port could be reached shows when something is received.
     """
@@ -172,7 +173,9 @@ class Forward:
     def close(self) -> None:
         """End the connection both ways."""
         self._call.cancel()
-        self._put(None)
+        # gRPC's thread may wait for a frame. When there are some it does not, and sees that the call is over.
+        with contextlib.suppress(queue.Full):
+            self._frames.put_nowait(None)
 
     def __enter__(self) -> Forward:
         return self
@@ -275,7 +278,8 @@ class AgentClient:
             request_serializer=pb.ExecRequest.SerializeToString,
             response_deserializer=pb.ExecEvent.FromString,
         )
-        return Execution(call(request, timeout=timeout_secs, wait_for_ready=timeout_secs is not None))
+        with _open("Exec"):
+            return Execution(call(request, timeout=timeout_secs, wait_for_ready=timeout_secs is not None))
 
     def stdin_write(
         self, exec_id: int, data: bytes, *, idempotency_key: str = "", timeout_secs: float | None = None
@@ -319,7 +323,8 @@ class AgentClient:
             response_deserializer=pb.PortForwardFrame.FromString,
         )
         opening = pb.PortForwardOpen(target_port=port, protocol=protocol, target_host=host)
-        return Forward(call, pb.PortForwardFrame(open=opening))
+        with _open("PortForward"):
+            return Forward(call, pb.PortForwardFrame(open=opening))
 
     def oci_create(
         self,
@@ -433,11 +438,20 @@ class AgentClient:
             request_serializer=type(request).SerializeToString,
             response_deserializer=response.FromString,
         )
+        name = method.removeprefix("AgentService/").replace("/", ".")
         try:
-            return call(request, timeout=timeout_secs, wait_for_ready=timeout_secs is not None)
+            with _open(name):
+                return call(request, timeout=timeout_secs, wait_for_ready=timeout_secs is not None)
         except grpc.RpcError as error:
-            service, _, name = method.partition("/")
-            raise _failed(name if service == "AgentService" else f"{service}.{name}", error) from error
+            raise _failed(name, error) from error
+
+
+@contextlib.contextmanager
+def _open(method: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # what gRPC raises for a channel that was closed
+        raise AgentError(method, "unavailable", "the connection to the guest is closed") from error
 
 
 def _path(method: str) -> str:
