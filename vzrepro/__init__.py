@@ -1,13 +1,22 @@
 """vzrepro: reproducible builds of Linux boot bundles.
 
-The names in `DSL` are what recipes import. They load on first use, so that `import vzrepro` costs nothing on the
-no-op path of `vzrepro realize`.
+The names in `DSL` are what recipes import, those in `API` what programs that boot bundles call (docs/bundle.md). They
+load on first use, so that `import vzrepro` costs nothing on the no-op path of `vzrepro realize`.
 """
 
 from __future__ import annotations
 
 TYPE_CHECKING = False  # not from `typing`, whose import costs milliseconds
 if TYPE_CHECKING:
+    from vzrepro.bundle import (
+        KernelBundleOptions,
+        KernelPaths,
+        KernelProfile,
+        RuntimeConfig,
+        ensure_kernel,
+        ensure_kernel_bundle,
+        ensure_kernel_profile,
+    )
     from vzrepro.recipe import build, cargo_crates, crate_source, debian_image, debian_source, local, read, text
 
 __version__ = "0.1.0"
@@ -15,12 +24,42 @@ __version__ = "0.1.0"
 DSL = ("build", "cargo_crates", "crate_source", "debian_image", "debian_source", "local", "read", "text")
 """What a recipe may import from `vzrepro`."""
 
-__all__ = ["DSL", "build", "cargo_crates", "crate_source", "debian_image", "debian_source", "local", "read", "text"]
+API = (
+    "KernelBundleOptions",
+    "KernelPaths",
+    "KernelProfile",
+    "RuntimeConfig",
+    "ensure_kernel",
+    "ensure_kernel_bundle",
+    "ensure_kernel_profile",
+)
+"""What a host's program calls to get a bundle that is installed and checked."""
+
+__all__ = [
+    "API",
+    "DSL",
+    "KernelBundleOptions",
+    "KernelPaths",
+    "KernelProfile",
+    "RuntimeConfig",
+    "build",
+    "cargo_crates",
+    "crate_source",
+    "debian_image",
+    "debian_source",
+    "ensure_kernel",
+    "ensure_kernel_bundle",
+    "ensure_kernel_profile",
+    "local",
+    "read",
+    "text",
+]
 
 
 def __getattr__(name: str) -> object:
-    if name in DSL:
-        import importlib
+    module = "vzrepro.recipe" if name in DSL else "vzrepro.bundle" if name in API else None
+    if module is None:
+        raise AttributeError(f"module 'vzrepro' has no attribute {name!r}")
+    import importlib
 
-        return getattr(importlib.import_module("vzrepro.recipe"), name)
-    raise AttributeError(f"module 'vzrepro' has no attribute {name!r}")
+    return getattr(importlib.import_module(module), name)

@@ -110,16 +110,13 @@ def parse(content: bytes, place: str) -> Metadata:
     missing = [name for name in required if name not in document]
     if missing:
         raise _refused(place, f"lacks {', '.join(missing)}", "a bundle's version.json has at least these keys")
-    values = {
+    values: dict[str, Any] = {
         name: _number(document, name, place) if name == "agent_protocol_revision" else _text(document, name, place)
         for name in required
     }
+    values |= {key: _checksum(document, key, place) for key in CHECKSUMS.values()}
     _check_time(document["built"], place)
-    return Metadata(
-        **values,  # type: ignore[arg-type]
-        **{key: _checksum(document, key, place) for key in CHECKSUMS.values()},
-        capabilities=_capabilities(document, place),
-    )
+    return Metadata(**values, capabilities=_capabilities(document, place))
 
 
 def read(directory: Path) -> Metadata:
