@@ -29,9 +29,9 @@ _STYLE = """
   --a: #6ea8e6; --b: #f0975a; --p0: #6ea8e6; --p1: #5cc4b6; --p2: #e0b354; --p3: #c08fd2; --bad: #ff8a80; } }
 body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 0 auto;
   max-width: 900px; padding: 24px 16px 64px; }
-h1 { font-size: 22px; margin: 0; } h2 { font-size: 17px; margin: 36px 0 4px; }
+h1 { font-size: 22px; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 17px; margin: 36px 0 4px; }
 p { margin: 4px 0; color: var(--soft); overflow-wrap: anywhere; }
-svg { display: block; width: 100%; height: auto; margin: 8px 0; } text { fill: var(--ink); font-size: 13px; }
+svg { display: block; width: 100%; min-width: 600px; height: auto; margin: 8px 0; } text { fill: var(--ink); font-size: 13px; }
 .soft { fill: var(--soft); } .grid { stroke: var(--line); } .band { fill: var(--band); }
 .median { stroke: var(--ink); stroke-width: 2; } .in { fill: #fff; }
 .a { fill: var(--a); } .b { fill: var(--b); } .dot { fill-opacity: 0.6; }
@@ -134,7 +134,7 @@ def _strip(phase: str, subjects: Sequence[Subject], boots: Sequence[Boot]) -> st
                 )
         body += [
             f'<line class="median" x1="{middle:.1f}" x2="{middle:.1f}" y1="{top + 4}" y2="{top + 40}"/>',
-            f'<text x="{high + 8:.1f}" y="{top + 27}">{found.median:.3f} s</text>',
+            f'<text x="{scale.x(found.max) + 8:.1f}" y="{top + 27}">{found.median:.3f} s</text>',
         ]
     return _svg(len(subjects) * _ROW + 24, body)
 
@@ -164,7 +164,7 @@ class _Scale:
 
 
 def _svg(height: int, body: Sequence[str]) -> str:
-    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img">{"".join(body)}</svg>'
+    return f'<div class="scroll"><svg viewBox="0 0 {_WIDTH} {height}" role="img">{"".join(body)}</svg></div>'
 
 
 def _short(name: str) -> str:
