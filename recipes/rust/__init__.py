@@ -11,12 +11,12 @@ GUEST_TARGET = "aarch64-unknown-linux-gnu"
 _SCRIPTS = local("build-crate.sh", "vendor.py")
 
 
-def rust_program(name, *, version, source, crates, target, binary=None, cargo_args="", env=None):
+def rust_program(name, *, version, source, crates, target, image=RUST_IMAGE, binary=None, cargo_args="", env=None):
     """The artifact `name`: /out/<binary>, built for `target` from `source` (a .crate, or a crate's directory)."""
     return build(
         name,
         version=version,
-        image=RUST_IMAGE,
+        image=image,
         inputs={"rust": _SCRIPTS, "source": source, "crates": crates},
         command=["sh", "/in/rust/build-crate.sh"],
         env={"VZ_BIN": binary or name, "VZ_TARGET": target, "VZ_CARGO_ARGS": cargo_args, **(env or {})},

@@ -1,5 +1,6 @@
 """Booting, with stand-ins for QEMU and the vsock device: the phases, the failures, and that nothing is left behind."""
 
+import json
 import os
 import sys
 import threading
@@ -15,7 +16,16 @@ from vzrepro.errors import TimedOut, UsageError, VzreproError
 from vzrepro.vm import agent_pb2 as pb
 from vzrepro.vm import boot, qemu
 
-VERSION_JSON = '{"agent": "0.1.0", "agent_protocol_revision": 1}'
+METADATA = {
+    "kernel": "6.12.107",
+    "profile": "container",
+    "security_profile": "container-hardened",
+    "busybox": "1.37.0",
+    "agent": "0.1.0",
+    "agent_protocol_revision": 1,
+    "youki": "0.7.0",
+    "built": "2026-01-01T00:00:00Z",
+}
 
 # Says what a guest says and dials the ready port, as told by the file `script`: one step a line.
 FAKE_QEMU = """
@@ -84,8 +94,8 @@ class World:
         self.bundle.mkdir()
         (self.bundle / "vmlinux").write_bytes(b"kernel")
         (self.bundle / "initramfs.img").write_bytes(b"initramfs")
-        (self.bundle / "version.json").write_text(VERSION_JSON)
-        self.device = self._program("vhost-device-vsock", FAKE_DEVICE)
+        (self.bundle / "version.json").write_text(json.dumps(METADATA))
+        self.programs = boot.HostPrograms(self._program("vhost-device-vsock", FAKE_DEVICE))
         qemu_program = self._program("qemu-system-aarch64", FAKE_QEMU)
         monkeypatch.setattr(qemu, "find_qemu", lambda: str(qemu_program))
         monkeypatch.setattr(qemu, "kernel_vsock_usable", lambda: False)
@@ -101,9 +111,8 @@ class World:
 
     def boot(self, script: list[str], timeout_secs: float = 60) -> boot.BootReport:
         (self.path / "script").write_text("\n".join(script))
-        return boot.boot(
-            self.bundle, vhost_device_vsock=self.device, timeout_secs=timeout_secs, report=self.events.append
-        )
+        guest = boot.of_bundle(self.bundle)
+        return boot.boot(guest, programs=self.programs, timeout_secs=timeout_secs, report=self.events.append)
 
     def nothing_is_left(self) -> None:
         for name in ("qemu.pid", "device.pid"):
@@ -126,7 +135,7 @@ def agent_server(world: World) -> Iterator[threading.Event]:
     stuck = threading.Event()
 
     def power(request: "pb.ExecRequest", _context: grpc.ServicerContext) -> Iterator["pb.ExecEvent"]:
-        assert [request.command, *request.args] == ["/bin/sh", "-c", "kill -USR2 1"]
+        assert [request.command, *request.args] == ["/bin/busybox", "kill", "-USR2", "1"]
         if not stuck.is_set():
             (world.path / "off").touch()
         yield pb.ExecEvent(exit_code=0, sequence=1)
@@ -192,10 +201,18 @@ def test_a_panic_ends_the_wait_at_once(world: World) -> None:
     assert f"0x{49:016x}" in error.value.reason
 
 
-def test_qemus_own_complaint_is_shown(world: World) -> None:
-    with pytest.raises(VzreproError, match="exit code 1") as error:
-        world.boot(["say qemu: unable to set guest cid: Address already in use", "exit 1"], timeout_secs=600)
-    assert "Address already in use" in str(error.value)
+@pytest.mark.parametrize(
+    ("complaint", "said"),
+    [
+        ("qemu: Invalid CPU topology", "qemu-system-aarch64 ended with exit code 1 before the guest's agent was ready"),
+        ("qemu: vhost-vsock: unable to set guest cid: Address already in use", "vsock address .* is in use"),
+        ('qemu: -device virtio-blk-pci,drive=disk0: Failed to get "write" lock', "a disk of the guest is in use"),
+    ],
+)
+def test_qemus_own_complaint_is_shown(world: World, complaint: str, said: str) -> None:
+    with pytest.raises(VzreproError, match=said) as error:
+        world.boot([f"say {complaint}", "exit 1"], timeout_secs=600)
+    assert complaint in str(error.value)
 
 
 def test_a_vsock_device_that_does_not_start(world: World) -> None:
@@ -207,14 +224,14 @@ def test_a_vsock_device_that_does_not_start(world: World) -> None:
 @pytest.mark.parametrize(
     ("declared", "said"),
     [
-        ('{"agent": "0.2.0"}', "agent version is 0.1.0, but version.json declares 0.2.0"),
-        ('{"agent_protocol_revision": 2}', "agent protocol revision is 1, but version.json declares 2"),
+        ({"agent": "0.2.0"}, "agent version is 0.1.0, but version.json declares 0.2.0"),
+        ({"agent_protocol_revision": 2}, "agent protocol revision is 1, but version.json declares 2"),
     ],
 )
 def test_another_agent_than_declared_is_refused(
-    world: World, agent_server: threading.Event, declared: str, said: str
+    world: World, agent_server: threading.Event, declared: dict[str, object], said: str
 ) -> None:
-    (world.bundle / "version.json").write_text(declared)
+    (world.bundle / "version.json").write_text(json.dumps({**METADATA, **declared}))
     with pytest.raises(VzreproError, match=said):
         world.boot(GOOD_BOOT)
 
@@ -248,7 +265,7 @@ def test_ctrl_c_leaves_nothing_behind(world: World, agent_server: threading.Even
     (world.path / "script").write_text("\n".join(GOOD_BOOT))
     with (
         pytest.raises(KeyboardInterrupt),
-        boot.running(world.bundle, vhost_device_vsock=world.device, timeout_secs=60) as vm,
+        boot.running(boot.of_bundle(world.bundle), programs=world.programs, timeout_secs=60) as vm,
     ):
         vm.agent.ping(30)
         raise KeyboardInterrupt
@@ -257,8 +274,9 @@ def test_ctrl_c_leaves_nothing_behind(world: World, agent_server: threading.Even
 
 def test_two_guests_at_once(world: World, agent_server: threading.Event) -> None:
     (world.path / "script").write_text("\n".join(GOOD_BOOT))
-    options = {"vhost_device_vsock": world.device, "timeout_secs": 60.0}
-    with boot.running(world.bundle, **options) as one, boot.running(world.bundle, **options) as two:
+    guest = boot.of_bundle(world.bundle)
+    options = {"programs": world.programs, "timeout_secs": 60.0}
+    with boot.running(guest, **options) as one, boot.running(guest, **options) as two:
         one.agent.ping(30)
         two.agent.ping(30)
         assert one.vsock != two.vsock

@@ -2,10 +2,12 @@
 
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,65 @@ def test_a_comma_in_a_path_stays_in_the_path() -> None:
 def test_the_vsock_device_takes_packets_that_linux_can_send() -> None:
     arguments = qemu.vsock_device_arguments(qemu.Vsock(77, Path("/t/device")), Path("/t/vsock"))
     assert arguments == ["--vm", "guest-cid=77,socket=/t/device,uds-path=/t/vsock,tx-buffer-size=28672"]
+
+
+def test_shares_and_disks_are_attached_in_order() -> None:
+    shares = (qemu.Share("rootfs", Path("/root,fs"), read_only=True), qemu.Share("vz-mount-0", Path("/home")))
+    disks = (qemu.Disk(Path("/v/a,b")), qemu.Disk(Path("/v/c"), read_only=True))
+    guest = replace(GUEST, shares=shares, disks=disks)
+    arguments = qemu.arguments(guest, "tcg", qemu.Vsock(77), [Path("/t/share0"), Path("/t/share1")])
+    assert [word for word in option(arguments, "-chardev") if "share" in word] == [
+        "socket,id=share0,path=/t/share0",
+        "socket,id=share1,path=/t/share1",
+    ]
+    devices = option(arguments, "-device")
+    assert [word for word in devices if "vhost-user-fs" in word] == [
+        "vhost-user-fs-pci,queue-size=1024,chardev=share0,tag=rootfs",
+        "vhost-user-fs-pci,queue-size=1024,chardev=share1,tag=vz-mount-0",
+    ]
+    assert [word for word in devices if "virtio-blk" in word] == [
+        "virtio-blk-pci,drive=disk0",
+        "virtio-blk-pci,drive=disk1",
+    ]
+    assert option(arguments, "-drive") == [
+        "if=none,id=disk0,format=raw,discard=unmap,file=/v/a,,b",
+        "if=none,id=disk1,format=raw,discard=unmap,read-only=on,file=/v/c",
+    ]
+
+
+@pytest.mark.parametrize(("uid", "sandbox"), [(0, "chroot"), (1000, "none")])
+def test_a_share_is_served_in_the_sandbox_that_the_user_may_have(
+    monkeypatch: pytest.MonkeyPatch, uid: int, sandbox: str
+) -> None:
+    monkeypatch.setattr(qemu.os, "geteuid", lambda: uid)
+    share = qemu.Share("rootfs", Path("/srv"), read_only=True)
+    arguments = qemu.share_server_arguments(share, Path("/t/share0"))
+    assert {"--socket-path=/t/share0", "--shared-dir=/srv", f"--sandbox={sandbox}", "--readonly"} <= set(arguments)
+    assert "--readonly" not in qemu.share_server_arguments(replace(share, read_only=False), Path("/t/share0"))
+
+
+def test_a_guest_for_guests_has_virtualization() -> None:
+    [machine] = option(qemu.arguments(replace(GUEST, nested=True), "tcg", qemu.Vsock(77)), "-M")
+    assert "virtualization=on" in machine.split(",")
+    [machine] = option(qemu.arguments(GUEST, "tcg", qemu.Vsock(77)), "-M")
+    assert "virtualization=on" not in machine.split(",")
+
+
+@pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_smallest_guest_switches_itself_off(nested: bool) -> None:
+    assert qemu._powers_off("qemu-system-aarch64", "tcg", nested=nested, timeout_secs=120)
+
+
+def test_archives_are_joined_where_the_kernel_looks_for_them(tmp_path: Path) -> None:
+    parts = [tmp_path / name for name in ("a", "b", "c")]
+    for part, content in zip(parts, (b"one", b"two..", b"x"), strict=True):
+        part.write_bytes(content)
+    guest = replace(GUEST, initramfs=parts[0], extra_initramfs=tuple(parts[1:]))
+    joined = qemu.join_initramfs(guest, tmp_path)
+    assert joined.initramfs.read_bytes() == b"one\0two..\0\0\0x\0\0\0"
+    assert not joined.extra_initramfs
+    assert qemu.join_initramfs(GUEST, tmp_path) is GUEST
 
 
 def test_no_qemu_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

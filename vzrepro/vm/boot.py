@@ -1,42 +1,44 @@
-"""Boots a bundle under QEMU, waits for its agent, and powers it off: `running` for those who use the guest, `boot` for
-those who want to know that it works.
-
-What the guest's `init` prints is part of the contract (docs/guest.md): its lines mark the phases.
-"""
+"""Boots a guest under QEMU, waits for its agent, and powers it off: `running` for those who use the guest, `boot` for
+those who want to know that it works."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import queue
 import random
+import re
 import socket
 import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vzrepro import events
-from vzrepro.errors import TimedOut, UsageError, VzreproError
-from vzrepro.vm import agent, qemu
-from vzrepro.vm.agent import AgentClient, Dial, SystemInfo
+from vzrepro import events, metadata
+from vzrepro.errors import UsageError, VzreproError
+from vzrepro.metadata import AGENT_PROTOCOL_REVISION, VERSION_FILE, Metadata
+from vzrepro.vm import dial as dials
+from vzrepro.vm import qemu, watch
+from vzrepro.vm.agent import AgentClient, SystemInfo
+from vzrepro.vm.dial import Dial
 
-TAIL_LINES = 30
-"""How much of the guest's console an error shows."""
-
-_INIT_LINE = "vz-init: start"
-_AGENT_LINE = "vz-init: agent start"
-_PANIC = "Kernel panic - not syncing:"
+_READY_LINE = re.compile(r"ready (?P<version>\S+) (?P<revision>\d{1,9})")
 _POWER_OFF_SECS = 20.0
-_CONSOLE_LAG_SECS = 2.0
 # Ready is pushed. Where the push does not come (an agent that pushes nothing, a host port that is taken), asking finds
 # out as well, late enough not to disturb: seconds, doubled up to the second number.
 _ASK_AFTER_SECS = (1.0, 4.0)
 _ASK_AT_ONCE_SECS = (0.05, 1.0)
+_READY_LINE_SECS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class HostPrograms:
+    """The host's programs that serve a guest's devices. `vhost_device_vsock` is needed where the host's kernel serves
+    no vsock, `virtiofsd` for shares."""
+
+    vhost_device_vsock: Path | None = None
+    virtiofsd: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,31 +66,6 @@ class BootReport:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """Something was printed: the guest on its console, or QEMU or the vsock device on its own account."""
-
-    at: float
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """A process ended. `code` is its exit code, negative for a signal."""
-
-    at: float
-    name: str
-    code: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """The agent listens. `line` is what it said, or None when it had to be asked."""
-
-    at: float
-    line: str | None
-
-
 @dataclass(slots=True)
 class Vm:
     """A guest whose agent listens. `agent` is connected to it; `phases` grow until it is off."""
@@ -98,240 +75,168 @@ class Vm:
     vsock: qemu.Vsock
     agent_version: str | None
     pushed: bool
-    _watch: _Watch
+    _watch: watch.Watch
 
     @property
     def phases(self) -> tuple[events.Phase, ...]:
         """The phases reached so far."""
-        return tuple(self._watch.phases)
+        return self._watch.phases
 
     @property
     def console(self) -> tuple[str, ...]:
         """The last lines of the guest's console."""
-        return tuple(self._watch.tail)
+        return self._watch.tail
 
     def reached(self, phase: str) -> None:
         """Note that a phase is reached now."""
-        self._watch.reached(phase, time.monotonic())
+        self._watch.reached(phase)
 
     def power_off(self) -> None:
         """Have the guest switch itself off, cleanly, and wait until it is off. Raises VzreproError."""
-        # init knows the signal that busybox's poweroff sends; the agent may live in a rootfs without that program.
-        # The stream may break before the exit code: the guest is going down.
+        self._watch.release()
+        # init knows the signal that busybox's poweroff sends. The agent may live in a host's root file system, which
+        # need not have a busybox: init puts its own there. The stream may break before the exit code: the guest goes.
         with contextlib.suppress(VzreproError):
-            for _event in self.agent.exec("/bin/sh", ["-c", "kill -USR2 1"], timeout_secs=_POWER_OFF_SECS):
-                pass
+            for busybox in ("/bin/busybox", "/run/vz/busybox"):
+                answers = self.agent.exec(busybox, ["kill", "-USR2", "1"], timeout_secs=_POWER_OFF_SECS)
+                if any(event.WhichOneof("event") == "exit_code" and event.exit_code == 0 for event in answers):
+                    break
         self._watch.wait_until_off(_POWER_OFF_SECS)
 
 
-@dataclass(slots=True)
-class _Watch:
-    """What is known of a booting guest, fed by a queue that other threads fill."""
+def of_bundle(bundle: Path) -> qemu.Guest:
+    """The guest that a bundle (a directory with `vmlinux` and `initramfs.img`) is, on the smallest machine.
 
-    report: events.Report
-    started: float
-    messages: queue.SimpleQueue[_Line | _Ended | _Ready] = field(default_factory=queue.SimpleQueue)
-    tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
-    phases: list[events.Phase] = field(default_factory=list)
-    panic: str | None = None
-
-    def line(self, text: str) -> None:
-        self.messages.put(_Line(time.monotonic(), text))
-
-    def reached(self, name: str, at: float) -> None:
-        if all(phase.name != name for phase in self.phases):
-            phase = events.Phase(name, at - self.started)
-            self.phases.append(phase)
-            self.report(phase)
-
-    def wait_until_ready(self, timeout_secs: float) -> _Ready:
-        """Raises TimedOut, or VzreproError when a process ends first."""
-        deadline = self.started + timeout_secs
-        while True:
-            match self._next(deadline):
-                case None:
-                    raise TimedOut(
-                        f"the guest's agent was not ready within {timeout_secs:g} s",
-                        reason=self._story(),
-                        hint="a slow or busy host needs longer: vzrepro vm boot … --timeout-secs "
-                        f"{max(60, round(2 * timeout_secs))}",
-                    )
-                case _Ready() as ready:
-                    self._catch_up(ready.at)
-                    self.reached("ready", ready.at)
-                    return ready
-                case _Ended() as ended:
-                    what = f"{ended.name} ended with {_exit(ended.code)} before the guest's agent was ready"
-                    if self.panic is not None:
-                        what = f"the guest's kernel panicked: {self.panic}"
-                    raise VzreproError(what, reason=self._story())
-
-    def wait_until_off(self, timeout_secs: float) -> None:
-        """Raises TimedOut, or VzreproError when QEMU fails."""
-        deadline = time.monotonic() + timeout_secs
-        while True:
-            match self._next(deadline):
-                case None:
-                    raise TimedOut(f"the guest did not power off within {timeout_secs:g} s", reason=self._story(_OFF))
-                case _Ended(at, name, code) if name.startswith("qemu"):
-                    if code:
-                        raise VzreproError(f"{name} ended with {_exit(code)}", reason=self._story(_OFF))
-                    self.reached("off", at)
-                    return
-
-    def _next(self, deadline: float) -> _Ended | _Ready | None:
-        """The next message that is not a line, or None when the deadline passes."""
-        while True:
-            try:
-                message = self.messages.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                return None
-            if not isinstance(message, _Line):
-                return message
-            self._note(message)
-
-    def _catch_up(self, ready_at: float) -> None:
-        """Take in the console up to the agent's start: it and the vsock are not in step with each other."""
-        deadline = time.monotonic() + _CONSOLE_LAG_SECS
-        while all(phase.name != "agent" for phase in self.phases):
-            try:
-                message = self.messages.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                return
-            if not isinstance(message, _Line):
-                self.messages.put(message)
-                return
-            # However late we learn of it: it was before the agent listened.
-            self._note(_Line(min(message.at, ready_at), message.text))
-
-    def _note(self, line: _Line) -> None:
-        self.tail.append(line.text)
-        if line.text.startswith(_INIT_LINE):
-            self.reached("init", line.at)
-        elif line.text.startswith(_AGENT_LINE):
-            self.reached("agent", line.at)
-        elif _PANIC in line.text and self.panic is None:
-            self.panic = line.text.partition(_PANIC)[2].strip()
-
-    def _story(self, waited: str | None = None) -> str:
-        reached = ", ".join(f"{phase.name} at {phase.secs:.2f} s" for phase in self.phases) or "nothing"
-        if waited is None:
-            names = [phase.name for phase in self.phases]
-            waited = next(what for name, what in _WAITED_FOR.items() if name not in names)
-        console = "\n".join(f"    {line}" for line in self.tail) or "    (empty)"
-        return f"reached: {reached}; waited for: {waited}\n  last lines of the console:\n{console}"
-
-
-# What each phase up to `ready` stands for.
-_WAITED_FOR = {
-    "init": f"the kernel to start /init, which prints {_INIT_LINE!r}",
-    "agent": f"init to start the agent, which it announces with {_AGENT_LINE!r}",
-    "ready": f"the agent to listen on vsock port {agent.AGENT_PORT}",
-}
-_OFF = "the guest to switch itself off"
-
-
-def _exit(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
+    `dataclasses.replace` makes more of it. Raises UsageError when a file is missing.
+    """
+    guest = qemu.Guest(bundle / "vmlinux", bundle / "initramfs.img")
+    for path in (guest.kernel, guest.initramfs):
+        if not path.is_file():
+            raise UsageError(
+                f"{bundle} is not a boot bundle",
+                reason=f"it has no {path.name}",
+                hint="name a bundle's directory or its target: vzrepro vm boot container-bundle",
+            )
+    return guest
 
 
 @contextlib.contextmanager
 def running(
-    bundle: Path,
+    guest: qemu.Guest,
     *,
-    vhost_device_vsock: Path,
+    programs: HostPrograms,
     timeout_secs: float,
     report: events.Report = events.ignore,
-    command_line: str = "",
+    on_console: Callable[[str], object] = lambda _line: None,
 ) -> Iterator[Vm]:
-    """A booted guest of `bundle` (a directory with `vmlinux` and `initramfs.img`), ready to be used.
+    """`guest`, booted and ready to be used.
 
-    `vhost_device_vsock` is the program that serves the guest's vsock where the host's kernel does not. `timeout_secs`
-    is how long the agent may take from QEMU's start; `command_line` is added to the kernel's. QEMU and the vsock device
-    end with the context, whatever happens. Raises UsageError when files are missing, TimedOut, VzreproError.
+    `timeout_secs` is how long the agent may take from QEMU's start; `on_console` gets each line of the guest's console,
+    from another thread. QEMU and the servers of its devices end with the context, whatever happens; when one of them
+    ends before that, calls to the agent fail and the context raises why. Raises UsageError for a share or disk that is
+    not there, TimedOut, VzreproError.
     """
-    guest = _guest(bundle, command_line)
+    _check_files(guest)
     program = qemu.find_qemu()
-    accelerator = qemu.accelerator(program)
+    accelerator = qemu.accelerator(program, nested=guest.nested)
     cid = random.SystemRandom().randrange(3, 2**31)
 
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vz-", ignore_cleanup_errors=True)))
-        streams = agent.private_socket(directory, "vsock")
-        proxy_path = agent.private_socket(directory, "agent")
-        watch = _Watch(report, time.monotonic())
+        seen = watch.Watch(report, on_console)
+
+        def start(name: str, program: Path | str, arguments: list[str]) -> qemu.Child:
+            on_line = seen.console if name == watch.QEMU else seen.line
+            child = qemu.Child(str(program), arguments, on_line=on_line, on_end=lambda code: seen.ended(name, code))
+            return stack.enter_context(child)
+
+        streams = dials.private_socket(directory, "vsock")
+        proxy_path = dials.private_socket(directory, "agent")
         listener: socket.socket | None
         dial: Dial
         if qemu.kernel_vsock_usable():
             vsock = qemu.Vsock(cid)
-            listener = _listen_vsock(agent.READY_PORT)
+            listener = _listen_vsock(dials.READY_PORT)
 
             def dial() -> socket.socket:
-                return agent.dial_vsock(cid, agent.AGENT_PORT)
+                return dials.dial_vsock(cid, dials.AGENT_PORT)
         else:
-            vsock = qemu.Vsock(cid, agent.private_socket(directory, "device"))
-            listener = _listen_unix(Path(f"{streams}_{agent.READY_PORT}"))
-            device_arguments = qemu.vsock_device_arguments(vsock, streams)
-            device = stack.enter_context(
-                qemu.Child(
-                    str(vhost_device_vsock),
-                    device_arguments,
-                    on_line=watch.line,
-                    on_end=_ended(watch, "vhost-device-vsock"),
-                )
-            )
-            assert vsock.device_socket is not None
-            qemu.wait_for_socket(vsock.device_socket, device)
+            if programs.vhost_device_vsock is None:
+                raise VzreproError("this host's kernel serves no vsock, and there is no vhost-device-vsock either")
+            device_socket = dials.private_socket(directory, "device")
+            vsock = qemu.Vsock(cid, device_socket)
+            listener = _listen_unix(Path(f"{streams}_{dials.READY_PORT}"))
+            arguments = qemu.vsock_device_arguments(vsock, streams)
+            device = start("vhost-device-vsock", programs.vhost_device_vsock, arguments)
+            qemu.wait_for_socket(device_socket, device)
 
             def dial() -> socket.socket:
-                return agent.dial_streams(streams, agent.AGENT_PORT)
+                return dials.dial_streams(streams, dials.AGENT_PORT)
 
         stop = threading.Event()
         stack.callback(stop.set)
         if listener is not None:
             stack.callback(_shut, listener)
 
-        watch.started = time.monotonic()
-        stack.enter_context(
-            qemu.Child(
-                program,
-                qemu.arguments(guest, accelerator, vsock),
-                on_line=watch.line,
-                on_end=_ended(watch, "qemu-system-aarch64"),
-            )
-        )
-        threading.Thread(target=_await_agent, args=(watch, listener, cid, dial, stop), daemon=True).start()
-        ready = watch.wait_until_ready(timeout_secs)
+        share_sockets = []
+        for number, share in enumerate(guest.shares):
+            if programs.virtiofsd is None:
+                raise VzreproError(f"no virtiofsd to serve the share {share.tag}")
+            share_sockets.append(dials.private_socket(directory, f"share{number}"))
+            arguments = qemu.share_server_arguments(share, share_sockets[-1])
+            server = start(f"virtiofsd of the share {share.tag}", programs.virtiofsd, arguments)
+            qemu.wait_for_socket(share_sockets[-1], server)
 
-        proxy = agent.Proxy(proxy_path, dial)
+        whole = qemu.join_initramfs(guest, directory)
+        seen.started = time.monotonic()
+        start(watch.QEMU, program, qemu.arguments(whole, accelerator, vsock, share_sockets))
+        if listener is not None:
+            threading.Thread(target=_listen_to_agent, args=(seen, listener, cid), daemon=True).start()
+        pauses = _ASK_AT_ONCE_SECS if listener is None else _ASK_AFTER_SECS
+        threading.Thread(target=_ask_agent, args=(seen, dial, *pauses, stop), daemon=True).start()
+        ready = seen.wait_until_ready(timeout_secs)
+
+        proxy = dials.Proxy(proxy_path, dial)
         stack.callback(proxy.close)
         client = stack.enter_context(AgentClient(proxy.target))
-        version = None if ready.line is None else ready.line.split()[1]
-        yield Vm(client, accelerator, vsock, version, ready.line is not None, watch)
+        stack.callback(seen.release)
+        said = _READY_LINE.fullmatch(ready.line or "")
+        seen.use(client.close)
+        try:
+            if said is None:
+                left = max(1.0, seen.started + timeout_secs - time.monotonic())
+                _check_revision(client.system_info(left).agent_protocol_revision)
+            else:
+                _check_revision(int(said["revision"]))
+            yield Vm(client, accelerator, vsock, said and said["version"], said is not None, seen)
+        except Exception as error:
+            if (loss := seen.loss()) is not None:
+                raise loss from error
+            raise
 
 
 def boot(
-    bundle: Path, *, vhost_device_vsock: Path, timeout_secs: float, report: events.Report = events.ignore
+    guest: qemu.Guest,
+    *,
+    programs: HostPrograms,
+    timeout_secs: float,
+    report: events.Report = events.ignore,
+    on_console: Callable[[str], object] = lambda _line: None,
 ) -> BootReport:
-    """Boot `bundle`, call Ping and SystemInfo, power off. `timeout_secs` is the limit for the agent's first answer.
+    """Boot `guest`, call Ping and SystemInfo, power off. `timeout_secs` is the limit for the agent's first answer.
 
-    Raises as `running` does, and VzreproError when the agent is not the one that version.json declares.
+    Raises as `running` does, and VzreproError when the agent is not the one that the version.json beside the guest's
+    kernel declares.
     """
-    declared = _declared(bundle)
+    bundle = guest.kernel.parent
+    declared = metadata.read(bundle) if (bundle / VERSION_FILE).exists() else None
     started = time.monotonic()
-    with running(bundle, vhost_device_vsock=vhost_device_vsock, timeout_secs=timeout_secs, report=report) as vm:
+    with running(guest, programs=programs, timeout_secs=timeout_secs, report=report, on_console=on_console) as vm:
         vm.agent.ping(max(1.0, started + timeout_secs - time.monotonic()))
         vm.reached("answer")
         system = vm.agent.system_info()
-        for what, wanted, found in (
-            ("agent version", declared.get("agent"), vm.agent_version),
-            ("agent protocol revision", declared.get("agent_protocol_revision"), system.agent_protocol_revision),
-        ):
-            if wanted is not None and found is not None and wanted != found:
-                raise VzreproError(
-                    f"{bundle}: the guest's {what} is {found}, but version.json declares {wanted}",
-                    hint="realize the bundle again: vzrepro realize container-bundle",
-                )
+        if declared is not None:
+            _check_agent(bundle, declared, vm.agent_version, system.agent_protocol_revision)
         vm.power_off()
         return BootReport(
             accelerator=vm.accelerator,
@@ -344,36 +249,33 @@ def boot(
         )
 
 
-def _guest(bundle: Path, command_line: str) -> qemu.Guest:
-    guest = qemu.Guest(bundle / "vmlinux", bundle / "initramfs.img")
-    for path in (guest.kernel, guest.initramfs):
+def _check_files(guest: qemu.Guest) -> None:
+    for share in guest.shares:
+        if not share.path.is_dir():
+            raise UsageError(f"{share.path} cannot be shared with the guest", reason="it is not a directory")
+    for path in (*(disk.path for disk in guest.disks), *guest.extra_initramfs):
         if not path.is_file():
-            raise UsageError(
-                f"{bundle} is not a boot bundle",
-                reason=f"it has no {path.name}",
-                hint="name a bundle's directory or its target: vzrepro vm boot container-bundle",
+            raise UsageError(f"{path} cannot be given to the guest", reason="it is not a file")
+
+
+def _check_agent(bundle: Path, declared: Metadata, version: str | None, revision: int) -> None:
+    for what, wanted, found in (
+        ("version", declared.agent, version),
+        ("protocol revision", declared.agent_protocol_revision, revision),
+    ):
+        if found is not None and wanted != found:
+            raise VzreproError(
+                f"{bundle}: the guest's agent {what} is {found}, but {VERSION_FILE} declares {wanted}",
+                hint=f"realize the bundle again: vzrepro realize {declared.profile}-bundle",
             )
-    if command_line:
-        guest = qemu.Guest(guest.kernel, guest.initramfs, f"{guest.command_line} {command_line}")
-    return guest
 
 
-def _declared(bundle: Path) -> Mapping[str, Any]:
-    """What the bundle's version.json says; nothing when it has none."""
-    path = bundle / "version.json"
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON", reason=str(error)) from error
-    if not isinstance(document, dict):
-        raise UsageError(f"{path} is not a JSON object")
-    return document
-
-
-def _ended(watch: _Watch, name: str) -> Any:
-    return lambda code: watch.messages.put(_Ended(time.monotonic(), name, code))
+def _check_revision(found: int) -> None:
+    if found != AGENT_PROTOCOL_REVISION:
+        raise VzreproError(
+            f"the guest's agent speaks protocol revision {found}, this host {AGENT_PROTOCOL_REVISION}",
+            hint="boot a bundle that was built with this vzrepro, or use the vzrepro that the bundle was built with",
+        )
 
 
 def _listen_unix(path: Path) -> socket.socket:
@@ -401,32 +303,35 @@ def _shut(listener: socket.socket) -> None:
     listener.close()
 
 
-def _await_agent(watch: _Watch, listener: socket.socket | None, cid: int, dial: Dial, stop: threading.Event) -> None:
-    """Wait for the agent to say that it listens, and now and then ask whether it does."""
-    pause, longest = _ASK_AT_ONCE_SECS if listener is None else _ASK_AFTER_SECS
-    while not stop.is_set():
-        if listener is None:
-            stop.wait(pause)
-        else:
-            try:
-                listener.settimeout(pause)
-                stream, peer = listener.accept()
-                with stream:
-                    stream.settimeout(pause)
-                    line = agent.read_line(stream)
-                # The kernel's vsock is one for all guests of the host: another guest's line is not ours.
-                ours = isinstance(peer, str) or peer[0] == cid
-                if ours and len(line.split()) == 3 and line.startswith("ready "):
-                    watch.messages.put(_Ready(time.monotonic(), line))
-                    return
-            except OSError:
-                pass
-        if stop.is_set():
+def _listen_to_agent(seen: watch.Watch, listener: socket.socket, cid: int) -> None:
+    """Take what the agent says when it listens, and tell it the time; until the listener is shut.
+
+    An agent that was started again says it again.
+    """
+    while True:
+        try:
+            stream, peer = listener.accept()
+        except OSError:
             return
+        # The kernel's vsock is one for all guests of the host: another guest's line is not ours.
+        if not isinstance(peer, str) and peer[0] != cid:
+            stream.close()
+            continue
+        with stream, contextlib.suppress(OSError):
+            stream.settimeout(_READY_LINE_SECS)
+            line = dials.read_line(stream)
+            if _READY_LINE.fullmatch(line):
+                seen.is_ready(line)
+                stream.sendall(f"time {time.time():.3f}\n".encode())
+
+
+def _ask_agent(seen: watch.Watch, dial: Dial, pause: float, longest: float, stop: threading.Event) -> None:
+    """Ask now and then whether the agent listens, until it is known to."""
+    while not stop.wait(pause) and not seen.known_ready:
         try:
             dial().close()
         except OSError:
             pause = min(2 * pause, longest)
         else:
-            watch.messages.put(_Ready(time.monotonic(), None))
+            seen.is_ready(None)
             return

@@ -1,4 +1,5 @@
-"""Starts QEMU and its vsock device for one guest: the command lines, and child processes that never outlive us.
+"""Starts QEMU and the devices of one guest that are programs of their own (vsock, shares): the command lines, and
+child processes that never outlive us.
 
 The command line is the one that was measured to work for arm64 guests under QEMU 7.2 and 10.0; docs/guest.md says
 what each part is for.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import resource
 import shutil
 import signal
 import socket
@@ -18,8 +20,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,20 +36,46 @@ VHOST_VSOCK = Path("/dev/vhost-vsock")
 _PROGRAM = "qemu-system-aarch64"
 _SOCKET_SECS = 10.0
 
-# PSCI SYSTEM_OFF, the smallest guest there is: movz w0, #8; movk w0, #0x8400, lsl #16; hvc #0; b .
-_OFF_SWITCH = struct.pack("<4I", 0x52800100, 0x72B08000, 0xD4000002, 0x14000000)
+# PSCI SYSTEM_OFF, the smallest guest there is: movz w0, #8; movk w0, #0x8400, lsl #16; hvc #0 (or smc #0, which is how
+# a guest that is a hypervisor itself calls); b .
+_CALL = {False: 0xD4000002, True: 0xD4000003}
 _PROBE_SECS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """A directory of the host that the guest may mount over virtiofs by its `tag`."""
+
+    tag: str
+    path: Path
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A raw image file, the guest's /dev/vda, /dev/vdb … in order."""
+
+    path: Path
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Guest:
-    """What is booted: the kernel's raw `Image`, its initramfs, the kernel command line and the size of the machine."""
+    """What is booted: the kernel's raw `Image`, its initramfs, the kernel command line, and the machine.
+
+    `extra_initramfs` are further cpio archives, unpacked over the initramfs in order. `nested` lets the guest run
+    guests of its own where the host can do that.
+    """
 
     kernel: Path
     initramfs: Path
     command_line: str = "console=hvc0 quiet panic=-1"
     cpus: int = 1
     memory_mib: int = 512
+    shares: tuple[Share, ...] = ()
+    disks: tuple[Disk, ...] = ()
+    extra_initramfs: tuple[Path, ...] = ()
+    nested: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +97,27 @@ def find_qemu() -> str:
     )
 
 
-def arguments(guest: Guest, accelerator: Accelerator, vsock: Vsock) -> list[str]:
-    """QEMU's arguments (without the program) for `guest`, its console on standard output."""
-    cpu = ["-accel", "kvm", "-cpu", "host"]
-    if accelerator == "tcg":
-        # pauth-impdef: the architected pointer authentication costs seconds of a boot when it is emulated.
-        cpu = ["-accel", "tcg,thread=multi", "-cpu", "max,pauth-impdef=on"]
-    if vsock.device_socket is None:
-        vsock_device = ["-device", f"vhost-vsock-pci,guest-cid={vsock.cid}"]
-    else:
-        vsock_device = [
-            *("-chardev", f"socket,id=vsock,path={_option(vsock.device_socket)}"),
-            *("-device", "vhost-user-vsock-pci,chardev=vsock"),
-        ]
+def join_initramfs(guest: Guest, directory: Path) -> Guest:
+    """`guest` with everything it unpacks in one file, made in `directory` when there is more than the initramfs."""
+    if not guest.extra_initramfs:
+        return guest
+    joined = directory / "initramfs"
+    with joined.open("wb") as file:
+        for part in (guest.initramfs, *guest.extra_initramfs):
+            file.write(part.read_bytes())
+            file.write(b"\0" * (-file.tell() % 4))  # where the kernel looks for the next archive
+    return replace(guest, initramfs=joined, extra_initramfs=())
+
+
+def arguments(guest: Guest, accelerator: Accelerator, vsock: Vsock, share_sockets: Sequence[Path] = ()) -> list[str]:
+    """QEMU's arguments (without the program) for `guest`, whose initramfs is joined; its console on standard output.
+
+    `share_sockets` are where the servers of its shares listen, in the same order.
+    """
+    assert not guest.extra_initramfs
     return [
-        *("-M", "virt,gic-version=3,memory-backend=mem"),
-        *cpu,
+        *("-M", _machine(guest.nested) + ",memory-backend=mem"),
+        *_cpu(accelerator),
         *("-smp", str(guest.cpus)),
         *("-m", f"{guest.memory_mib}M"),
         # Shared memory: a vhost-user device reads the guest's queues in its own process.
@@ -95,8 +128,46 @@ def arguments(guest: Guest, accelerator: Accelerator, vsock: Vsock) -> list[str]
         *("-device", "virtio-serial-pci", "-device", "virtconsole,chardev=console"),
         *("-netdev", "user,id=net", "-device", "virtio-net-pci,romfile=,netdev=net"),
         *("-device", "virtio-rng-pci"),
-        *vsock_device,
+        *_vsock_arguments(vsock),
+        *_share_arguments(guest.shares, share_sockets),
+        *_disk_arguments(guest.disks),
     ]
+
+
+def _machine(nested: bool) -> str:
+    return "virt,gic-version=3" + (",virtualization=on" if nested else "")
+
+
+def _cpu(accelerator: Accelerator) -> list[str]:
+    if accelerator == "kvm":
+        return ["-accel", "kvm", "-cpu", "host"]
+    # pauth-impdef: the architected pointer authentication costs seconds of a boot when it is emulated.
+    return ["-accel", "tcg,thread=multi", "-cpu", "max,pauth-impdef=on"]
+
+
+def _vsock_arguments(vsock: Vsock) -> list[str]:
+    if vsock.device_socket is None:
+        return ["-device", f"vhost-vsock-pci,guest-cid={vsock.cid}"]
+    return [
+        *("-chardev", f"socket,id=vsock,path={_option(vsock.device_socket)}"),
+        *("-device", "vhost-user-vsock-pci,chardev=vsock"),
+    ]
+
+
+def _share_arguments(shares: Sequence[Share], sockets: Sequence[Path]) -> Iterator[str]:
+    for number, (share, path) in enumerate(zip(shares, sockets, strict=True)):
+        yield from ("-chardev", f"socket,id=share{number},path={_option(path)}")
+        yield from ("-device", f"vhost-user-fs-pci,queue-size=1024,chardev=share{number},tag={share.tag}")
+
+
+def _disk_arguments(disks: Sequence[Disk]) -> Iterator[str]:
+    for number, disk in enumerate(disks):
+        read_only = ",read-only=on" if disk.read_only else ""
+        yield from (
+            "-drive",
+            f"if=none,id=disk{number},format=raw,discard=unmap{read_only},file={_option(disk.path)}",
+        )
+        yield from ("-device", f"virtio-blk-pci,drive=disk{number}")
 
 
 def vsock_device_arguments(vsock: Vsock, streams: Path) -> list[str]:
@@ -104,6 +175,21 @@ def vsock_device_arguments(vsock: Vsock, streams: Path) -> list[str]:
     `<streams>_<port>` for a guest that dials out."""
     pairs = f"guest-cid={vsock.cid},socket={vsock.device_socket},uds-path={streams}"
     return ["--vm", f"{pairs},tx-buffer-size={MAX_PACKET_BYTES}"]
+
+
+def share_server_arguments(share: Share, socket_path: Path) -> list[str]:
+    """virtiofsd's arguments for one share."""
+    # `namespace`, its strictest, needs more than a container's root may, and a process more that could be left behind.
+    sandbox = "chroot" if os.geteuid() == 0 else "none"
+    return [
+        f"--socket-path={socket_path}",
+        f"--shared-dir={share.path}",
+        f"--sandbox={sandbox}",
+        # As many files as this user may open; its own default asks for more, and complains.
+        f"--rlimit-nofile={resource.getrlimit(resource.RLIMIT_NOFILE)[1]}",
+        "--log-level=warn",
+        *(["--readonly"] if share.read_only else []),
+    ]
 
 
 def _option(path: Path) -> str:
@@ -123,20 +209,21 @@ def kernel_vsock_usable() -> bool:
     return True
 
 
-def accelerator(qemu: str) -> Accelerator:
-    """KVM where a tiny guest proves that it works, else TCG. An openable /dev/kvm may still hang its guests."""
-    if platform.machine() in ("aarch64", "arm64") and os.access("/dev/kvm", os.R_OK | os.W_OK):
-        return "kvm" if _powers_off(qemu, ["-accel", "kvm", "-cpu", "host"], _PROBE_SECS) else "tcg"
-    return "tcg"
+def accelerator(qemu: str, *, nested: bool = False) -> Accelerator:
+    """KVM where a tiny guest (for `nested`: a tiny hypervisor) proves that it works, else TCG. An openable /dev/kvm may
+    still hang its guests."""
+    if platform.machine() not in ("aarch64", "arm64") or not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "tcg"
+    return "kvm" if _powers_off(qemu, "kvm", nested=nested, timeout_secs=_PROBE_SECS) else "tcg"
 
 
-def _powers_off(qemu: str, cpu: Sequence[str], timeout_secs: float) -> bool:
-    """Whether a guest of three instructions boots and switches itself off within the time."""
+def _powers_off(qemu: str, accelerator: Accelerator, *, nested: bool = False, timeout_secs: float) -> bool:
+    """Whether a guest of four instructions boots and switches itself off within the time."""
     with tempfile.TemporaryDirectory(prefix="vz-") as directory:
         kernel = Path(directory, "off")
-        kernel.write_bytes(_OFF_SWITCH)
-        machine = ["-M", "virt,gic-version=3", *cpu, "-m", "64M", "-nodefaults", "-no-user-config", "-display", "none"]
-        with Child(qemu, [*machine, "-no-reboot", "-kernel", str(kernel)]) as child:
+        kernel.write_bytes(struct.pack("<4I", 0x52800100, 0x72B08000, _CALL[nested], 0x14000000))
+        machine = ["-M", _machine(nested), *_cpu(accelerator), "-m", "64M", "-nodefaults", "-no-user-config"]
+        with Child(qemu, [*machine, "-display", "none", "-no-reboot", "-kernel", str(kernel)]) as child:
             return child.wait(timeout_secs) == 0
 
 
