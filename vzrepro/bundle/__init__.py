@@ -1,7 +1,7 @@
 """Boot bundles for those who use them: checking one, installing it, finding the right one, packing it for download."""
 
 from vzrepro.bundle.export import Archive, export
-from vzrepro.bundle.files import FILES, Bundle, Wanted, examine
+from vzrepro.bundle.files import FILES, Bundle, Wanted, examine, has_any
 from vzrepro.bundle.install import Installed, install
 from vzrepro.bundle.resolve import (
     KernelBundleOptions,
@@ -13,8 +13,7 @@ from vzrepro.bundle.resolve import (
     ensure_kernel,
     ensure_kernel_bundle,
     ensure_kernel_profile,
-    find_bundle,
-    install_dir,
+    is_installed,
     places,
     resolve,
     verify,
@@ -39,9 +38,9 @@ __all__ = [
     "ensure_kernel_profile",
     "examine",
     "export",
-    "find_bundle",
+    "has_any",
     "install",
-    "install_dir",
+    "is_installed",
     "places",
     "resolve",
     "verify",

@@ -41,7 +41,11 @@ class Wanted:
         """Raises VzreproError saying which wish the bundle does not fulfil."""
         where, declared = found.directory, found.metadata
         if self.profile is not None and declared.profile != self.profile:
-            raise _unfit(where, "is of another profile", self.profile, declared.profile, self.profile)
+            raise VzreproError(
+                f"{where} is of another profile",
+                reason=f"wanted: {self.profile}; found: {declared.profile}",
+                hint=f"if this one is meant: --kernel-profile {declared.profile}; else {_another(self.profile)}",
+            )
         if self.exact_agent:
             version = metadata.AGENT_VERSION
             if declared.agent != version:
@@ -169,4 +173,4 @@ def _unfit(where: Path, what: str, wanted: object, found: object, profile: str) 
 def _another(profile: str | None) -> str:
     known: Collection[str] = set(KernelProfile)
     option = f" --kernel-profile {profile}" if profile in known else ""
-    return f"build and install a good one: vzrepro bundle install{option}"
+    return f"in a checkout of vzrepro, build and install a good one: vzrepro bundle install{option}"

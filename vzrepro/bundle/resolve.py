@@ -147,9 +147,16 @@ def ensure_kernel_bundle(options: KernelBundleOptions) -> KernelPaths:
 
 
 def resolve(
-    options: KernelBundleOptions, *, surroundings: Surroundings | None = None, realize: Realize | None = None
+    options: KernelBundleOptions,
+    *,
+    surroundings: Surroundings | None = None,
+    realize: Realize | None = None,
+    accept_installed: bool = True,
 ) -> Resolution:
-    """As `ensure_kernel_bundle`, with how it came about. `realize` is called when no other bundle will do."""
+    """As `ensure_kernel_bundle`, with how it came about. `realize` is called when no other bundle will do.
+
+    Unless `accept_installed`, what is installed does not count: there must be a bundle to install.
+    """
     around = surroundings or Surroundings()
     wanted = options.wanted()
     target = install_dir(options, around)
@@ -157,7 +164,7 @@ def resolve(
     if place is not None:
         return _take(place, wanted, target)
     for place in installed_places(options, around):
-        if has_any(place.directory):
+        if accept_installed and has_any(place.directory):
             try:
                 bundle = _checked(place, wanted)
             except VzreproError:
@@ -189,10 +196,15 @@ def verify(options: KernelBundleOptions, *, surroundings: Surroundings | None = 
     return _checked(place, wanted)
 
 
-def places(profile: KernelProfile, options: KernelBundleOptions, *, around: Surroundings) -> Iterator[Place]:
-    """All places where a bundle of `profile` is looked for, the first to be taken first; nothing need be there."""
-    yield from _bundle_places(profile, options.bundle_dir, around)
-    yield from _installed_places(profile, options.install_dir, around)
+def places(options: KernelBundleOptions, around: Surroundings) -> Iterator[Place]:
+    """All places where the bundle is looked for, the first to be taken first; nothing need be there."""
+    yield from _bundle_places(_profile(options), options.bundle_dir, around)
+    yield from installed_places(options, around)
+
+
+def is_installed(options: KernelBundleOptions, around: Surroundings) -> bool:
+    """Whether anything of a bundle is where it would be installed."""
+    return any(has_any(place.directory) for place in installed_places(options, around))
 
 
 def install_dir(options: KernelBundleOptions, around: Surroundings) -> Path:
@@ -263,5 +275,5 @@ def _nowhere(options: KernelBundleOptions, around: Surroundings) -> VzreproError
         f"there is no {profile} bundle",
         reason=f"VZ_LINUX_{profile.upper()}_BUNDLE_DIR and {GENERIC_VARIABLE} are not set, no linux/out is here or "
         f"above, and nothing is in {installed}",
-        hint=f"build and install it: vzrepro bundle install --kernel-profile {profile}",
+        hint=f"in a checkout of vzrepro, build and install it: vzrepro bundle install --kernel-profile {profile}",
     )

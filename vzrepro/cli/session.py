@@ -47,7 +47,7 @@ class Session:
     def __init__(self, console: Console, stop: Stop, start: Path) -> None:
         self.console = console
         self.stop = stop
-        self._start = start
+        self.start = start
         self._overrides: dict[str, object] = {}
         self._begun_ns = time.time_ns()
 
@@ -58,7 +58,7 @@ class Session:
     @cached_property
     def root(self) -> Path:
         """The workspace."""
-        return find_workspace(self._start)
+        return find_workspace(self.start)
 
     @cached_property
     def config(self) -> Config:

@@ -1,0 +1,218 @@
+"""`vzrepro bundle …`: check, install, find and pack boot bundles. `ensure --json` is a contract (docs/bundle.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from vzrepro import bundle as bundles
+from vzrepro.bundle import Installed, KernelBundleOptions, KernelPaths, KernelProfile, Resolution, Surroundings
+from vzrepro.cli.options import json_option
+from vzrepro.cli.session import Session
+from vzrepro.errors import HashMismatch, UsageError, VzreproError
+from vzrepro.events import Notice
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DIRECTORY = click.Path(path_type=Path, file_okay=False)
+
+
+def _bundle_options(function: F) -> F:
+    for option in (
+        click.option(
+            "--kernel-profile",
+            "profile",
+            type=click.Choice([profile.value for profile in KernelProfile]),
+            help="Which kernel. [default: developer]",
+        ),
+        click.option("--require", "capabilities", multiple=True, metavar="CAP", help="A capability it must declare."),
+        click.option("--install-dir", type=_DIRECTORY, help="Where it is installed. [default: ~/.vz/linux/PROFILE]"),
+        click.option("--bundle-dir", type=_DIRECTORY, help="The bundle to take, instead of looking for one."),
+        click.option("--any-agent", is_flag=True, help="Accept a guest agent of another version or revision."),
+        json_option,
+    ):
+        function = option(function)
+    return function
+
+
+def _options(
+    profile: str | None,
+    capabilities: tuple[str, ...],
+    install_dir: Path | None,
+    bundle_dir: Path | None,
+    any_agent: bool,
+) -> KernelBundleOptions:
+    here = Path.cwd()
+    return KernelBundleOptions(
+        None if profile is None else KernelProfile(profile),
+        frozenset(capabilities),
+        None if install_dir is None else here / install_dir,
+        None if bundle_dir is None else here / bundle_dir,
+        require_exact_agent_version=not any_agent,
+    )
+
+
+def _surroundings(session: Session) -> Surroundings:
+    return Surroundings(start=session.start.resolve())
+
+
+def _realize(session: Session) -> Callable[[KernelProfile], Path]:
+    def realize(profile: KernelProfile) -> Path:
+        [info] = session.realizer().realize([session.target(f"{profile}-bundle")])
+        return session.store.location(info.path)
+
+    return realize
+
+
+def _document(paths: KernelPaths) -> dict[str, Any]:
+    return {
+        "profile": paths.version.profile,
+        "directory": str(paths.directory),
+        "kernel": str(paths.kernel),
+        "initramfs": str(paths.initramfs),
+        "youki": str(paths.youki),
+        "version_file": str(paths.version_file),
+        "version": dataclasses.asdict(paths.version),
+    }
+
+
+def _print(session: Session, found: Resolution) -> None:
+    paths = found.paths
+    if found.done is not Installed.PRESENT:
+        session.console.report(
+            Notice("info", f"{paths.version.profile} bundle ({found.source}) installed: {_DONE[found.done]}")
+        )
+    document = {
+        **_document(paths),
+        "source": found.source,
+        "changed": found.done is not Installed.PRESENT,
+        "healed": found.done is Installed.HEALED,
+    }
+    session.console.print_text(str(paths.directory), document)
+
+
+_DONE = {
+    Installed.NEW: "nothing was there",
+    Installed.REPLACED: "another one was there",
+    Installed.HEALED: "a damaged one was there",
+}
+
+
+@click.group()
+def bundle() -> None:
+    """Check, install, find and pack boot bundles."""
+
+
+@bundle.command()
+@_bundle_options
+@click.pass_obj
+def install(session: Session, /, **choice: Any) -> None:
+    """Install a bundle and print where.
+
+    It is the one that --bundle-dir, the environment or linux/out has, else the workspace's own PROFILE-bundle is
+    realized.
+    """
+    found = bundles.resolve(
+        _options(**choice),
+        surroundings=_surroundings(session),
+        realize=_realize(session) if _in_workspace(session) else None,
+        accept_installed=False,
+    )
+    _print(session, found)
+
+
+@bundle.command()
+@_bundle_options
+@click.option("--realize", is_flag=True, help="Build the workspace's own PROFILE-bundle when no other will do.")
+@click.pass_obj
+def ensure(session: Session, /, realize: bool, **choice: Any) -> None:
+    """Find a bundle, have it installed and whole, and print where it is."""
+    found = bundles.resolve(
+        _options(**choice),
+        surroundings=_surroundings(session),
+        realize=_realize(session) if realize else None,
+    )
+    _print(session, found)
+
+
+@bundle.command()
+@_bundle_options
+@click.pass_obj
+def verify(session: Session, /, **choice: Any) -> None:
+    """Check a bundle, and change nothing: files, checksums, profile, agent, capabilities.
+
+    It is the one in --bundle-dir, else the one in --install-dir, else all that are installed.
+    """
+    asked = _options(**choice)
+    around = _surroundings(session)
+    chosen = [asked]
+    if asked.profile is None and asked.bundle_dir is None and asked.install_dir is None:
+        every = [dataclasses.replace(asked, profile=profile) for profile in KernelProfile]
+        chosen = [options for options in every if bundles.is_installed(options, around)] or [asked]
+    for options in chosen:
+        found = bundles.verify(options, surroundings=around)
+        declared = found.metadata
+        text = f"{found.directory}: intact, {declared.profile}, Linux {declared.kernel}, agent {declared.agent}"
+        session.console.print_text(text, _document(KernelPaths.of(found.directory, declared)))
+
+
+@bundle.command("list")
+@_bundle_options
+@click.pass_obj
+def list_bundles(session: Session, /, **choice: Any) -> None:
+    """Show every bundle that ensure would find, in the order of its search, and what is wrong with it."""
+    asked = _options(**choice)
+    rows = []
+    for profile in KernelProfile if asked.profile is None else [asked.profile]:
+        options = dataclasses.replace(asked, profile=profile)
+        for place in bundles.places(options, _surroundings(session)):
+            if place.source == "installed" and not bundles.has_any(place.directory):
+                continue
+            state, why, kernel, agent = "intact", None, None, None
+            try:
+                found = bundles.examine(place.directory)
+                kernel, agent = found.metadata.kernel, found.metadata.agent
+                options.wanted().check(found)
+            except VzreproError as error:
+                state = "damaged" if isinstance(error, HashMismatch | UsageError) else "unfit"
+                why = error.message
+            rows.append((profile.value, place.source, state, kernel, agent, str(place.directory), why))
+    if not rows:
+        session.console.print_text("there are no bundles; build and install one: vzrepro bundle install")
+        return
+    session.console.print_table(("profile", "source", "state", "kernel", "agent", "directory", "why"), rows)
+
+
+@bundle.command()
+@click.argument("target", metavar="TARGET|DIR")
+@click.option("--version", required=True, metavar="V", help="The version in the archives' names, without v.")
+@click.option("--out", type=_DIRECTORY, required=True, help="The directory for the archives; made if missing.")
+@json_option
+@click.pass_obj
+def export(session: Session, target: str, version: str, out: Path) -> None:
+    """Pack bundles for download: vz-linux-PROFILE-vV-arm64.tar.gz and its .sha256.
+
+    TARGET is a bundle's name, `bundles` for all of them, or a directory (with a slash in its name). The developer
+    bundle is also written as vz-linux-vV-arm64.tar.gz.
+    """
+    directory = Path(target)
+    if os.sep not in target and not bundles.has_any(directory):
+        [info] = session.realizer().realize([session.target(target)])
+        directory = session.store.location(info.path)
+    rows = [
+        (str(made.path), made.profile, made.size, made.sha256, "written" if made.written else "present")
+        for made in bundles.export(directory, version, out)
+    ]
+    session.console.print_table(("archive", "profile", "bytes", "sha256", "state"), rows)
+
+
+def _in_workspace(session: Session) -> bool:
+    try:
+        return session.root.is_dir()
+    except UsageError:
+        return False
