@@ -1,4 +1,5 @@
-"""The boot bundles: one artifact `<profile>-bundle` per kernel profile, exactly the four files that hosts boot."""
+"""The boot bundles: one artifact `<profile>-bundle` per kernel profile, exactly the four files that hosts boot, and
+`bundles`, all of them for distribution, each in a directory named after its profile."""
 
 import json
 
@@ -10,6 +11,7 @@ from recipes.toolchain import TOOLS_IMAGE
 from recipes.youki import YOUKI
 from vzrepro import build, local, text
 
+_bundles = {}
 for _profile in PROFILES:
     _kernel = KERNELS[_profile.name]
     _metadata = {
@@ -21,7 +23,7 @@ for _profile in PROFILES:
         "agent_protocol_revision": guest_agent.PROTOCOL_REVISION,
         "youki": YOUKI.version,
     }
-    build(
+    _bundles[_profile.name] = build(
         f"{_profile.name}-bundle",
         image=TOOLS_IMAGE,
         inputs={
@@ -33,3 +35,5 @@ for _profile in PROFILES:
         },
         command=["python3", "/in/src/assemble.py"],
     )
+
+build("bundles", image=TOOLS_IMAGE, inputs=_bundles, command=["cp", "-R", "/in/.", "/out"])
