@@ -71,6 +71,10 @@ CONTAINER_SANDBOX = Capability(
     "container_sandbox",
 )
 
+NESTED_VIRT = Capability("nested_virt", _yes("VIRTUALIZATION", "KVM", "VHOST_NET"), "nested_virt")
+
+TUN = Capability("tun", _yes("TUN", "BRIDGE", "NF_NAT", "NFT_MASQ"), "tun")
+
 _CONTAINER_FORBIDDEN = (
     Forbidden("IKCONFIG", "the guest need not read how its kernel was made; config is kept beside the image"),
     Forbidden("VIRTUALIZATION", "no nested virtualization in a deployed sandbox"),
@@ -92,6 +96,15 @@ _CONTAINER_FORBIDDEN = (
 )
 
 PROFILES = (
+    Profile(
+        name="developer",
+        base="defconfig",
+        fragment="developer.config",
+        hardening="hardening-developer.txt",
+        security_profile="developer-nested-virt",
+        capabilities=(*COMMON, NESTED_VIRT, TUN),
+        forbidden=(),
+    ),
     Profile(
         name="container",
         base="allnoconfig",
