@@ -11,6 +11,7 @@ import pytest
 from vzrepro.errors import VzreproError
 from vzrepro.vm import agent
 from vzrepro.vm import agent_pb2 as pb
+from vzrepro.vm.dial import Proxy
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def client(short_dir: Path) -> Iterator[agent.AgentClient]:
         stream.connect(str(short_dir / "a"))
         return stream
 
-    proxy = agent.Proxy(short_dir / "p", dial)
+    proxy = Proxy(short_dir / "p", dial)
     with agent.AgentClient(proxy.target) as client:
         yield client
     proxy.close()

@@ -18,16 +18,6 @@ import grpc
 from vzrepro.errors import TimedOut, VzreproError
 from vzrepro.vm import agent_pb2 as pb
 
-# Until boot.py names them at vzrepro.vm.dial.
-from vzrepro.vm.dial import AGENT_PORT as AGENT_PORT  # noqa: PLC0414
-from vzrepro.vm.dial import READY_PORT as READY_PORT  # noqa: PLC0414
-from vzrepro.vm.dial import Dial as Dial  # noqa: PLC0414
-from vzrepro.vm.dial import Proxy as Proxy  # noqa: PLC0414
-from vzrepro.vm.dial import dial_streams as dial_streams  # noqa: PLC0414
-from vzrepro.vm.dial import dial_vsock as dial_vsock  # noqa: PLC0414
-from vzrepro.vm.dial import private_socket as private_socket  # noqa: PLC0414
-from vzrepro.vm.dial import read_line as read_line  # noqa: PLC0414
-
 Protocol = Literal["tcp", "udp"]
 
 _PATIENCE_SECS = 60.0

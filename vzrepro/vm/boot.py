@@ -68,9 +68,11 @@ class BootReport:
 
 @dataclass(slots=True)
 class Vm:
-    """A guest whose agent listens. `agent` is connected to it; `phases` grow until it is off."""
+    """A guest whose agent listens. `agent` is connected to it; `phases` grow until it is off. `dial` opens a further
+    connection to it, a bare stream."""
 
     agent: AgentClient
+    dial: dials.Dial
     accelerator: qemu.Accelerator
     vsock: qemu.Vsock
     agent_version: str | None
@@ -208,7 +210,7 @@ def running(
                 _check_revision(client.system_info(left).agent_protocol_revision)
             else:
                 _check_revision(int(said["revision"]))
-            yield Vm(client, accelerator, vsock, said and said["version"], said is not None, seen)
+            yield Vm(client, dial, accelerator, vsock, said and said["version"], said is not None, seen)
         except Exception as error:
             if (loss := seen.loss()) is not None:
                 raise loss from error
