@@ -3,7 +3,6 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::codegen::BoxStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::proto::agent_service_server::AgentService;
@@ -12,7 +11,7 @@ use crate::proto::{
     ResourceStatsRequest, ResourceStatsResponse, SignalRequest, SignalResponse, StdinCloseRequest, StdinCloseResponse,
     StdinWriteRequest, StdinWriteResponse, SystemInfoRequest, SystemInfoResponse,
 };
-use crate::{exec, not_served, system};
+use crate::{exec, forward, not_served, system};
 
 /// The service; counts the commands it has run.
 #[derive(Default)]
@@ -23,7 +22,7 @@ pub struct Agent {
 #[tonic::async_trait]
 impl AgentService for Agent {
     type ExecStream = ReceiverStream<Result<ExecEvent, Status>>;
-    type PortForwardStream = BoxStream<PortForwardFrame>;
+    type PortForwardStream = ReceiverStream<Result<PortForwardFrame, Status>>;
 
     async fn ping(&self, _: Request<PingRequest>) -> Result<Response<PingResponse>, Status> {
         Ok(Response::new(PingResponse {}))
@@ -68,8 +67,9 @@ impl AgentService for Agent {
 
     async fn port_forward(
         &self,
-        _: Request<Streaming<PortForwardFrame>>,
+        request: Request<Streaming<PortForwardFrame>>,
     ) -> Result<Response<Self::PortForwardStream>, Status> {
-        Err(not_served("PortForward"))
+        let frames = forward::open(request.into_inner()).await?;
+        Ok(Response::new(ReceiverStream::new(frames)))
     }
 }

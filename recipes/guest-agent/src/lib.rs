@@ -1,10 +1,11 @@
 //! The guest agent of a vz sandbox: serves the contract `vz.agent.v1` on a vsock port.
 //!
 //! One module per concern: [`transport`] accepts connections, [`agent`], [`oci`] and [`network`] are the services,
-//! [`exec`] runs commands, [`idempotency`] answers repeated calls, [`user`] says who runs them, [`system`] describes the guest.
+//! [`exec`] runs commands, [`forward`] connects to ports, [`idempotency`] answers repeated calls, [`user`] says who runs them, [`system`] describes the guest.
 
 pub mod agent;
 pub mod exec;
+pub mod forward;
 pub mod idempotency;
 pub mod network;
 pub mod oci;
@@ -24,6 +25,13 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The revision of `vz.agent.v1` spoken here.
 pub const AGENT_PROTOCOL_REVISION: u32 = 1;
 
+/// Bytes of one call that a client may send before the agent has taken them in. HTTP/2 counts them against the
+/// connection's window as well: with the two alike, one call whose target does not read would stop all others.
+const STREAM_WINDOW: u32 = 64 * 1024;
+
+/// Bytes of all calls of a connection that may wait: what stalled calls cost in memory at most.
+const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
+
 /// The answer to a call of the contract that this version does not serve.
 fn not_served(what: &str) -> tonic::Status {
     tonic::Status::unimplemented(format!("vz-guest-agent {VERSION} does not serve {what}"))
@@ -39,6 +47,8 @@ pub async fn serve(connections: transport::Connections) -> Result<(), tonic::tra
         oci_service_server::OciServiceServer,
     };
     tonic::transport::Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .add_service(AgentServiceServer::new(agent::Agent::default()))
         .add_service(OciServiceServer::new(oci::Oci))
         .add_service(NetworkServiceServer::new(network::Network))
