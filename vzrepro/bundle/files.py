@@ -145,7 +145,7 @@ def check_digests(
         if found[name] != wanted:
             raise HashMismatch(
                 f"{name} is damaged or another one: {directory / name}",
-                reason=f"expected: sha256 {wanted}\n  found: sha256 {found[name]}",
+                reason=f"expected: sha256 {wanted}\nfound:    sha256 {found[name]}",
                 hint=_another(profile),
             )
 

@@ -47,6 +47,7 @@ def install(bundle: Bundle, target: Path) -> Installed:
     """
     target = Path(os.path.realpath(target))
     if _state(bundle, target) is Installed.PRESENT:
+        _tidy(target)
         return Installed.PRESENT
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,10 +55,10 @@ def install(bundle: Bundle, target: Path) -> Installed:
             state = _state(bundle, target)
             if state is not Installed.PRESENT:
                 if locked:
-                    _sweep(target, (_STAGING,))
+                    _sweep(target, _STAGING)  # to make room; what is _OLD may be the last there is
                 _replace(bundle, target)
-                if locked:
-                    _sweep(target, (_OLD,))
+            if locked:
+                _sweep(target, _STAGING, _OLD)
             return state
     except OSError as error:
         raise VzreproError(
@@ -111,11 +112,25 @@ def _turn(parent: Path) -> Iterator[bool]:
             os.close(fd)
 
 
-def _sweep(target: Path, endings: tuple[str, ...]) -> None:
-    for path in list(target.parent.iterdir()):
-        if path.name.startswith(f".{target.name}.") and path.name.endswith(endings):
-            with contextlib.suppress(OSError):
-                disk.remove_tree(path)
+def _tidy(target: Path) -> None:
+    """Remove what killed installers left, unless one is at work or this is not allowed."""
+    with contextlib.suppress(OSError):
+        if _leftovers(target, _STAGING, _OLD) and (fd := disk.try_lock(target.parent, create=False)) is not None:
+            try:
+                _sweep(target, _STAGING, _OLD)
+            finally:
+                os.close(fd)
+
+
+def _sweep(target: Path, *endings: str) -> None:
+    for path in _leftovers(target, *endings):
+        with contextlib.suppress(OSError):
+            disk.remove_tree(path)
+
+
+def _leftovers(target: Path, *endings: str) -> list[Path]:
+    beside = list(target.parent.iterdir())
+    return [path for path in beside if path.name.startswith(f".{target.name}.") and path.name.endswith(endings)]
 
 
 def _replace(bundle: Bundle, target: Path) -> None:

@@ -263,7 +263,7 @@ def _checked(place: Place, wanted: Wanted) -> Bundle:
         wanted.check(found)
     except VzreproError as error:
         if place.variable is not None:
-            error.reason = f"{error.reason}\n  {place.variable} names this directory"
+            error.reason = f"{error.reason}\n{place.variable} names this directory"
         raise
     return found
 

@@ -1,0 +1,284 @@
+"""Installing a bundle under kill -9 at every step, with readers and other installers at work, and on bad disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bundles import CONTENT, make_bundle
+from vzrepro import disk
+from vzrepro.bundle import Installed, KernelBundleOptions, KernelProfile, examine, export, install, resolve
+from vzrepro.errors import VzreproError
+
+root_on_linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.geteuid() != 0, reason="mounting needs root on Linux"
+)
+STEPS = 200
+"""More than an installation has."""
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Run `work` in a child process; its pid. It exits with 0, or 1 if `work` raises."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def ended(pid: int) -> int:
+    """Wait for a child; its exit code, negative if a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die_at(step: int, *, exchange: bool) -> None:
+    """Have this process killed before or after its n-th call that changes the disk."""
+    left = step
+
+    def count() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            count()
+            result = function(*args, **options)
+            count()
+            return result
+
+        return call
+
+    for owner, names in (
+        (Path, ("mkdir", "rename", "chmod", "open")),
+        (disk, ("sync_trees", "sync", "exchange", "remove_tree", "try_lock")),
+        (os, ("unlink", "rmdir")),
+    ):
+        for name in names:
+            setattr(owner, name, counted(getattr(owner, name)))
+    if not exchange:
+        disk.exchange = counted(lambda one, other: False)
+
+
+def left_behind(parent: Path, target: Path) -> list[str]:
+    return sorted(path.name for path in parent.iterdir() if path != target)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("before", ["nothing", "older", "damaged"])
+def test_killed_at_any_step(tmp_path: Path, before: str, exchange: bool) -> None:
+    """What is there is the old one or the new one; the next installation succeeds and cleans up."""
+    new = examine(make_bundle(tmp_path / "new", "container", kernel="new"))
+    killed = 0
+    seen = set()
+    for step in range(STEPS):
+        target = tmp_path / str(step) / "container"
+        target.parent.mkdir()
+        if before != "nothing":
+            make_bundle(target, "container", kernel="old")
+        if before == "damaged":
+            (target / "youki").write_bytes(b"damaged")
+
+        def work(step: int = step, target: Path = target) -> None:
+            die_at(step, exchange=exchange)
+            install(new, target)
+
+        code = ended(forked(work))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        killed += 1
+        if not target.exists():
+            # Without an exchange there is a moment between two renames.
+            assert before == "nothing" or not exchange
+            seen.add("nothing")
+        elif before == "damaged" and (target / "youki").read_bytes() == b"damaged":
+            seen.add("damaged")
+        else:
+            seen.add(examine(target).metadata.kernel)
+        install(new, target)
+        assert examine(target).digests == new.digests
+        assert left_behind(target.parent, target) == []
+    else:
+        pytest.fail("the installation never came to its end")
+    assert killed > 20
+    assert {"nothing": "nothing", "older": "old", "damaged": "damaged"}[before] in seen
+    assert "new" in seen
+
+
+@contextmanager
+def reading(target: Path) -> Iterator[Callable[[], tuple[int, list[str]]]]:
+    """Examine `target` again and again meanwhile; afterwards, how often, and what was wrong with it."""
+    stop = threading.Event()
+    count, faults = 0, []
+
+    def read() -> None:
+        nonlocal count
+        while not stop.is_set():
+            try:
+                examine(target)
+                if missing := [name for name in (*CONTENT, "version.json") if not (target / name).exists()]:
+                    faults.append(f"missing: {missing}")
+            except VzreproError as error:
+                faults.append(str(error))
+            count += 1
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield lambda: (count, faults)
+    finally:
+        stop.set()
+        thread.join()
+
+
+INSTALLER = """
+import sys
+from pathlib import Path
+from vzrepro.bundle import examine, install
+target, *sources = map(Path, sys.argv[1:])
+bundles = [examine(source) for source in sources]
+print("ready", flush=True)
+sys.stdin.readline()
+while True:
+    for bundle in bundles:
+        install(bundle, target)
+"""
+
+
+def test_a_reader_never_sees_half_while_installers_are_killed(tmp_path: Path) -> None:
+    target = tmp_path / "home" / "container"
+    sources = [make_bundle(tmp_path / name, "container", content={"vmlinux": name.encode() * 5000}) for name in "ab"]
+    install(examine(sources[0]), target)
+    command = [sys.executable, "-c", INSTALLER, str(target)]
+    with reading(target) as read:
+        for number in range(8):
+            both = [
+                subprocess.Popen([*command, *map(str, order)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                for order in (sources, sources[::-1])
+            ]
+            try:
+                for process in both:
+                    assert process.stdout is not None
+                    assert process.stdout.readline() == b"ready\n"
+                for process in both:
+                    assert process.stdin is not None
+                    process.stdin.write(b"\n")
+                    process.stdin.close()
+                time.sleep(0.02 + 0.017 * number)
+            finally:
+                for process in both:
+                    process.kill()
+                    process.wait()
+                    assert process.stdout is not None
+                    process.stdout.close()
+        count, faults = read()
+    assert faults == []
+    assert count > 20
+    last = examine(make_bundle(tmp_path / "last", "container", kernel="last"))
+    assert install(last, target) is Installed.REPLACED
+    assert left_behind(target.parent, target) == []
+
+
+def test_eight_installers_at_once(tmp_path: Path) -> None:
+    sources = [examine(make_bundle(tmp_path / str(n), "container", kernel=f"6.12.{n % 2}")) for n in range(8)]
+    target = tmp_path / "home" / ".vz/linux/container"
+    gate = os.pipe()
+
+    def work(number: int) -> None:
+        os.close(gate[1])
+        os.read(gate[0], 1)  # until the parent closes its end
+        assert install(sources[number], target) in Installed
+        examine(target)
+
+    children = [forked(lambda number=number: work(number)) for number in range(8)]  # type: ignore[misc]
+    os.close(gate[0])
+    os.close(gate[1])
+    assert [ended(child) for child in children] == [0] * 8
+    assert examine(target).metadata.kernel in ("6.12.0", "6.12.1")
+    assert left_behind(target.parent, target) == []
+
+
+def test_the_same_bundle_is_installed_once_by_eight(tmp_path: Path) -> None:
+    source = examine(make_bundle(tmp_path / "source", "container"))
+    target = tmp_path / "home" / "container"
+    results = tmp_path / "results"
+    results.mkdir()
+
+    def work(number: int) -> None:
+        (results / str(number)).write_text(install(source, target))
+
+    children = [forked(lambda number=number: work(number)) for number in range(8)]  # type: ignore[misc]
+    assert [ended(child) for child in children] == [0] * 8
+    assert sorted(path.read_text() for path in results.iterdir()) == ["new", *["present"] * 7]
+
+
+@root_on_linux
+def test_a_full_disk(tmp_path: Path, mounted: Callable[[str], Path]) -> None:
+    place = mounted("size=256k")
+    make_bundle(place / "container", "container", content={"vmlinux": b"old"})
+    (place / "container/youki").write_bytes(b"damaged")
+    big = make_bundle(tmp_path / "big", "container", content={"vmlinux": os.urandom(300_000)})
+    options = KernelBundleOptions(KernelProfile.CONTAINER, install_dir=place / "container", bundle_dir=big)
+    with pytest.raises(VzreproError, match=r"cannot be installed in .*\n.*No space left on device") as caught:
+        resolve(options)
+    assert "--install-dir" in (caught.value.hint or "")
+    assert left_behind(place, place / "container") == []
+    assert (place / "container/vmlinux").read_bytes() == b"old"
+    with pytest.raises(VzreproError, match="No space left on device"):
+        export(big, "1", place / "out")
+    assert list((place / "out").iterdir()) == []
+
+
+@root_on_linux
+def test_a_read_only_disk(tmp_path: Path, mounted: Callable[[str], Path]) -> None:
+    place = mounted("size=1m")
+    good = make_bundle(tmp_path / "good", "container")
+    options = KernelBundleOptions(KernelProfile.CONTAINER, install_dir=place / "container", bundle_dir=good)
+    resolve(options)
+    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    assert resolve(options).done is Installed.PRESENT  # nothing needs to be written
+    make_bundle(good, "container", kernel="newer")
+    with pytest.raises(VzreproError, match=r"cannot be installed in .*\n.*Read-only file system"):
+        resolve(options)
+    assert left_behind(place, place / "container") == []
+    assert json.loads((place / "container/version.json").read_text())["kernel"] == "6.12.107"
+
+
+@root_on_linux
+def test_a_directory_of_somebody_else(tmp_path: Path) -> None:
+    """As a user who may not write there."""
+    good = examine(make_bundle(tmp_path / "good", "container"))
+    home = tmp_path / "home"
+    target = home / "container"
+    make_bundle(target, "container", kernel="theirs")
+    for folder in (*list(tmp_path.parents)[:2], tmp_path):
+        folder.chmod(folder.stat().st_mode | 0o055)
+
+    def work() -> None:
+        os.setuid(65534)
+        with pytest.raises(VzreproError, match="Permission denied"):
+            install(good, target)
+
+    assert ended(forked(work)) == 0
+    assert left_behind(home, target) == []
+    assert examine(target).metadata.kernel == "theirs"
