@@ -1,27 +1,42 @@
 //! `AgentService`: the guest itself and the commands in it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::exec::Commands;
+use crate::feed::Events;
+use crate::idempotency::Answers;
 use crate::proto::agent_service_server::AgentService;
 use crate::proto::{
-    ExecEvent, ExecRequest, PingRequest, PingResponse, PortForwardFrame, ResizeExecPtyRequest, ResizeExecPtyResponse,
+    ExecRequest, PingRequest, PingResponse, PortForwardFrame, ResizeExecPtyRequest, ResizeExecPtyResponse,
     ResourceStatsRequest, ResourceStatsResponse, SignalRequest, SignalResponse, StdinCloseRequest, StdinCloseResponse,
     StdinWriteRequest, StdinWriteResponse, SystemInfoRequest, SystemInfoResponse,
 };
-use crate::{exec, forward, not_served, system};
+use crate::system::Processors;
+use crate::{forward, system};
 
-/// The service; counts the commands it has run.
-#[derive(Default)]
+/// The service.
 pub struct Agent {
-    execs: AtomicU64,
+    commands: Commands,
+    answers: Answers,
+    processors: Processors,
+}
+
+impl Agent {
+    /// Without a command yet. `answers` are shared with the other services.
+    #[must_use]
+    pub fn new(answers: Answers) -> Self {
+        Self {
+            commands: Commands::default(),
+            answers,
+            processors: Processors::default(),
+        }
+    }
 }
 
 #[tonic::async_trait]
 impl AgentService for Agent {
-    type ExecStream = ReceiverStream<Result<ExecEvent, Status>>;
+    type ExecStream = Events;
     type PortForwardStream = ReceiverStream<Result<PortForwardFrame, Status>>;
 
     async fn ping(&self, _: Request<PingRequest>) -> Result<Response<PingResponse>, Status> {
@@ -29,40 +44,46 @@ impl AgentService for Agent {
     }
 
     async fn system_info(&self, _: Request<SystemInfoRequest>) -> Result<Response<SystemInfoResponse>, Status> {
-        let info = system::info().map_err(|error| Status::internal(format!("the guest cannot be read: {error}")))?;
-        Ok(Response::new(info))
-    }
-
-    async fn exec(&self, request: Request<ExecRequest>) -> Result<Response<Self::ExecStream>, Status> {
-        let exec_id = self.execs.fetch_add(1, Ordering::Relaxed) + 1;
-        let events = exec::run(exec_id, request.into_inner())?;
-        Ok(Response::new(ReceiverStream::new(events)))
+        system::info().map(Response::new).map_err(|error| unreadable(&error))
     }
 
     async fn resource_stats(
         &self,
         _: Request<ResourceStatsRequest>,
     ) -> Result<Response<ResourceStatsResponse>, Status> {
-        Err(not_served("ResourceStats"))
+        let stats = system::stats(&self.processors);
+        stats.map(Response::new).map_err(|error| unreadable(&error))
     }
 
-    async fn stdin_write(&self, _: Request<StdinWriteRequest>) -> Result<Response<StdinWriteResponse>, Status> {
-        Err(not_served("StdinWrite"))
+    async fn exec(&self, request: Request<ExecRequest>) -> Result<Response<Self::ExecStream>, Status> {
+        self.commands.run(request.into_inner()).map(Response::new)
     }
 
-    async fn stdin_close(&self, _: Request<StdinCloseRequest>) -> Result<Response<StdinCloseResponse>, Status> {
-        Err(not_served("StdinClose"))
+    async fn stdin_write(&self, request: Request<StdinWriteRequest>) -> Result<Response<StdinWriteResponse>, Status> {
+        let commands = self.commands.clone();
+        let call = |request| async move { commands.write(request).await.map(|()| StdinWriteResponse {}) };
+        self.answers.once("StdinWrite", request.into_inner(), call).await
     }
 
-    async fn signal(&self, _: Request<SignalRequest>) -> Result<Response<SignalResponse>, Status> {
-        Err(not_served("Signal"))
+    async fn stdin_close(&self, request: Request<StdinCloseRequest>) -> Result<Response<StdinCloseResponse>, Status> {
+        let commands = self.commands.clone();
+        let call = |request| async move { commands.close(request).await.map(|()| StdinCloseResponse {}) };
+        self.answers.once("StdinClose", request.into_inner(), call).await
+    }
+
+    async fn signal(&self, request: Request<SignalRequest>) -> Result<Response<SignalResponse>, Status> {
+        let commands = self.commands.clone();
+        let call = |request| async move { commands.signal(&request).map(|()| SignalResponse {}) };
+        self.answers.once("Signal", request.into_inner(), call).await
     }
 
     async fn resize_exec_pty(
         &self,
-        _: Request<ResizeExecPtyRequest>,
+        request: Request<ResizeExecPtyRequest>,
     ) -> Result<Response<ResizeExecPtyResponse>, Status> {
-        Err(not_served("ResizeExecPty"))
+        let commands = self.commands.clone();
+        let call = |request| async move { commands.resize(&request).map(|()| ResizeExecPtyResponse {}) };
+        self.answers.once("ResizeExecPty", request.into_inner(), call).await
     }
 
     async fn port_forward(
@@ -72,4 +93,8 @@ impl AgentService for Agent {
         let frames = forward::open(request.into_inner()).await?;
         Ok(Response::new(ReceiverStream::new(frames)))
     }
+}
+
+fn unreadable(error: &std::io::Error) -> Status {
+    Status::internal(format!("the guest cannot be read: {error}"))
 }

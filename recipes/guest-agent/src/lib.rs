@@ -1,12 +1,18 @@
 //! The guest agent of a vz sandbox: serves the contract `vz.agent.v1` on a vsock port.
 //!
 //! One module per concern: [`transport`] accepts connections, [`agent`], [`oci`] and [`network`] are the services,
-//! [`exec`] runs commands, [`forward`] connects to ports, [`idempotency`] answers repeated calls, [`user`] says who runs them, [`system`] describes the guest.
+//! [`exec`] runs commands ([`command`] starts one, [`channel`] is an end of its pipe or terminal, [`feed`] its events),
+//! [`user`] says who runs them, [`forward`] connects to ports, [`idempotency`] answers repeated calls, [`system`]
+//! describes the guest, [`limits`] is about open files.
 
 pub mod agent;
+pub mod channel;
+pub mod command;
 pub mod exec;
+pub mod feed;
 pub mod forward;
 pub mod idempotency;
+pub mod limits;
 pub mod network;
 pub mod oci;
 pub mod system;
@@ -32,6 +38,10 @@ const STREAM_WINDOW: u32 = 64 * 1024;
 /// Bytes of all calls of a connection that may wait: what stalled calls cost in memory at most.
 const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 
+/// Calls that one connection may have under way, and cancel at once. hyper's own limits are 200 and 20; a running
+/// command is a call.
+const MAX_STREAMS: u32 = 10_000;
+
 /// The answer to a call of the contract that this version does not serve.
 fn not_served(what: &str) -> tonic::Status {
     tonic::Status::unimplemented(format!("vz-guest-agent {VERSION} does not serve {what}"))
@@ -46,10 +56,13 @@ pub async fn serve(connections: transport::Connections) -> Result<(), tonic::tra
         agent_service_server::AgentServiceServer, network_service_server::NetworkServiceServer,
         oci_service_server::OciServiceServer,
     };
+    let answers = idempotency::Answers::default();
     tonic::transport::Server::builder()
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .add_service(AgentServiceServer::new(agent::Agent::default()))
+        .max_concurrent_streams(MAX_STREAMS)
+        .http2_max_pending_accept_reset_streams(Some(MAX_STREAMS as usize))
+        .add_service(AgentServiceServer::new(agent::Agent::new(answers)))
         .add_service(OciServiceServer::new(oci::Oci))
         .add_service(NetworkServiceServer::new(network::Network))
         .serve_with_incoming(connections)

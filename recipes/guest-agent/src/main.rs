@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use vz_guest_agent::transport::{Endpoint, Listener, announce};
-use vz_guest_agent::{AGENT_PROTOCOL_REVISION, VERSION, serve};
+use vz_guest_agent::{AGENT_PROTOCOL_REVISION, VERSION, limits, serve};
 
 const USAGE: &str = "\
 usage: vz-guest-agent [--listen ENDPOINT] [--ready ENDPOINT] [--version]
@@ -71,6 +71,9 @@ async fn main() -> ExitCode {
     if std::process::id() == 1 {
         eprintln!("vz-guest-agent: this is no init: start it as a child of PID 1, which restarts it when it ends");
         return ExitCode::from(2);
+    }
+    if let Err(error) = limits::raise() {
+        eprintln!("vz-guest-agent: the limit of open files stays as it is: {error}");
     }
     let listener = match Listener::bind(&options.listen) {
         Ok(listener) => listener,

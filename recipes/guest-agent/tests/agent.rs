@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -14,8 +15,8 @@ use tonic::{Code, Status, Streaming};
 use vz_guest_agent::proto::agent_service_client::AgentServiceClient;
 use vz_guest_agent::proto::exec_event::Event;
 use vz_guest_agent::proto::{
-    ExecEvent, ExecRequest, PingRequest, ResourceStatsRequest, SignalRequest, StdinWriteRequest, SystemInfoRequest,
-    TransportMetadata,
+    ExecEvent, ExecRequest, PingRequest, ResizeExecPtyRequest, ResourceStatsRequest, SignalRequest, StdinCloseRequest,
+    StdinWriteRequest, SystemInfoRequest, TransportMetadata,
 };
 
 const BINARY: &str = env!("CARGO_BIN_EXE_vz-guest-agent");
@@ -392,12 +393,10 @@ async fn a_meaningless_request_is_a_status() {
     );
     let terminal = ExecRequest {
         allocate_pty: true,
+        term_rows: 1 << 20,
         ..shell(":")
     };
-    assert_eq!(agent.exec(terminal).await.unwrap_err().code(), Code::Unimplemented);
-    let mut keyed = shell(":");
-    keyed.metadata.as_mut().unwrap().idempotency_key = "once".into();
-    assert_eq!(agent.exec(keyed).await.unwrap_err().code(), Code::Unimplemented);
+    assert_eq!(agent.exec(terminal).await.unwrap_err().code(), Code::InvalidArgument);
 }
 
 #[tokio::test]
@@ -406,11 +405,11 @@ async fn environment_and_directory_are_the_requests() {
     let request = ExecRequest {
         env: BTreeMap::from([("GREETING".into(), "hello".into())]),
         working_dir: "/usr".into(),
-        ..shell("pwd; echo $GREETING; echo ${AGENTS_OWN-unset}; echo $PATH; cat; readlink /proc/self/fd/0")
+        ..shell("pwd; echo $GREETING; echo ${AGENTS_OWN-unset}; echo $PATH; echo ${TERM-unset}")
     };
     let transcript = Transcript::of(agent.exec(request).await.unwrap()).await;
     let path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-    assert_eq!(transcript.out(), format!("/usr\nhello\nunset\n{path}\n/dev/null\n"));
+    assert_eq!(transcript.out(), format!("/usr\nhello\nunset\n{path}\nunset\n"));
 }
 
 #[tokio::test]
@@ -571,36 +570,491 @@ fn running(pid: &str) -> Option<char> {
 }
 
 #[tokio::test]
-async fn commands_run_side_by_side() {
+async fn a_thousand_commands_run_side_by_side_on_one_connection() {
+    const COUNT: i32 = 1000;
     let agent = Agent::start().await;
-    let runs: Vec<_> = (0..40)
-        .map(|number| {
-            let client = agent.client();
-            tokio::spawn(async move {
-                let mut client = client;
-                let script = format!("head -c 100000 /dev/zero; exit {number}");
-                Transcript::of(client.exec(shell(&script)).await.unwrap().into_inner()).await
-            })
+    let limit = std::fs::read_to_string("/proc/self/limits").unwrap();
+    let ordinary = open_files(&limit);
+    let mut runs = tokio::task::JoinSet::new();
+    // All wait for input, so all are there at once before the first one ends.
+    let barrier = Arc::new(tokio::sync::Barrier::new(usize::try_from(COUNT).unwrap()));
+    for number in 0..COUNT {
+        let (mut client, barrier, ordinary) = (agent.client(), barrier.clone(), ordinary.clone());
+        runs.spawn(async move {
+            let script = format!(
+                "ulimit -Sn; ulimit -Hn; read line; echo $line >&2; exit {}",
+                number % 100
+            );
+            let mut events = client.exec(shell(&script)).await.unwrap().into_inner();
+            let mut live = Live::new(&mut events).await;
+            live.until_out(&ordinary).await;
+            barrier.wait().await;
+            live.write(&mut client, format!("{number}\n").as_bytes()).await.unwrap();
+            let end = live.finish().await;
+            assert_eq!(live.err, format!("{number}\n").as_bytes());
+            assert_eq!(end, Event::ExitCode(number % 100));
+        });
+    }
+    while let Some(run) = runs.join_next().await {
+        run.unwrap();
+    }
+    let fds = || {
+        std::fs::read_dir(format!("/proc/{}/fd", agent.process.id()))
+            .unwrap()
+            .count()
+    };
+    eventually("no descriptor left open", || fds() < 30).await;
+}
+
+/// The soft and the hard limit of open files, a line each, in `/proc/<pid>/limits`.
+fn open_files(limits: &str) -> String {
+    let line = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max open files"))
+        .unwrap();
+    line.split_whitespace()
+        .take(2)
+        .fold(String::new(), |all, value| all + value + "\n")
+}
+
+/// A stream under way: what came until now.
+struct Live<'a> {
+    events: &'a mut Streaming<ExecEvent>,
+    exec_id: u64,
+    out: Vec<u8>,
+    err: Vec<u8>,
+    end: Option<Event>,
+}
+
+impl<'a> Live<'a> {
+    async fn new(events: &'a mut Streaming<ExecEvent>) -> Self {
+        let first = events.message().await.unwrap().unwrap();
+        assert_ne!(first.exec_id, 0);
+        Self {
+            events,
+            exec_id: first.exec_id,
+            out: vec![],
+            err: vec![],
+            end: None,
+        }
+    }
+
+    /// Takes the next event; false at the end.
+    async fn next(&mut self) -> bool {
+        let event = tokio::time::timeout(LIMIT, self.events.message())
+            .await
+            .expect("an event");
+        let Some(event) = event.unwrap() else { return false };
+        match event.event.unwrap() {
+            Event::Stdout(data) => self.out.extend(data),
+            Event::Stderr(data) => self.err.extend(data),
+            last => self.end = Some(last),
+        }
+        true
+    }
+
+    async fn until_out(&mut self, wanted: &str) {
+        while !String::from_utf8_lossy(&self.out).contains(wanted) {
+            let more = self.next().await;
+            assert!(
+                more,
+                "{wanted:?} never came in {:?}",
+                String::from_utf8_lossy(&self.out)
+            );
+        }
+    }
+
+    async fn finish(&mut self) -> Event {
+        while self.next().await {}
+        self.end.clone().expect("a last event")
+    }
+
+    async fn write(&self, client: &mut AgentServiceClient<Channel>, data: &[u8]) -> Result<(), Status> {
+        let request = StdinWriteRequest {
+            exec_id: self.exec_id,
+            data: Bytes::copy_from_slice(data),
+            metadata: None,
+        };
+        client.stdin_write(request).await.map(|_| ())
+    }
+
+    async fn close(&self, client: &mut AgentServiceClient<Channel>) -> Result<(), Status> {
+        let request = StdinCloseRequest {
+            exec_id: self.exec_id,
+            metadata: None,
+        };
+        client.stdin_close(request).await.map(|_| ())
+    }
+
+    async fn signal(&self, client: &mut AgentServiceClient<Channel>, signal: i32) -> Result<(), Status> {
+        let request = SignalRequest {
+            exec_id: self.exec_id,
+            signal,
+            metadata: None,
+        };
+        client.signal(request).await.map(|_| ())
+    }
+
+    async fn resize(&self, client: &mut AgentServiceClient<Channel>, rows: u32, cols: u32) -> Result<(), Status> {
+        let request = ResizeExecPtyRequest {
+            exec_id: self.exec_id,
+            rows,
+            cols,
+            metadata: None,
+        };
+        client.resize_exec_pty(request).await.map(|_| ())
+    }
+}
+
+fn on_terminal(script: &str) -> ExecRequest {
+    ExecRequest {
+        allocate_pty: true,
+        ..shell(script)
+    }
+}
+
+fn with_key(key: &str, mut request: ExecRequest) -> ExecRequest {
+    request.metadata.as_mut().unwrap().idempotency_key = key.into();
+    request
+}
+
+#[tokio::test]
+async fn input_arrives_whole_and_ends_when_closed() {
+    let agent = Agent::start().await;
+    let mut client = agent.client();
+    let mut events = agent.exec(request("cat", &[])).await.unwrap();
+    let mut live = Live::new(&mut events).await;
+    live.write(&mut client, b"one\n").await.unwrap();
+    live.until_out("one\n").await;
+    live.write(&mut client, b"two").await.unwrap();
+    live.close(&mut client).await.unwrap();
+    assert_eq!(live.finish().await, Event::ExitCode(0));
+    assert_eq!(live.out, b"one\ntwo");
+    let late = live.write(&mut client, b"three").await.unwrap_err();
+    assert_eq!(late.code(), Code::NotFound);
+    assert!(late.message().contains(&live.exec_id.to_string()), "{late:?}");
+    assert_eq!(live.signal(&mut client, 15).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(live.close(&mut client).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(live.resize(&mut client, 1, 1).await.unwrap_err().code(), Code::NotFound);
+}
+
+#[tokio::test]
+async fn closed_input_takes_no_more() {
+    let agent = Agent::start().await;
+    let mut client = agent.client();
+    let mut events = agent.exec(shell("cat; echo read; sleep 1000")).await.unwrap();
+    let mut live = Live::new(&mut events).await;
+    live.close(&mut client).await.unwrap();
+    live.close(&mut client).await.unwrap();
+    live.until_out("read").await;
+    let refused = live.write(&mut client, b"x").await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("StdinClose"), "{refused:?}");
+    // The same when the command itself closes it.
+    let mut events = agent.exec(shell("exec <&-; echo closed; sleep 1000")).await.unwrap();
+    let mut live = Live::new(&mut events).await;
+    live.until_out("closed").await;
+    let refused = live.write(&mut client, b"x").await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("by the command"), "{refused:?}");
+}
+
+#[tokio::test]
+async fn input_that_nobody_reads_holds_up_its_own_call_only() {
+    let agent = Agent::start().await;
+    let mut client = agent.client();
+    let mut events = agent.exec(shell("sleep 1000 & wait")).await.unwrap();
+    let mut live = Live::new(&mut events).await;
+    let write = |data: Vec<u8>| {
+        let (mut client, exec_id) = (agent.client(), live.exec_id);
+        tokio::spawn(async move {
+            let data = data.into();
+            client
+                .stdin_write(StdinWriteRequest {
+                    exec_id,
+                    data,
+                    metadata: None,
+                })
+                .await
         })
-        .collect();
-    for (number, run) in runs.into_iter().enumerate() {
-        let transcript = run.await.unwrap();
-        assert_eq!(transcript.stdout.len(), 100_000);
-        assert_eq!(transcript.end, Event::ExitCode(i32::try_from(number).unwrap()));
+    };
+    let stuck = [write(vec![b'x'; 3 << 20]), write(vec![b'y'; 3 << 20])];
+    assert_eq!(agent.shell("echo alive").await.out(), "alive\n");
+    assert!(stuck.iter().all(|call| !call.is_finished()));
+    // 64 MiB may wait in all.
+    let more: Vec<_> = (0..30).map(|_| write(vec![0; 3 << 20])).collect();
+    let mut refused = 0;
+    for call in more {
+        if let Ok(answer) = tokio::time::timeout(Duration::from_millis(100), call).await {
+            let status = answer.unwrap().unwrap_err();
+            assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+            refused += 1;
+        }
+    }
+    assert!(refused > 0);
+    live.signal(&mut client, 9).await.unwrap();
+    for call in stuck {
+        let status = call.await.unwrap().unwrap_err();
+        assert!(
+            [Code::NotFound, Code::FailedPrecondition].contains(&status.code()),
+            "{status:?}"
+        );
+    }
+    assert_eq!(live.finish().await, Event::ExitCode(137));
+}
+
+#[tokio::test]
+async fn a_signal_reaches_the_process_group() {
+    let agent = Agent::start().await;
+    let mut client = agent.client();
+    let mut events = agent
+        .exec(shell("sleep 1000 & echo $!; wait; echo gone"))
+        .await
+        .unwrap();
+    let mut live = Live::new(&mut events).await;
+    live.until_out("\n").await;
+    let child = String::from_utf8(live.out.clone()).unwrap().trim().to_owned();
+    for number in [0, -1, 65, 1000] {
+        assert_eq!(
+            live.signal(&mut client, number).await.unwrap_err().code(),
+            Code::InvalidArgument
+        );
+    }
+    assert!(running(&child).is_some());
+    live.signal(&mut client, 15).await.unwrap();
+    assert_eq!(live.finish().await, Event::ExitCode(143));
+    eventually("the child's end", || running(&child).is_none()).await;
+    let unknown = SignalRequest {
+        exec_id: 1 << 60,
+        signal: 15,
+        metadata: None,
+    };
+    assert_eq!(client.signal(unknown).await.unwrap_err().code(), Code::NotFound);
+}
+
+#[tokio::test]
+async fn a_terminal_is_a_real_one() {
+    let agent = Agent::start().await;
+    let mut client = agent.client();
+    let request = ExecRequest {
+        term_rows: 33,
+        term_cols: 111,
+        ..on_terminal(
+            "test -t 0 && test -t 1 && test -t 2 && test -e /dev/tty && echo t >/dev/tty; stty size; echo $TERM; \
+             ps -o sid= -p $$ | grep -w $$; trap 'stty size; exit 4' WINCH; echo ready >&2; while :; do sleep 0.1; done",
+        )
+    };
+    let mut events = agent.exec(request).await.unwrap();
+    let mut live = Live::new(&mut events).await;
+    live.until_out("ready").await;
+    let text = String::from_utf8(live.out.clone()).unwrap();
+    assert!(text.starts_with("t\r\n33 111\r\nxterm\r\n"), "{text:?}");
+    assert!(live.err.is_empty(), "all of a terminal's output is stdout");
+    assert_eq!(
+        live.resize(&mut client, 0, 80).await.unwrap_err().code(),
+        Code::InvalidArgument
+    );
+    live.resize(&mut client, 44, 99).await.unwrap();
+    live.until_out("44 99").await;
+    assert_eq!(live.finish().await, Event::ExitCode(4));
+    let request = ExecRequest {
+        env: BTreeMap::from([("TERM".into(), "dumb".into())]),
+        ..on_terminal("stty size; echo $TERM")
+    };
+    let plain = Transcript::of(agent.exec(request).await.unwrap()).await;
+    assert_eq!(plain.out(), "24 80\r\ndumb\r\n");
+}
+
+#[tokio::test]
+async fn a_terminal_takes_keys() {
+    let agent = Agent::start().await;
+    let mut client = agent.client();
+    // ^C ends what is in the foreground; a shell with a trap sees it too.
+    let mut events = agent
+        .exec(on_terminal("trap 'echo caught' INT; echo up; sleep 1000; cat; echo $?"))
+        .await
+        .unwrap();
+    let mut live = Live::new(&mut events).await;
+    live.until_out("up").await;
+    live.write(&mut client, b"\x03").await.unwrap();
+    live.until_out("caught").await;
+    live.write(&mut client, b"line\nhalf").await.unwrap();
+    live.until_out("line\r\nhalfline\r\n").await;
+    // StdinClose is ^D, also in the middle of a line.
+    live.close(&mut client).await.unwrap();
+    assert_eq!(live.finish().await, Event::ExitCode(0));
+    assert!(
+        live.out.ends_with(b"half0\r\n"),
+        "{:?}",
+        String::from_utf8_lossy(&live.out)
+    );
+    let mut events = agent.exec(on_terminal("cat; echo $?; sleep 1000")).await.unwrap();
+    let mut live = Live::new(&mut events).await;
+    live.close(&mut client).await.unwrap();
+    live.until_out("0\r\n").await;
+    assert_eq!(
+        live.write(&mut client, b"x").await.unwrap_err().code(),
+        Code::FailedPrecondition
+    );
+}
+
+#[tokio::test]
+async fn a_signal_also_reaches_the_foreground_of_a_terminal() {
+    let agent = Agent::start().await;
+    let mut client = agent.client();
+    // With job control the inner command is a group of its own.
+    let mut events = agent
+        .exec(on_terminal("set -m; sh -c 'echo $$ up; sleep 1000'; echo after"))
+        .await
+        .unwrap();
+    let mut live = Live::new(&mut events).await;
+    live.until_out("up").await;
+    let pid = String::from_utf8(live.out.clone())
+        .unwrap()
+        .split_whitespace()
+        .next()
+        .unwrap()
+        .to_owned();
+    live.signal(&mut client, 9).await.unwrap();
+    assert_eq!(live.finish().await, Event::ExitCode(137));
+    eventually("the foreground's end", || running(&pid).is_none()).await;
+    // The same when the client goes away.
+    let mut events = agent
+        .exec(on_terminal("set -m; sh -c 'echo $$ up; sleep 1000'; echo after"))
+        .await
+        .unwrap();
+    let mut live = Live::new(&mut events).await;
+    live.until_out("up").await;
+    let pid = String::from_utf8(live.out.clone())
+        .unwrap()
+        .split_whitespace()
+        .next()
+        .unwrap()
+        .to_owned();
+    drop(events);
+    eventually("the foreground's end", || running(&pid).is_none()).await;
+}
+
+#[tokio::test]
+async fn the_last_words_on_a_terminal_are_not_lost() {
+    let agent = Agent::start().await;
+    for _ in 0..20 {
+        let transcript = Transcript::of(
+            agent
+                .exec(on_terminal("head -c 60000 /dev/zero; printf end"))
+                .await
+                .unwrap(),
+        )
+        .await;
+        assert_eq!(transcript.stdout.len(), 60_003);
+        assert!(transcript.stdout.ends_with(b"end"));
     }
 }
 
 #[tokio::test]
-async fn the_rest_of_the_contract_is_refused_in_a_sentence() {
+async fn a_key_answers_exec_again() {
+    let agent = Agent::start().await;
+    let count = agent.directory.join("count");
+    let script = format!("echo out; echo err >&2; echo x >>{}; exit 3", count.display());
+    let (mut outputs, mut ids) = (vec![], vec![]);
+    for _ in 0..2 {
+        let transcript = Transcript::of(agent.exec(with_key("once", shell(&script))).await.unwrap()).await;
+        assert_eq!(transcript.end, Event::ExitCode(3));
+        outputs.push((transcript.stdout, transcript.stderr));
+        ids.push(transcript.exec_id);
+    }
+    assert_eq!(outputs[0], outputs[1]);
+    assert_eq!(ids[0], ids[1]);
+    assert_eq!(std::fs::read(&count).unwrap(), b"x\n");
+    let other = agent.exec(with_key("once", shell("true"))).await.unwrap_err();
+    assert_eq!(other.code(), Code::InvalidArgument);
+    let mut retried = with_key("once", shell(&script));
+    retried.metadata.as_mut().unwrap().request_id = "request-8".into();
+    let event = agent.exec(retried).await.unwrap().message().await.unwrap().unwrap();
+    assert_eq!(event.request_id, "request-8");
+}
+
+#[tokio::test]
+async fn a_second_call_follows_a_command_that_still_runs() {
     let agent = Agent::start().await;
     let mut client = agent.client();
-    let refusals = [
-        client.resource_stats(ResourceStatsRequest {}).await.unwrap_err(),
-        client.stdin_write(StdinWriteRequest::default()).await.unwrap_err(),
-        client.signal(SignalRequest::default()).await.unwrap_err(),
-    ];
-    for refusal in refusals {
-        assert_eq!(refusal.code(), Code::Unimplemented);
-        assert!(refusal.message().contains("does not serve"), "{refusal:?}");
+    let request = with_key("once", shell("echo first; read line; echo $line; exit 5"));
+    let mut first = agent.exec(request.clone()).await.unwrap();
+    let mut live = Live::new(&mut first).await;
+    live.until_out("first").await;
+    let second = agent.exec(request.clone()).await.unwrap();
+    // The connection that started it is lost, and the command goes on.
+    drop(first);
+    let third = agent.exec(request).await.unwrap();
+    let mut second = second;
+    let mut live = Live::new(&mut second).await;
+    live.write(&mut client, b"second\n").await.unwrap();
+    assert_eq!(live.finish().await, Event::ExitCode(5));
+    assert_eq!(live.out, b"first\nsecond\n");
+    let third = Transcript::of(third).await;
+    assert_eq!(third.out(), "first\nsecond\n");
+    assert_eq!(third.end, Event::ExitCode(5));
+}
+
+#[tokio::test]
+async fn more_output_than_is_kept_is_not_repeated_and_not_run_again() {
+    let agent = Agent::start().await;
+    let request = with_key("once", shell("head -c 3000000 /dev/zero"));
+    let transcript = Transcript::of(agent.exec(request.clone()).await.unwrap()).await;
+    assert_eq!(transcript.stdout.len(), 3_000_000);
+    let again = agent.exec(request).await.unwrap_err();
+    assert_eq!(again.code(), Code::AlreadyExists);
+    assert!(again.message().contains("\"once\""), "{again:?}");
+}
+
+#[tokio::test]
+async fn a_key_writes_once() {
+    let agent = Agent::start().await;
+    let mut client = agent.client();
+    let mut events = agent.exec(request("cat", &[])).await.unwrap();
+    let mut live = Live::new(&mut events).await;
+    for _ in 0..3 {
+        let request = StdinWriteRequest {
+            exec_id: live.exec_id,
+            data: Bytes::from_static(b"once"),
+            metadata: Some(TransportMetadata {
+                request_id: String::new(),
+                idempotency_key: "w".into(),
+            }),
+        };
+        client.stdin_write(request).await.unwrap();
     }
+    live.close(&mut client).await.unwrap();
+    live.finish().await;
+    assert_eq!(live.out, b"once");
+}
+
+#[tokio::test]
+async fn resource_stats_are_the_machines() {
+    let agent = Agent::start().await;
+    let stats = || async {
+        agent
+            .client()
+            .resource_stats(ResourceStatsRequest {})
+            .await
+            .unwrap()
+            .into_inner()
+    };
+    let first = stats().await;
+    assert!(first.memory_used_bytes > 0 && first.memory_used_bytes < first.memory_total_bytes);
+    assert!(first.disk_used_bytes > 0 && first.disk_used_bytes <= first.disk_total_bytes);
+    assert!(first.process_count >= 2);
+    assert_eq!(first.load_average.len(), 3);
+    assert!((0.0..=100.0).contains(&first.cpu_usage_percent));
+    // A busy loop uses at least something of all processors' time, and then the guest did not rest since the last call.
+    let mut events = agent.exec(shell("while :; do :; done")).await.unwrap();
+    Live::new(&mut events).await;
+    let mut busy = 0.0;
+    let start = Instant::now();
+    while busy <= 0.0 {
+        assert!(start.elapsed() < LIMIT);
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        busy = stats().await.cpu_usage_percent;
+    }
+    assert!(busy <= 100.0);
 }

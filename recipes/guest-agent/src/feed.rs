@@ -1,0 +1,211 @@
+//! One command's events on their way to its clients: the one that started it, and, when the call had an idempotency
+//! key, every later one that calls with it.
+//!
+//! The command waits for the slowest client. What is sent is remembered, for those who come later, as long as it is
+//! not more than [`KEPT_OUTPUT`].
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc};
+use tokio_stream::Stream;
+use tonic::Status;
+
+use crate::idempotency::Ticket;
+use crate::proto::ExecEvent;
+use crate::proto::exec_event::Event;
+
+/// Events that wait for a slow client. A full queue leaves the output in the command's pipes, and then the command
+/// waits: so a command holds at most `QUEUE * CHUNK` bytes here, whatever it prints.
+const QUEUE: usize = 8;
+
+/// Bytes of events remembered of one command, for a second call with its key.
+pub const KEPT_OUTPUT: usize = 1 << 20;
+
+/// What clients attach to. A clone is another handle.
+#[derive(Clone, Default)]
+pub struct Feed(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    /// A client has come, or none can come any more.
+    changed: Notify,
+}
+
+struct State {
+    clients: Vec<mpsc::Sender<Result<ExecEvent, Status>>>,
+    /// All events until now; `None` when there were too many, or nobody may come later.
+    past: Option<Vec<ExecEvent>>,
+    bytes: usize,
+    ended: bool,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            clients: Vec::new(),
+            past: Some(Vec::new()),
+            bytes: 0,
+            ended: false,
+        }
+    }
+}
+
+/// The stream that one client gets.
+pub struct Events {
+    past: std::vec::IntoIter<ExecEvent>,
+    live: mpsc::Receiver<Result<ExecEvent, Status>>,
+    request_id: String,
+}
+
+impl Stream for Events {
+    type Item = Result<ExecEvent, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let next = match self.past.next() {
+            Some(event) => Some(Ok(event)),
+            None => std::task::ready!(self.live.poll_recv(cx)),
+        };
+        Poll::Ready(next.map(|event| {
+            event.map(|event| ExecEvent {
+                request_id: self.request_id.clone(),
+                ..event
+            })
+        }))
+    }
+}
+
+impl Feed {
+    /// Attaches a client, which gets all events from the first on; `None` when they are not kept.
+    #[must_use]
+    pub fn attach(&self, request_id: String) -> Option<Events> {
+        let (sender, live) = mpsc::channel(QUEUE);
+        let mut state = self.lock();
+        let past = state.past.clone()?;
+        if !state.ended {
+            state.clients.push(sender);
+            self.0.changed.notify_one();
+        }
+        Some(Events {
+            past: past.into_iter(),
+            live,
+            request_id,
+        })
+    }
+
+    /// Returns once no client has been there for `grace`, or none is there and none can come.
+    pub async fn abandoned(&self, grace: Duration) {
+        loop {
+            let client = {
+                let mut state = self.lock();
+                state.clients.retain(|client| !client.is_closed());
+                if state.clients.is_empty() && state.past.is_none() {
+                    return;
+                }
+                state.clients.first().cloned()
+            };
+            if let Some(client) = client {
+                client.closed().await;
+            } else if tokio::time::timeout(grace, self.0.changed.notified()).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The sending side: numbers events. Dropping it ends all streams.
+pub struct Publisher {
+    feed: Feed,
+    /// None without a key.
+    ticket: Option<Ticket<Feed>>,
+    sequence: u64,
+    exec_id: u64,
+}
+
+impl Publisher {
+    /// Publishes on a feed, whose events are remembered when there is a ticket.
+    #[must_use]
+    pub fn new(feed: Feed, ticket: Option<Ticket<Feed>>, exec_id: u64) -> Self {
+        Self {
+            feed,
+            ticket,
+            sequence: 0,
+            exec_id,
+        }
+    }
+
+    /// Sends the next event to all clients and waits until each has room for it. Without a client it is only
+    /// remembered.
+    pub async fn send(&mut self, event: Event) {
+        self.sequence += 1;
+        let event = ExecEvent {
+            event: Some(event),
+            sequence: self.sequence,
+            request_id: String::new(),
+            exec_id: if self.sequence == 1 { self.exec_id } else { 0 },
+        };
+        self.remember(&event);
+        self.pass_on(&Ok(event)).await;
+    }
+
+    /// Ends all streams with `status`, which is no event; a second call gets no answer.
+    pub async fn fail(mut self, status: Status) {
+        self.forget();
+        self.pass_on(&Err(status)).await;
+    }
+
+    async fn pass_on(&self, event: &Result<ExecEvent, Status>) {
+        // Who attaches from here on has this event in its past.
+        let clients = self.feed.lock().clients.clone();
+        for client in clients {
+            // One that is gone needs no event.
+            let _ = client.send(event.clone()).await;
+        }
+    }
+
+    fn remember(&mut self, event: &ExecEvent) {
+        let size = size_of::<ExecEvent>() + payload(event);
+        let total = self.feed.lock().bytes + size;
+        if total <= KEPT_OUTPUT && self.ticket.as_mut().is_some_and(|ticket| ticket.grow(size)) {
+            let mut state = self.feed.lock();
+            state.bytes = total;
+            if let Some(past) = &mut state.past {
+                past.push(event.clone());
+            }
+        } else {
+            self.forget();
+        }
+    }
+
+    fn forget(&mut self) {
+        if let Some(ticket) = &mut self.ticket {
+            ticket.drop_answer();
+        }
+        if self.feed.lock().past.take().is_some() {
+            self.feed.0.changed.notify_one();
+        }
+    }
+}
+
+impl Drop for Publisher {
+    fn drop(&mut self) {
+        let mut state = self.feed.lock();
+        state.ended = true;
+        state.clients.clear();
+    }
+}
+
+fn payload(event: &ExecEvent) -> usize {
+    match &event.event {
+        Some(Event::Stdout(data) | Event::Stderr(data)) => data.len(),
+        Some(Event::Error(text)) => text.len(),
+        Some(Event::ExitCode(_)) | None => 0,
+    }
+}
