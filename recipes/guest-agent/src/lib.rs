@@ -3,10 +3,11 @@
 //! One module per concern: [`transport`] accepts connections, [`agent`], [`oci`] and [`network`] are the services,
 //! [`exec`] runs commands ([`command`] starts one, [`channel`] is an end of its pipe or terminal, [`feed`] its events),
 //! [`user`] says who runs them, [`forward`] connects to ports, [`idempotency`] answers repeated calls, [`system`]
-//! describes the guest, [`limits`] is about open files.
+//! describes the guest, [`clock`] sets its clock, [`limits`] is about open files.
 
 pub mod agent;
 pub mod channel;
+pub mod clock;
 pub mod command;
 pub mod exec;
 pub mod feed;

@@ -83,9 +83,17 @@ async fn main() -> ExitCode {
         }
     };
     if let Some(endpoint) = options.ready {
+        // On a Unix socket this is no guest: the clock is the machine's, and not ours to set.
+        let in_guest = matches!(options.listen, Endpoint::Vsock(_));
         tokio::spawn(async move {
-            if let Err(error) = announce(&endpoint).await {
-                eprintln!("vz-guest-agent: nobody took the ready line on {endpoint}: {error}");
+            match announce(&endpoint).await {
+                Err(error) => eprintln!("vz-guest-agent: nobody took the ready line on {endpoint}: {error}"),
+                Ok(Some(time)) if in_guest => match time.set() {
+                    Ok(true) => eprintln!("vz-guest-agent: the clock was off and is set to the host's time"),
+                    Ok(false) => {}
+                    Err(error) => eprintln!("vz-guest-agent: the clock is off and could not be set: {error}"),
+                },
+                Ok(_) => {}
             }
         });
     }

@@ -7,15 +7,16 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::str::FromStr;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 use tonic::transport::server::Connected;
 
+use crate::clock::HostTime;
 use crate::{AGENT_PROTOCOL_REVISION, VERSION};
 
 /// The host's address on every vsock (vsock(7): `VMADDR_CID_HOST`).
@@ -30,6 +31,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// How long the ready line may take. The host either waits for it or is not interested.
 const ANNOUNCE_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long the host's answer to it is waited for, beside the service.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+/// Bytes of the answer that are read at most.
+const ANSWER_SIZE: u64 = 64;
 
 /// The connections of a [`Listener`]; never an error, since one bad connection is no reason to end the service.
 pub type Connections = ReceiverStream<io::Result<Connection>>;
@@ -138,11 +145,12 @@ fn may_connect(cid: u32) -> bool {
     cid == HOST_CID
 }
 
-/// Connects to `endpoint` once and writes `ready <version> <protocol revision>\n`.
+/// Connects to `endpoint` once and writes `ready <version> <protocol revision>\n`. The host may answer with a line
+/// that tells the time ([`HostTime`]); `None` when it does not.
 ///
 /// # Errors
 /// When nobody listens there, or the line was not taken in time. Readiness does not depend on it.
-pub async fn announce(endpoint: &Endpoint) -> io::Result<()> {
+pub async fn announce(endpoint: &Endpoint) -> io::Result<Option<HostTime>> {
     let tell = async {
         let mut stream: Box<dyn Stream> = match endpoint {
             Endpoint::Vsock(port) => Box::new(VsockStream::connect(VsockAddr::new(HOST_CID, *port)).await?),
@@ -150,9 +158,17 @@ pub async fn announce(endpoint: &Endpoint) -> io::Result<()> {
         };
         let line = format!("ready {VERSION} {AGENT_PROTOCOL_REVISION}\n");
         stream.write_all(line.as_bytes()).await?;
-        stream.shutdown().await
+        io::Result::Ok(stream)
     };
-    tokio::time::timeout(ANNOUNCE_LIMIT, tell).await?
+    let stream = tokio::time::timeout(ANNOUNCE_LIMIT, tell).await??;
+    let asked = Instant::now();
+    let mut line = String::new();
+    // The stream stays open for both sides meanwhile: not every device passes half a shutdown on.
+    let answer = async { BufReader::new(stream.take(ANSWER_SIZE)).read_line(&mut line).await };
+    match tokio::time::timeout(ANSWER_LIMIT, answer).await {
+        Ok(Ok(_)) => Ok(HostTime::parse(&line, asked.elapsed())),
+        Ok(Err(_)) | Err(_) => Ok(None),
+    }
 }
 
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -192,7 +208,6 @@ impl Connected for Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::AsyncReadExt;
 
     #[test]
     fn endpoints_read_as_they_print() {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use prost::bytes::Bytes;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status, Streaming};
@@ -275,10 +275,22 @@ async fn the_ready_line_comes_once_it_listens() {
     let host = directory.join("host.sock");
     let listener = UnixListener::bind(&host).unwrap();
     let agent = Agent::start_with(&["--ready", &format!("unix:{}", host.display())]).await;
-    let (mut stream, _) = tokio::time::timeout(LIMIT, listener.accept()).await.unwrap().unwrap();
+    let (stream, _) = tokio::time::timeout(LIMIT, listener.accept()).await.unwrap().unwrap();
+    let mut stream = BufReader::new(stream);
     let mut line = String::new();
-    stream.read_to_string(&mut line).await.unwrap();
+    stream.read_line(&mut line).await.unwrap();
     assert_eq!(line, format!("ready {} 1\n", env!("CARGO_PKG_VERSION")));
+    // The host may answer; the agent then has no more to say. This clock is not a guest's, so it stays as it is.
+    stream.write_all(b"time 1000.5\n").await.unwrap();
+    assert_eq!(
+        tokio::time::timeout(LIMIT, stream.read_line(&mut line))
+            .await
+            .unwrap()
+            .unwrap(),
+        0
+    );
+    assert!(std::time::UNIX_EPOCH.elapsed().unwrap() > Duration::from_secs(1_000_000));
+    agent.client().ping(PingRequest {}).await.unwrap();
     drop(agent);
     std::fs::remove_dir_all(directory).unwrap();
 }
