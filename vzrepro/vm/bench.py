@@ -186,9 +186,7 @@ def _one(
             _command(vm.agent, "true", [])
             vm.reached("exec")
             if options.smoke_url is not None:
-                begun = time.monotonic()
-                _command(vm.agent, "wget", ["-q", "-O", "/dev/null", "-T", str(int(_COMMAND_SECS)), options.smoke_url])
-                http = time.monotonic() - begun
+                http = _fetch(vm.agent, options.smoke_url)
             if options.log_command is not None:
                 for line in _command(vm.agent, "/bin/sh", ["-c", options.log_command]).splitlines():
                     log(line)
@@ -214,6 +212,21 @@ def _saying(every_secs: float, number: int, report: events.Report) -> Iterator[C
         yield done.set
     finally:
         done.set()
+
+
+def _fetch(agent: AgentClient, url: str) -> float:
+    """Have the guest fetch `url`; the seconds its request took. Its network comes up after its agent, and is awaited."""
+    deadline = time.monotonic() + _COMMAND_SECS
+    while True:
+        begun = time.monotonic()
+        try:
+            _command(agent, "wget", ["-q", "-O", "/dev/null", "-T", str(int(_COMMAND_SECS)), url])
+        except VzreproError as error:
+            if "unreachable" not in (error.reason or "") or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return time.monotonic() - begun
 
 
 def _command(agent: AgentClient, command: str, arguments: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from vzrepro.cli.vm import boot
+from vzrepro.cli.vm import bench, boot
 
 
 @click.group()
@@ -12,4 +12,5 @@ def vm() -> None:
     """Boot bundles under QEMU."""
 
 
+vm.add_command(bench.bench)
 vm.add_command(boot.boot)
