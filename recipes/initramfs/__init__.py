@@ -6,6 +6,9 @@ from recipes.busybox import BUSYBOX
 from recipes.toolchain import TOOLS_IMAGE
 from vzrepro import build, local
 
+NEWC = local("newc.py", name="newc")
+"""The writer of such archives."""
+
 INITRAMFS = build(
     "initramfs",
     image=TOOLS_IMAGE,

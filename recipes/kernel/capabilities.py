@@ -19,10 +19,12 @@ class Capability:
 
 @dataclass(frozen=True)
 class Forbidden:
-    """A Kconfig symbol that must be `n` or absent in the final `.config`, and why."""
+    """A Kconfig symbol that must be `n` or absent in the final `.config`, and why; `probe` names the test in the booted
+    guest that finds nothing of it (`vz-probe absent:<probe>`)."""
 
     symbol: str
     reason: str
+    probe: str
 
 
 @dataclass(frozen=True)
@@ -76,23 +78,25 @@ NESTED_VIRT = Capability("nested_virt", _yes("VIRTUALIZATION", "KVM", "VHOST_NET
 TUN = Capability("tun", _yes("TUN", "BRIDGE", "NF_NAT", "NFT_MASQ"), "tun")
 
 _CONTAINER_FORBIDDEN = (
-    Forbidden("IKCONFIG", "the guest need not read how its kernel was made; config is kept beside the image"),
-    Forbidden("VIRTUALIZATION", "no nested virtualization in a deployed sandbox"),
-    Forbidden("KVM", "no nested virtualization in a deployed sandbox"),
-    Forbidden("TUN", "no TUN/TAP: packets leave through the virtual network card only"),
-    Forbidden("TAP", "no TUN/TAP: packets leave through the virtual network card only"),
-    Forbidden("USB_SUPPORT", "a virtual machine has no USB"),
-    Forbidden("USB", "a virtual machine has no USB"),
-    Forbidden("USB_GADGET", "a virtual machine is no USB device"),
-    Forbidden("SCSI", "disks are virtio-blk"),
-    Forbidden("ATA", "disks are virtio-blk"),
-    Forbidden("NFS_FS", "the profile serves NFS, it mounts none"),
-    Forbidden("NET_9P", "shared directories are virtiofs"),
-    Forbidden("9P_FS", "shared directories are virtiofs"),
-    Forbidden("SQUASHFS", "a file system parser that nothing here mounts"),
-    Forbidden("FAT_FS", "a file system parser that nothing here mounts"),
-    Forbidden("VFAT_FS", "a file system parser that nothing here mounts"),
-    Forbidden("MSDOS_FS", "a file system parser that nothing here mounts"),
+    Forbidden(
+        "IKCONFIG", "the guest need not read how its kernel was made; config is kept beside the image", "ikconfig"
+    ),
+    Forbidden("VIRTUALIZATION", "no nested virtualization in a deployed sandbox", "kvm"),
+    Forbidden("KVM", "no nested virtualization in a deployed sandbox", "kvm"),
+    Forbidden("TUN", "no TUN/TAP: packets leave through the virtual network card only", "tun"),
+    Forbidden("TAP", "no TUN/TAP: packets leave through the virtual network card only", "tun"),
+    Forbidden("USB_SUPPORT", "a virtual machine has no USB", "usb"),
+    Forbidden("USB", "a virtual machine has no USB", "usb"),
+    Forbidden("USB_GADGET", "a virtual machine is no USB device", "usb"),
+    Forbidden("SCSI", "disks are virtio-blk", "scsi"),
+    Forbidden("ATA", "disks are virtio-blk", "ata"),
+    Forbidden("NFS_FS", "the profile serves NFS, it mounts none", "nfs"),
+    Forbidden("NET_9P", "shared directories are virtiofs", "9p"),
+    Forbidden("9P_FS", "shared directories are virtiofs", "9p"),
+    Forbidden("SQUASHFS", "a file system parser that nothing here mounts", "squashfs"),
+    Forbidden("FAT_FS", "a file system parser that nothing here mounts", "fat"),
+    Forbidden("VFAT_FS", "a file system parser that nothing here mounts", "fat"),
+    Forbidden("MSDOS_FS", "a file system parser that nothing here mounts", "fat"),
 )
 
 PROFILES = (

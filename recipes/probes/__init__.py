@@ -1,0 +1,107 @@
+"""Proof in a booted guest: `probes` is what a guest needs to be probed, `<profile>-probes` a kernel's verdicts.
+
+docs/probes.md says how a capability is proven.
+"""
+
+import json
+import tomllib
+
+from recipes.vhost_device_vsock import VHOST_DEVICE_VSOCK
+
+from recipes.initramfs import INITRAMFS, NEWC
+from recipes.kernel import KERNELS, PROFILES
+from recipes.rust import BUILD_TARGET, GUEST_TARGET, rust_program
+from recipes.toolchain import C_IMAGE, SUITE, TOOLS_IMAGE
+from recipes.virtiofsd import VIRTIOFSD
+from recipes.youki import YOUKI
+from vzrepro import build, cargo_crates, debian_image, local, read, text
+
+VZ_PROBE = rust_program(
+    "vz-probe",
+    version=tomllib.loads(read("Cargo.toml"))["package"]["version"],
+    source=local("Cargo.toml", "Cargo.lock", "src"),
+    crates=cargo_crates("vz-probe", lock=".", targets=[GUEST_TARGET, BUILD_TARGET]),
+    target=GUEST_TARGET,
+)
+
+_PINNED = build(
+    "pinned",
+    image=C_IMAGE,
+    inputs={"src": local("pinned.c")},
+    command=["gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-o", "/out/pinned.so", "/in/src/pinned.c"],
+)
+
+_NEVER_RUN = "for maintainer scripts or interactive use, neither of which is here"
+
+_DISKS_IMAGE = debian_image(
+    "disks",
+    suite=SUITE,
+    packages=["bash", "btrfs-progs", "coreutils", "dash", "e2fsprogs", "libc-bin"],
+    without=dict.fromkeys(("debianutils", "openssl-provider-legacy"), _NEVER_RUN),
+)
+
+_QEMU_IMAGE = debian_image(
+    "qemu",
+    suite=SUITE,
+    packages=["bash", "coreutils", "dash", "libc-bin", "python3", "qemu-system-arm"],
+    without=dict.fromkeys(
+        "adduser debconf debianutils dpkg libdebconfclient0 libsemanage2 login.defs media-types netbase "
+        "openssl-provider-legacy passwd readline-common tar tzdata".split(),
+        _NEVER_RUN,
+    ),
+)
+
+_DISKS = build(
+    "probe-disks",
+    image=_DISKS_IMAGE,
+    inputs={"pinned": _PINNED, "src": local("disks.sh")},
+    command=["sh", "/in/src/disks.sh"],
+)
+
+_WANTED = {
+    profile.name: {
+        "profile": profile.name,
+        "capabilities": {capability.name: capability.probe for capability in profile.capabilities},
+        "absent": sorted({forbidden.probe for forbidden in profile.forbidden}),
+    }
+    for profile in PROFILES
+}
+
+PROBES = build(
+    "probes",
+    image=TOOLS_IMAGE,
+    inputs={
+        "vz-probe": VZ_PROBE,
+        "disks": _DISKS,
+        "newc": NEWC,
+        "src": local("manifest"),
+        "profiles.json": text("profiles.json", json.dumps(_WANTED, sort_keys=True)),
+    },
+    command=[
+        "sh",
+        "-c",
+        "python3 /in/newc/newc.py /in/src/manifest /out/probes.cpio"
+        " && cp --sparse=always /in/disks/*.img /in/profiles.json /out/",
+    ],
+)
+"""What `vm probe` needs: `probes.cpio`, unpacked over an initramfs, two disks, and `profiles.json`."""
+
+REPORTS = {
+    profile.name: build(
+        f"{profile.name}-probes",
+        image=_QEMU_IMAGE,
+        inputs={
+            "kernel": KERNELS[profile.name],
+            "initramfs": INITRAMFS,
+            "youki": YOUKI,
+            "probes": PROBES,
+            "vhost-device-vsock": VHOST_DEVICE_VSOCK,
+            "virtiofsd": VIRTIOFSD,
+            "wanted.json": text("wanted.json", json.dumps(_WANTED[profile.name], sort_keys=True)),
+            "src": local("run.py"),
+        },
+        command=["python3", "/in/src/run.py"],
+    )
+    for profile in PROFILES
+}
+"""Profile → its `probes.json`: every verdict PROVEN, or the build fails."""
