@@ -24,7 +24,7 @@ import pytest
 from tests.e2e.conftest import PROJECT, Cli
 from vzrepro.vm import agent_pb2 as pb
 from vzrepro.vm import boot
-from vzrepro.vm.agent import AgentClient, Execution
+from vzrepro.vm.agent import AgentClient, AgentError, Execution
 from vzrepro.vm.dial import Dial, Proxy, private_socket
 
 LIMIT_SECS = 600.0
@@ -199,6 +199,15 @@ class Side:
             if state == "Z" and parent == agent:
                 found.append(stat)
         return found
+
+
+@contextlib.contextmanager
+def refused(*statuses: str) -> Iterator[None]:
+    """The block makes a call that the agent refuses, with one of the statuses and a sentence."""
+    with pytest.raises(AgentError) as refusal:
+        yield
+    assert refusal.value.status in statuses, refusal.value
+    assert " " in (refusal.value.reason or ""), "a failing call says why in a sentence"
 
 
 def eventually(done: Callable[[], bool], what: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -192,6 +193,7 @@ class AgentClient:
 
     def __init__(self, target: str) -> None:
         self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        self._closed = False
 
     def __enter__(self) -> AgentClient:
         return self
@@ -203,11 +205,21 @@ class AgentClient:
 
     def close(self) -> None:
         """End all calls and the connection."""
+        self._closed = True
         self._channel.close()
 
     def ping(self, timeout_secs: float) -> None:
-        """Return as soon as the agent answers; waits for a connection."""
-        self._call("AgentService/Ping", pb.PingRequest(), pb.PingResponse, timeout_secs)
+        """Return as soon as the agent answers; waits for a connection, and for a next one when it breaks."""
+        deadline = time.monotonic() + timeout_secs
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                self._call("AgentService/Ping", pb.PingRequest(), pb.PingResponse, left)
+                return
+            except AgentError as error:
+                # The connection of an agent that ended may be used once more before that is noticed.
+                if error.status != "unavailable" or self._closed or not left:
+                    raise
 
     def system_info(self, timeout_secs: float = 10.0) -> SystemInfo:
         """What the guest is."""
