@@ -130,13 +130,14 @@ def running(
     timeout_secs: float,
     report: events.Report = events.ignore,
     on_console: Callable[[str], object] = lambda _line: None,
+    directory: Path | None = None,
 ) -> Iterator[Vm]:
     """`guest`, booted and ready to be used.
 
     `timeout_secs` is how long the agent may take from QEMU's start; `on_console` gets each line of the guest's console,
-    from another thread. QEMU and the servers of its devices end with the context, whatever happens; when one of them
-    ends before that, calls to the agent fail and the context raises why. Raises UsageError for a share or disk that is
-    not there, TimedOut, VzreproError.
+    from another thread; sockets are made below `directory`, by default where temporary files are. QEMU and the servers
+    of its devices end with the context, whatever happens; when one of them ends before that, calls to the agent fail
+    and the context raises why. Raises UsageError for a share or disk that is not there, TimedOut, VzreproError.
     """
     _check_files(guest)
     program = qemu.find_qemu()
@@ -144,7 +145,9 @@ def running(
     cid = random.SystemRandom().randrange(3, 2**31)
 
     with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vz-", ignore_cleanup_errors=True)))
+        directory = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="vz-", dir=directory, ignore_cleanup_errors=True))
+        )
         seen = watch.Watch(report, on_console)
 
         def start(name: str, program: Path | str, arguments: list[str]) -> qemu.Child:
