@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import click
 
-from vzrepro.cli.vm import bench, boot
+from vzrepro.cli.vm import bench, boot, init
+from vzrepro.cli.vm import exec as exec_
 
 
 @click.group()
 def vm() -> None:
-    """Boot bundles under QEMU."""
+    """Boot bundles under QEMU, and use them."""
 
 
 vm.add_command(bench.bench)
 vm.add_command(boot.boot)
+vm.add_command(exec_.execute)
+vm.add_command(init.init)

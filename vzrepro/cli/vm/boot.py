@@ -11,17 +11,17 @@ from vzrepro.cli.vm import machine
 
 
 @click.command()
-@click.argument("bundle", metavar="BUNDLE|TARGET")
+@click.argument("bundle", metavar="BUNDLE|TARGET|DIR")
 @click.option("--timeout-secs", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True)
 @json_option
 @click.pass_obj
 def boot(session: Session, bundle: str, timeout_secs: float) -> None:
-    """Boot a bundle, wait for its agent, call Ping and SystemInfo, show the phases, power off."""
+    """Boot a bundle or a VM's directory, wait for its agent, call Ping and SystemInfo, show the phases, power off."""
     from vzrepro.vm import boot as boots  # gRPC takes a while to load, and only verbs that boot need it
 
     [folder], programs = machine.prepare(session, [bundle])
     report = boots.boot(
-        boots.of_bundle(folder), programs=programs, timeout_secs=timeout_secs, report=session.console.report
+        machine.guest(folder), programs=programs, timeout_secs=timeout_secs, report=session.console.report
     )
     document = report.document()
     lines = [f"{phase.name + ':':28}{console.duration(phase.secs)}" for phase in report.phases]

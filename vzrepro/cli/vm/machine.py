@@ -10,27 +10,45 @@ from vzrepro.cli.session import Session
 
 if TYPE_CHECKING:
     from vzrepro.vm.boot import HostPrograms
+    from vzrepro.vm.qemu import Guest
 
 _VSOCK = "vhost-device-vsock"
 _SHARES = "virtiofsd"
 
 
 def prepare(session: Session, bundles: Sequence[str], *, shares: bool = False) -> tuple[list[Path], HostPrograms]:
-    """The directory of each of `bundles` (a directory with a `vmlinux`, or a target, which is realized), and the
-    programs that guests need; `shares` says that a guest gets some. One call realizes all of it."""
-    from vzrepro.vm import qemu
+    """The directory of each of `bundles` (a bundle's or a VM's directory, or a target, which is realized), and the
+    programs that guests need; `shares` says that a guest gets more than its VM's own. One call realizes all of it."""
+    from vzrepro.vm import directory, qemu
     from vzrepro.vm.boot import HostPrograms
 
+    shares = shares or any(directory.is_one(Path(name)) and directory.load(Path(name)).shares for name in bundles)
     programs = [*([] if qemu.kernel_vsock_usable() else [_VSOCK]), *([_SHARES] if shares else [])]
-    targets = [name for name in bundles if not (Path(name) / "vmlinux").is_file()]
-    names = [*programs, *targets]
-    nodes = [session.target(name) for name in names]
-    found = [session.store.location(info.path) for info in session.realizer().realize(nodes)] if nodes else []
-    places = dict(zip(names, found, strict=True))
+    places = _places(session, [*programs, *bundles])
     return (
-        [places.get(name, Path(name)) for name in bundles],
+        [places[name] for name in bundles],
         HostPrograms(
             vhost_device_vsock=places[_VSOCK] / _VSOCK if _VSOCK in programs else None,
             virtiofsd=places[_SHARES] / _SHARES if shares else None,
         ),
     )
+
+
+def bundles(session: Session, names: Sequence[str]) -> list[Path]:
+    """The directory of each bundle, which may be a target; nothing is made ready to boot it."""
+    places = _places(session, names)
+    return [places[name] for name in names]
+
+
+def guest(folder: Path) -> Guest:
+    """The guest of a bundle's or a VM's directory."""
+    from vzrepro.vm import boot, directory
+
+    return directory.load(folder) if directory.is_one(folder) else boot.of_bundle(folder)
+
+
+def _places(session: Session, names: Sequence[str]) -> dict[str, Path]:
+    here = {name: Path(name) for name in names if any((Path(name) / file).is_file() for file in ("vmlinux", "vm.toml"))}
+    nodes = {name: session.target(name) for name in names if name not in here}
+    found = session.realizer().realize(list(nodes.values())) if nodes else []
+    return here | {name: session.store.location(info.path) for name, info in zip(nodes, found, strict=True)}
