@@ -7,6 +7,7 @@ from recipes import guest_agent
 from recipes.busybox import BUSYBOX
 from recipes.initramfs import INITRAMFS
 from recipes.kernel import KERNELS, PROFILES
+from recipes.probes import REPORTS
 from recipes.toolchain import TOOLS_IMAGE
 from recipes.youki import YOUKI
 from vzrepro import build, local, text
@@ -30,6 +31,7 @@ for _profile in PROFILES:
             "kernel": _kernel,
             "initramfs": INITRAMFS,
             "youki": YOUKI,
+            "probes": REPORTS[_profile.name],
             "metadata.json": text("metadata.json", json.dumps(_metadata, sort_keys=True)),
             "src": local("assemble.py"),
         },

@@ -1,9 +1,10 @@
 """Puts a boot bundle together: exactly `vmlinux`, `initramfs.img`, `youki` and `version.json`.
 
-In: `/in/kernel` (`vmlinux`, `capabilities.json`), `/in/initramfs` (`initramfs.img`), `/in/youki` (`youki`) and
-`/in/metadata.json` (what the recipe knows: the keys of `DECLARED`). What version.json says beyond that is read from the
-files themselves: checksums, and the capabilities that the kernel's build proved. Runs in the sandbox with the standard
-library alone; `VZ_IN` and `VZ_OUT` stand in for `/in` and `/out` in tests.
+In: `/in/kernel` (`vmlinux`, `capabilities.json`), `/in/initramfs` (`initramfs.img`), `/in/youki` (`youki`),
+`/in/probes` (`probes.json`, what the booted guest proved) and `/in/metadata.json` (what the recipe knows: the keys of
+`DECLARED`). What version.json says beyond that is read from the files themselves: checksums, and the capabilities that
+the kernel's build proved. One that the guest did not prove as well is no capability, and there is no bundle. Runs in
+the sandbox with the standard library alone; `VZ_IN` and `VZ_OUT` stand in for `/in` and `/out` in tests.
 """
 
 import datetime
@@ -59,6 +60,18 @@ def version(metadata: dict[str, Any], capabilities: list[str], checksums: dict[s
     }
 
 
+def check_proven(capabilities: list[str], report: dict[str, Any], profile: str) -> None:
+    """Raises InputError, naming each, unless the guest of `report` proved all of `capabilities`, and that what the
+    profile must not contain is absent."""
+    if report.get("profile") != profile:
+        raise InputError(f"probes.json: wanted profile {profile}, found {report.get('profile')!r}")
+    none = {"verdict": "not probed", "detail": "probes.json does not name it"}
+    verdicts = {name: report["capabilities"].get(name, none) for name in capabilities}
+    verdicts |= {f"absent:{name}": verdict for name, verdict in report["absent"].items()}
+    if failed := [f"{name}: {v['verdict']}: {v['detail']}" for name, v in verdicts.items() if v["verdict"] != "PROVEN"]:
+        raise InputError("not proven in the guest: " + "; ".join(failed))
+
+
 def assemble(source: Path, out: Path, epoch: int) -> None:
     """Write the bundle of the inputs below `source` into `out`. Raises InputError, and OSError for a missing file."""
     checksums = {}
@@ -70,7 +83,9 @@ def assemble(source: Path, out: Path, epoch: int) -> None:
             checksums[name] = hashlib.file_digest(file, "sha256").hexdigest()
         if target.stat().st_size == 0:
             raise InputError(f"{path} is empty")
-    document = version(_json(source / "metadata.json"), _json(source / "kernel/capabilities.json"), checksums, epoch)
+    capabilities = _json(source / "kernel/capabilities.json")
+    document = version(_json(source / "metadata.json"), capabilities, checksums, epoch)
+    check_proven(document["capabilities"], _json(source / "probes/probes.json"), document["profile"])
     (out / "version.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

@@ -33,7 +33,21 @@ def source(tmp_path: Path) -> Path:
     (source / "kernel/System.map").write_text("0 T start\n")
     (source / "kernel/capabilities.json").write_text('["vsock", "btrfs_snapshots"]')
     (source / "metadata.json").write_text(json.dumps(METADATA, sort_keys=True))
+    (source / "probes").mkdir()
+    write_report(source)
     return source
+
+
+def write_report(source: Path, *, profile: str = "container", **verdicts: str) -> None:
+    """What the guest proved: everything, but for `verdicts`; an empty one is left out."""
+    capabilities = {"vsock": "PROVEN", "btrfs_snapshots": "PROVEN", **verdicts}
+    tun = capabilities.pop("tun", "PROVEN")
+    report = {
+        "profile": profile,
+        "capabilities": {name: {"verdict": v, "detail": "so it is"} for name, v in capabilities.items() if v},
+        "absent": {"tun": {"verdict": tun, "detail": "so it is"}},
+    }
+    (source / "probes/probes.json").write_text(json.dumps(report))
 
 
 def assemble(source: Path, epoch: str = "1767225600") -> tuple[subprocess.CompletedProcess[str], Path]:
@@ -92,7 +106,36 @@ def test_wrong_inputs_are_named(source: Path, path: str, content: str, said: str
     assert not (out / "version.json").exists()
 
 
-@pytest.mark.parametrize("path", CONTENT)
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        ({"vsock": "FAILED"}, "not proven in the guest: vsock: FAILED: so it is"),
+        ({"vsock": "INCONCLUSIVE"}, "vsock: INCONCLUSIVE: so it is"),
+        ({"vsock": ""}, "vsock: not probed"),
+        ({"tun": "FAILED"}, "absent:tun: FAILED: so it is"),
+        (
+            {"vsock": "FAILED", "btrfs_snapshots": ""},
+            "btrfs_snapshots: not probed: probes.json does not name it; v",
+        ),
+        ({"profile": "developer"}, "wanted profile container, found 'developer'"),
+    ],
+)
+def test_what_the_guest_did_not_prove_is_in_no_bundle(source: Path, report: dict[str, str], said: str) -> None:
+    write_report(source, **report)  # type: ignore[arg-type]
+    done, out = assemble(source)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert not (out / "version.json").exists()
+
+
+def test_what_the_guest_proved_and_nobody_declares_is_not_in_the_bundle(source: Path) -> None:
+    write_report(source, dm_crypt="PROVEN", seccomp="FAILED")
+    done, out = assemble(source)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "version.json").read_text())["capabilities"] == ["btrfs_snapshots", "vsock"]
+
+
+@pytest.mark.parametrize("path", [*CONTENT, "probes/probes.json"])
 def test_a_missing_file_is_named(source: Path, path: str) -> None:
     (source / path).unlink()
     done, _ = assemble(source)

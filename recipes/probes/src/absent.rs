@@ -8,9 +8,7 @@ use crate::outcome::{Failure, Outcome, Probe, Step, ensure};
 use crate::sys;
 
 const PROBES: [(&str, Probe); 12] = [
-    ("9p", || {
-        filesystems(&["9p"]).and_then(|_| paths(&["/sys/bus/virtio/drivers/9pnet_virtio"]))
-    }),
+    ("9p", plan9),
     ("ata", || paths(&["/sys/class/ata_port", "/sys/class/ata_link"])),
     ("devmem", || {
         devices(&["/dev/mem", "/dev/kmem", "/dev/port"], &[(1, 1), (1, 2), (1, 4)])
@@ -77,6 +75,14 @@ fn filesystems(kinds: &[&str]) -> Outcome {
         )?;
     }
     Ok(format!("{} cannot be mounted: no such file system", kinds.join(", ")))
+}
+
+fn plan9() -> Outcome {
+    let mounting = filesystems(&["9p"])?;
+    Ok(format!(
+        "{mounting}; {}",
+        paths(&["/sys/bus/virtio/drivers/9pnet_virtio"])?
+    ))
 }
 
 fn modules() -> Outcome {

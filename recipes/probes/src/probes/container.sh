@@ -12,7 +12,6 @@ $b grep -E '^(CapEff|NoNewPrivs|Seccomp):' /proc/self/status | $b tr '\t' ' '
 $b mkdir /tmp/made 2>&1 | $b sed 's/.*: /mkdir: /'
 (: > /made) 2>&1 | $b sed 's/.*: /root: /'
 : > /dev/null && echo "null: open"
-(: < /console) 2>&1 | $b sed 's/.*: /device: /'
 # One block larger than the limit.
 $b dd if=/dev/zero of=/dev/null bs=96M count=1 2> /dev/null
 [ $? = 137 ] && echo "memory: killed"
