@@ -275,7 +275,7 @@ def host_agent(program: Path, socket_path: Path, *options: str) -> Iterator[Side
 def _kept_alive(command: Sequence[str]) -> Iterator[None]:
     """Run `command`, and again when it ends. It dies with this process."""
     # As the guest's init starts it: a shell has what runs in its background ignore these two.
-    shell = ["sh", "-c", 'trap "" INT QUIT; exec "$0" "$@"', *command]
+    shell = ["sh", "-c", 'ulimit -c 0; trap "" INT QUIT; exec "$0" "$@"', *command]
     dies_with_us = ["setpriv", "--pdeathsig", "KILL", "--"] if sys.platform == "linux" else []
     stop = threading.Event()
     processes: list[subprocess.Popen[bytes]] = []
