@@ -1,4 +1,4 @@
-"""Images from today's real trixie, for tests that may use the network: a shell and coreutils; its Nix client."""
+"""Images from today's real trixie, for tests that may use the network: a shell and coreutils; its Nix client; nginx."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ NIX_WITHOUT = {
     **dict.fromkeys(("curl", "perl", "libdbd-sqlite3-perl", "libdbi-perl", "libwww-curl-perl"), "for nix-channel"),
     **dict.fromkeys(("base-passwd", "passwd"), "an image has its users"),
     "libc-bin": "for maintainer scripts",
+}
+SERVICE = ("busybox", "coreutils", "dash", "libc-bin", "nginx")
+SERVICE_WITHOUT = {
+    **dict.fromkeys(("debconf", "debianutils", "dpkg"), "for maintainer scripts"),
+    "iproute2": "nginx wants it for its maintainer scripts",
+    "libsystemd0": "only who, users and pinky use it",
+    "openssl-provider-legacy": "obsolete ciphers, loaded on request only",
 }
 
 
@@ -58,18 +65,28 @@ def tiny_image(folder: Path) -> tuple[ImageId, Path]:
 
 
 def nix_image() -> ImageId:
-    """The image with trixie's Nix, loaded. Written once per state of its packages, and kept in the user's cache."""
-    debs = index().resolve(("nix-bin",), without=NIX_WITHOUT)
-    state = FileHash.of(f"{IMAGE_FORMAT} {' '.join(deb.sha256.hex for deb in debs)}".encode())
-    archive = Path(platformdirs.user_cache_dir("vzrepro"), "tests", f"nix-{state.hex[:16]}.tar")
-    if not archive.exists():
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
-            made = Path(folder, "nix.tar")
-            write_image(download(debs, Path(folder, "debs")), made, platform="linux/amd64")
-            for earlier in set(archive.parent.glob("nix-*.tar")) - {archive}:
-                earlier.unlink(missing_ok=True)
-            made.rename(archive)
+    """The image with trixie's Nix, loaded."""
+    archive = _kept("nix", index().resolve(("nix-bin",), without=NIX_WITHOUT), "linux/amd64")
     identity = image_id(archive)
     sandbox.load_image(archive, str(identity))
     return identity
+
+
+def service_image() -> Path:
+    """A docker-archive for arm64 with a shell, coreutils, busybox and nginx."""
+    return _kept("service", index().resolve(SERVICE, native="arm64", without=SERVICE_WITHOUT), "linux/arm64")
+
+
+def _kept(name: str, debs: tuple[Deb, ...], platform: str) -> Path:
+    """The packages' image, written once per state of them and kept in the user's cache."""
+    state = FileHash.of(f"{IMAGE_FORMAT} {' '.join(deb.sha256.hex for deb in debs)}".encode())
+    archive = Path(platformdirs.user_cache_dir("vzrepro"), "tests", f"{name}-{state.hex[:16]}.tar")
+    if not archive.exists():
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
+            made = Path(folder, "made.tar")
+            write_image(download(debs, Path(folder, "debs")), made, platform=platform)
+            for earlier in set(archive.parent.glob(f"{name}-*.tar")) - {archive}:
+                earlier.unlink(missing_ok=True)
+            made.rename(archive)
+    return archive

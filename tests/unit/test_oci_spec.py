@@ -96,8 +96,9 @@ def test_the_environment(root: Path) -> None:
 def test_the_document(root: Path) -> None:
     mount = Mount(root, "/data", read_only=True)
     made = process(image(root, working_dir="srv"), ["/bin/x"], env={}, user="www-data")
-    found = document("box", made, [("/mnt/1", mount)], Limits(64, 0.5, 20), "/run/box")
+    found = document("box", made, [("/mnt/1", mount)], Limits(64, 0.5, 20), "/run/box", "/bin/init")
     json.dumps(found)
+    assert found["process"]["args"] == ["/dev/vz-init", "init", "/bin/x"]
     assert found["process"]["cwd"] == "/srv"
     assert found["process"]["user"] == {"uid": 33, "gid": 34, "additionalGids": [4, 110]}
     assert found["process"]["capabilities"]["effective"] == []
@@ -110,7 +111,7 @@ def test_the_document(root: Path) -> None:
     (bound,) = [each for each in found["mounts"] if each["destination"] == "/data"]
     assert bound["source"] == "/mnt/1"
     assert "ro" in bound["options"]
-    as_root = document("box", process(image(root), ["x"], env={}), [], Limits(), "/run/box")
+    as_root = document("box", process(image(root), ["x"], env={}), [], Limits(), "/run/box", "/bin/init")
     assert "CAP_CHOWN" in as_root["process"]["capabilities"]["effective"]
     assert "CAP_SYS_ADMIN" not in as_root["process"]["capabilities"]["bounding"]
 

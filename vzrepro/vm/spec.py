@@ -21,6 +21,9 @@ from vzrepro.vm.rootfs import Image
 
 OCI_VERSION = "1.0.2"
 
+INIT = "/dev/vz-init"
+"""Where a container sees the program that becomes its command (`vz-oci-run init`)."""
+
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MAX_ACCOUNTS = 4 << 20
 _CPU_PERIOD_US = 100_000
@@ -143,7 +146,7 @@ def process_document(process: Process) -> dict[str, Any]:
     return {
         "terminal": process.terminal,
         "user": {"uid": process.user.uid, "gid": process.user.gid, "additionalGids": list(process.user.groups)},
-        "args": list(process.arguments),
+        "args": [INIT, "init", *process.arguments],
         "env": [f"{name}={value}" for name, value in process.env.items()],
         "cwd": process.working_dir,
         "capabilities": {
@@ -159,19 +162,20 @@ def process_document(process: Process) -> dict[str, Any]:
 
 
 def document(
-    container_id: str, process: Process, mounts: Sequence[tuple[str, Mount]], limits: Limits, own: str
+    container_id: str, process: Process, mounts: Sequence[tuple[str, Mount]], limits: Limits, own: str, init: str
 ) -> dict[str, Any]:
     """The config.json of a container whose root directory is `rootfs` beside it.
 
     `mounts` are the directories of the guest that the host's are at, and what they are for; `own` is the directory of
-    the guest with the `resolv.conf`, `hosts` and `hostname` that the container sees in its /etc.
+    the guest with the `resolv.conf`, `hosts` and `hostname` that the container sees in its /etc; `init` is the guest's
+    file that it sees at `INIT`.
     """
     return {
         "ociVersion": OCI_VERSION,
         "process": process_document(process),
         "root": {"path": "rootfs", "readonly": False},
         "hostname": container_id,
-        "mounts": [*_file_systems(), *_files(own), *(_bind(source, mount) for source, mount in mounts)],
+        "mounts": [*_file_systems(), *_files(own, init), *(_bind(source, mount) for source, mount in mounts)],
         "linux": {
             "cgroupsPath": f"/vz/{container_id}",
             "resources": {
@@ -204,10 +208,13 @@ def _file_systems() -> list[dict[str, Any]]:
     ]
 
 
-def _files(own: str) -> list[dict[str, Any]]:
+def _files(own: str, init: str) -> list[dict[str, Any]]:
+    def bind(target: str, source: str, *options: str) -> dict[str, Any]:
+        return {"destination": target, "type": "bind", "source": source, "options": ["bind", "rprivate", *options]}
+
     return [
-        {"destination": f"/etc/{name}", "type": "bind", "source": f"{own}/{name}", "options": ["bind", "rprivate"]}
-        for name in ("resolv.conf", "hosts", "hostname")
+        *(bind(f"/etc/{name}", f"{own}/{name}") for name in ("resolv.conf", "hosts", "hostname")),
+        bind(INIT, init, "ro"),
     ]
 
 

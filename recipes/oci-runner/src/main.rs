@@ -4,13 +4,18 @@
 //! `youki run` does not suffice: it may miss the end of a container that ends at once, it gives N in place of 128+N, and
 //! it has nobody at the other end of a terminal. So youki only creates and starts here, and this process, which orphans
 //! are given to (`PR_SET_CHILD_SUBREAPER`), waits.
+//!
+//! In the container, `vz-oci-run init COMMAND…` becomes the command, after it has undone what youki leaves: SIGPIPE
+//! ignored, which would make every pipeline end with errors.
 
 mod relay;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
@@ -25,7 +30,10 @@ use nix::unistd::Pid;
 use relay::Relay;
 
 const USAGE: &str = "usage: vz-oci-run --youki FILE --state DIR run [--terminal] BUNDLE ID
-       vz-oci-run --youki FILE --state DIR exec [--terminal] PROCESS-JSON ID";
+       vz-oci-run --youki FILE --state DIR exec [--terminal] ID, the process.json in $VZ_OCI_PROCESS
+       vz-oci-run init COMMAND ARGUMENT…";
+
+const PROCESS: &str = "VZ_OCI_PROCESS";
 
 /// What Docker's tools say when the runtime, not the container, failed.
 const RUNTIME_FAILED: u8 = 125;
@@ -41,10 +49,11 @@ const FORWARDED: [Signal; 7] = [
     Signal::SIGCONT,
 ];
 
-/// What is to be run: a whole container from its bundle, or the process of a file in a running one.
+/// What is to be run: a whole container from its bundle, or a process (the runtime specification's, as JSON) in a
+/// running one.
 enum What {
     Run { bundle: PathBuf },
-    Exec { process: PathBuf },
+    Exec { process: OsString },
 }
 
 struct Job {
@@ -56,7 +65,13 @@ struct Job {
 }
 
 fn main() -> ExitCode {
-    let Some(job) = parse(std::env::args_os().skip(1).collect()) else {
+    let words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if let [verb, command, arguments @ ..] = &words[..]
+        && verb == "init"
+    {
+        return become_command(command, arguments);
+    }
+    let Some(job) = parse(words) else {
         eprintln!("{USAGE}");
         return ExitCode::from(2);
     };
@@ -69,6 +84,18 @@ fn main() -> ExitCode {
     }
 }
 
+/// Returns only when it cannot be; the exit code is a shell's.
+fn become_command(command: &OsStr, arguments: &[OsString]) -> ExitCode {
+    // std resets SIGPIPE and the signal mask before it executes a command.
+    let error = Command::new(command).args(arguments).exec();
+    eprintln!("{}: {error}", command.display());
+    ExitCode::from(if error.kind() == std::io::ErrorKind::NotFound {
+        127
+    } else {
+        126
+    })
+}
+
 fn parse(words: Vec<OsString>) -> Option<Job> {
     let mut words = words.into_iter().peekable();
     let mut option = |name: &str| (words.next()? == name).then(|| words.next()).flatten();
@@ -76,10 +103,13 @@ fn parse(words: Vec<OsString>) -> Option<Job> {
     let state = PathBuf::from(option("--state")?);
     let verb = words.next()?;
     let terminal = words.next_if(|word| word == "--terminal").is_some();
-    let file = PathBuf::from(words.next()?);
     let what = match verb.to_str()? {
-        "run" => What::Run { bundle: file },
-        "exec" => What::Exec { process: file },
+        "run" => What::Run {
+            bundle: PathBuf::from(words.next()?),
+        },
+        "exec" => What::Exec {
+            process: std::env::var_os(PROCESS)?,
+        },
         _ => return None,
     };
     let id = words.next()?.into_string().ok()?;
@@ -127,7 +157,11 @@ impl Job {
         let mut create = self.youki();
         match &self.what {
             What::Run { bundle } => create.args(["create", "--bundle"]).arg(bundle),
-            What::Exec { process } => create.args(["exec", "--detach", "--process"]).arg(process),
+            What::Exec { process } => {
+                let file = own.join("process.json");
+                fs::write(&file, process.as_bytes()).map_err(|error| format!("{}: {error}", file.display()))?;
+                create.args(["exec", "--detach", "--process"]).arg(file)
+            }
         };
         create.arg("--pid-file").arg(&pid_file);
         if self.terminal {
@@ -151,7 +185,11 @@ impl Job {
 
     fn youki(&self) -> Command {
         let mut command = Command::new(&self.youki);
-        command.arg("--root").arg(&self.state).args(["--log-level", "error"]);
+        command
+            .arg("--root")
+            .arg(&self.state)
+            .args(["--log-level", "error"])
+            .env_remove(PROCESS);
         command
     }
 }
