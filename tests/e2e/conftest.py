@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from vzrepro.vm.boot import HostPrograms
+
 PROJECT = Path(__file__).resolve().parents[2]
 
 SMALL = """
@@ -85,6 +87,15 @@ def project() -> Cli:
 def bundle(project: Cli) -> Path:
     """The realized container-bundle."""
     return project.realize("container-bundle")[0]
+
+
+@pytest.fixture(scope="session")
+def programs(project: Cli) -> HostPrograms:
+    """The realized programs that serve a guest's devices."""
+    places = project.realize("vhost-device-vsock", "virtiofsd")
+    return HostPrograms(
+        *(place / name for place, name in zip(places, ("vhost-device-vsock", "virtiofsd"), strict=True))
+    )
 
 
 @pytest.fixture(scope="session")

@@ -167,7 +167,7 @@ def make_disk(path: Path, mib: int) -> None:
         )
     with path.open("xb") as file:
         file.truncate(mib << 20)
-    options = ["-q", "-F", "-t", "ext4", "-L", "vz-disk", "-m", "0", "-E", "root_owner=0:0"]
+    options = ["-q", "-F", "-t", "ext4", "-L", "vz-disk", "-m", "0", "-E", "root_owner=0:0,lazy_journal_init=1"]
     done = subprocess.run([program, *options, str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise VzreproError(f"mke2fs could not make a disk of {mib} MiB", reason=done.stderr.strip())

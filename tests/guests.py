@@ -1,0 +1,74 @@
+"""Real guests for tests: archives of files that are put over a bundle's initramfs, and what a console said."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+from vzrepro.vm.agent import AgentClient
+
+LIMIT_SECS = 300.0
+"""Only a broken guest meets it: an emulated one on a busy host is very slow."""
+
+
+def _newc() -> ModuleType:
+    path = Path(__file__).parents[1] / "recipes/initramfs/newc.py"
+    spec = importlib.util.spec_from_file_location("newc", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["newc"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def archive(path: Path, files: Mapping[str, str]) -> Path:
+    """A cpio archive at `path` of executable files: absolute name in the guest → content."""
+    newc = _newc()
+    folders = {name.rpartition("/")[0] for name in files} - {""}
+    entries = [newc.Entry(folder, 0o40755) for folder in folders]
+    entries += [newc.Entry(name, 0o100755, content.encode()) for name, content in files.items()]
+    path.write_bytes(newc.archive(entries, 1))
+    return path
+
+
+class Console:
+    """Keeps what a guest says; give it as `on_console`."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._more = threading.Condition()
+
+    def __call__(self, line: str) -> None:
+        with self._more:
+            self.lines.append(line)
+            self._more.notify_all()
+
+    def wait_for(self, text: str) -> float:
+        """Return once a line has `text` in it, with the seconds that it took."""
+        began = time.monotonic()
+        with self._more:
+            said = self._more.wait_for(lambda: any(text in line for line in self.lines), LIMIT_SECS)
+            assert said, f"{text!r} was never said:\n" + "\n".join(self.lines)
+        return time.monotonic() - began
+
+
+def shell(agent: AgentClient, script: str, program: str = "/bin/busybox") -> str:
+    """What a script writes in the guest, both streams; it must end with 0."""
+    out = bytearray()
+    for event in agent.exec(program, ["sh", "-c", script], timeout_secs=LIMIT_SECS):
+        match event.WhichOneof("event"):
+            case "stdout":
+                out += event.stdout
+            case "stderr":
+                out += event.stderr
+            case "exit_code":
+                assert event.exit_code == 0, out.decode()
+            case "error":
+                raise AssertionError(event.error)
+    return out.decode()
