@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from vzrepro.cli.vm import bench, boot, init
+from vzrepro.cli.vm import bench, boot, init, probe
 from vzrepro.cli.vm import exec as exec_
 
 
@@ -17,3 +17,4 @@ vm.add_command(bench.bench)
 vm.add_command(boot.boot)
 vm.add_command(exec_.execute)
 vm.add_command(init.init)
+vm.add_command(probe.probe)
