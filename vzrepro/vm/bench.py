@@ -215,7 +215,7 @@ def _saying(every_secs: float, number: int, report: events.Report) -> Iterator[C
 
 
 def _fetch(agent: AgentClient, url: str) -> float:
-    """Have the guest fetch `url`; the seconds its request took. Its network comes up after its agent, and is awaited."""
+    """Have the guest fetch `url`; the seconds its request took. Its network comes after its agent, and is awaited."""
     deadline = time.monotonic() + _COMMAND_SECS
     while True:
         begun = time.monotonic()

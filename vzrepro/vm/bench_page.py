@@ -31,7 +31,8 @@ body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, san
   max-width: 900px; padding: 24px 16px 64px; }
 h1 { font-size: 22px; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 17px; margin: 36px 0 4px; }
 p { margin: 4px 0; color: var(--soft); overflow-wrap: anywhere; }
-svg { display: block; width: 100%; min-width: 600px; height: auto; margin: 8px 0; } text { fill: var(--ink); font-size: 13px; }
+svg { display: block; width: 100%; min-width: 600px; height: auto; margin: 8px 0; }
+text { fill: var(--ink); font-size: 13px; }
 .soft { fill: var(--soft); } .grid { stroke: var(--line); } .band { fill: var(--band); }
 .median { stroke: var(--ink); stroke-width: 2; } .in { fill: #fff; }
 .a { fill: var(--a); } .b { fill: var(--b); } .dot { fill-opacity: 0.6; }
