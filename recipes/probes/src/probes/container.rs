@@ -1,9 +1,11 @@
-//! `container_sandbox`: youki runs a container with namespaces, limits and a filter, and each of them holds.
+//! `container_sandbox`: youki runs a container with namespaces, limits and a filter, and each of them holds; a cgroup can
+//! be denied devices.
 
 use std::fs;
 use std::process::{Command, Stdio};
 
 use crate::outcome::{Failure, Outcome, Step, ensure};
+use crate::probes::devices;
 
 /// Where hosts put the runtime of the bundle: the share `oci-runtime-bin`.
 const RUNTIME: &str = "/mnt/oci-runtime-bin/youki";
@@ -33,6 +35,8 @@ memory: killed
 ";
 
 pub fn probe() -> Outcome {
+    // youki could set it up as well, but ours is built without.
+    devices::probe()?;
     fs::create_dir_all(format!("{BUNDLE}/rootfs/bin")).step("mkdir")?;
     for directory in ["dev", "proc", "sys", "tmp"] {
         fs::create_dir(format!("{BUNDLE}/rootfs/{directory}")).step("mkdir")?;
@@ -61,5 +65,8 @@ pub fn probe() -> Outcome {
         )?;
     }
     ensure(said == EXPECTED, "the container's script did not come to its end")?;
-    Ok("youki runs a container; namespaces, limits, capabilities and system call filter hold".into())
+    Ok(
+        "youki runs a container; namespaces, limits, capabilities and system call filter hold; so does a device filter"
+            .into(),
+    )
 }

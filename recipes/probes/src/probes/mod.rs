@@ -4,6 +4,7 @@ mod btrfs;
 mod console;
 mod container;
 mod crypt;
+mod devices;
 mod ext4;
 mod kvm;
 mod mapper;
