@@ -115,22 +115,31 @@ fn prepare(
                 return Err(io::Error::last_os_error());
             }
         }
-        limits::restore()?;
+        start_over()?;
         if let Some(assume) = &mut assume {
             assume()?;
         }
         // Nobody could read a command's output any more, or end it, once its agent is gone. After `assume`, since
         // the kernel forgets this with a change of user.
         set_pdeathsig(Signal::SIGKILL)?;
-        // The shell that started the agent in its background made it ignore some, and a command would inherit that.
-        for number in Signal::iterator() {
-            // SAFETY: the default handler runs no code of ours. Two signals have no other one, which is an error.
-            let _ = unsafe { signal(number, SigHandler::SigDfl) };
-        }
         Ok(())
     };
     // SAFETY: the function only makes system calls, on data made before the fork.
     unsafe { command.pre_exec(between) };
+}
+
+/// Between fork and exec: takes back what a child of the agent must not inherit. Only makes system calls.
+///
+/// # Errors
+/// What the kernel says.
+pub fn start_over() -> io::Result<()> {
+    limits::restore()?;
+    // The shell that started the agent in its background made it ignore some.
+    for number in Signal::iterator() {
+        // SAFETY: the default handler runs no code of ours. Two signals have no other one, which is an error.
+        let _ = unsafe { signal(number, SigHandler::SigDfl) };
+    }
+    Ok(())
 }
 
 fn pipes() -> io::Result<(Streams, Theirs)> {

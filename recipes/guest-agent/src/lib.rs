@@ -3,11 +3,15 @@
 //! One module per concern: [`transport`] accepts connections, [`agent`], [`oci`] and [`network`] are the services,
 //! [`exec`] runs commands ([`command`] starts one, [`channel`] is an end of its pipe or terminal, [`feed`] its events),
 //! [`user`] says who runs them, [`forward`] connects to ports, [`idempotency`] answers repeated calls, [`system`]
-//! describes the guest, [`clock`] sets its clock, [`limits`] is about open files.
+//! describes the guest, [`clock`] sets its clock, [`limits`] is about open files, [`youki`] runs containers, with
+//! [`shim`] beside them, and [`collect`] waits for a program and what it prints.
+
+use std::path::PathBuf;
 
 pub mod agent;
 pub mod channel;
 pub mod clock;
+pub mod collect;
 pub mod command;
 pub mod exec;
 pub mod feed;
@@ -16,9 +20,11 @@ pub mod idempotency;
 pub mod limits;
 pub mod network;
 pub mod oci;
+pub mod shim;
 pub mod system;
 pub mod transport;
 pub mod user;
+pub mod youki;
 
 /// The messages, service traits and clients generated from `proto/vz/agent/v1/agent.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
@@ -48,11 +54,12 @@ fn not_served(what: &str) -> tonic::Status {
     tonic::Status::unimplemented(format!("vz-guest-agent {VERSION} does not serve {what}"))
 }
 
-/// Serves all of the contract on `connections` until they end, which they never do on a listening socket.
+/// Serves all of the contract on `connections` until they end, which they never do on a listening socket;
+/// containers by the program `oci_runtime`.
 ///
 /// # Errors
 /// Only what tonic's server raises as a whole; a broken connection ends alone.
-pub async fn serve(connections: transport::Connections) -> Result<(), tonic::transport::Error> {
+pub async fn serve(connections: transport::Connections, oci_runtime: PathBuf) -> Result<(), tonic::transport::Error> {
     use proto::{
         agent_service_server::AgentServiceServer, network_service_server::NetworkServiceServer,
         oci_service_server::OciServiceServer,
@@ -63,8 +70,8 @@ pub async fn serve(connections: transport::Connections) -> Result<(), tonic::tra
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(MAX_STREAMS)
         .http2_max_pending_accept_reset_streams(Some(MAX_STREAMS as usize))
-        .add_service(AgentServiceServer::new(agent::Agent::new(answers)))
-        .add_service(OciServiceServer::new(oci::Oci))
+        .add_service(AgentServiceServer::new(agent::Agent::new(answers.clone())))
+        .add_service(OciServiceServer::new(oci::Oci::new(oci_runtime, answers)))
         .add_service(NetworkServiceServer::new(network::Network))
         .serve_with_incoming(connections)
         .await

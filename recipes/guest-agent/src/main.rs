@@ -1,21 +1,24 @@
 //! The command line: listen, say so once, serve.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use vz_guest_agent::transport::{Endpoint, Listener, announce};
-use vz_guest_agent::{AGENT_PROTOCOL_REVISION, VERSION, limits, serve};
+use vz_guest_agent::{AGENT_PROTOCOL_REVISION, VERSION, limits, serve, shim, youki};
 
 const USAGE: &str = "\
-usage: vz-guest-agent [--listen ENDPOINT] [--ready ENDPOINT] [--version]
+usage: vz-guest-agent [--listen ENDPOINT] [--ready ENDPOINT] [--oci-runtime PATH] [--version]
 
-  --listen ENDPOINT  where to serve: vsock:PORT (default vsock:7424) or unix:PATH
-  --ready ENDPOINT   whom to tell once that it listens: vsock:PORT on the host, or unix:PATH
-                     (default vsock:7425 when listening on vsock, else nobody)
-  --version          print the version and the protocol revision";
+  --listen ENDPOINT   where to serve: vsock:PORT (default vsock:7424) or unix:PATH
+  --ready ENDPOINT    whom to tell once that it listens: vsock:PORT on the host, or unix:PATH
+                      (default vsock:7425 when listening on vsock, else nobody)
+  --oci-runtime PATH  the program that runs containers (default /mnt/oci-runtime-bin/youki)
+  --version           print the version and the protocol revision";
 
 struct Options {
     listen: Endpoint,
     ready: Option<Endpoint>,
+    oci_runtime: PathBuf,
 }
 
 enum Asked {
@@ -26,6 +29,7 @@ enum Asked {
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Asked, String> {
     let (mut listen, mut ready) = (Endpoint::Vsock(7424), None);
+    let mut oci_runtime = PathBuf::from(youki::PROGRAM);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--version" => return Ok(Asked::Version),
@@ -41,18 +45,28 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Asked, String> {
                     ready = Some(endpoint);
                 }
             }
+            "--oci-runtime" => oci_runtime = arguments.next().ok_or("--oci-runtime wants a path")?.into(),
             _ => return Err(format!("{argument:?} is not an option")),
         }
     }
     if ready.is_none() && matches!(listen, Endpoint::Vsock(_)) {
         ready = Some(Endpoint::Vsock(7425));
     }
-    Ok(Asked::Serve(Options { listen, ready }))
+    Ok(Asked::Serve(Options {
+        listen,
+        ready,
+        oci_runtime,
+    }))
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    shim::run(&arguments).unwrap_or_else(agent)
 }
 
 // One thread is enough: the agent waits for pipes and sockets, and a guest often has one CPU and little memory.
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> ExitCode {
+async fn agent() -> ExitCode {
     let options = match parse(std::env::args().skip(1)) {
         Ok(Asked::Serve(options)) => options,
         Ok(Asked::Version) => {
@@ -97,7 +111,7 @@ async fn main() -> ExitCode {
             }
         });
     }
-    match serve(listener.connections()).await {
+    match serve(listener.connections(), options.oci_runtime).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vz-guest-agent: {error}");

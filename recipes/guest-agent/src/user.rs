@@ -37,7 +37,11 @@ impl User {
         Self::find_in(wanted, &read("/etc/passwd")?, &read("/etc/group")?)
     }
 
-    fn find_in(wanted: &str, passwd: &str, group: &str) -> Result<Self, String> {
+    /// Finds `wanted` as [`User::find`] does, in the text of these two files.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn find_in(wanted: &str, passwd: &str, group: &str) -> Result<Self, String> {
         let (user, wanted_group) = match wanted.split_once(':') {
             Some((user, group)) => (user, Some(group)),
             None => (wanted, None),
