@@ -11,7 +11,7 @@ from types import FrameType
 import click
 
 import vzrepro
-from vzrepro.cli import bundle, cache, doctor, inspect, key, lock, realize, store, vm
+from vzrepro.cli import bundle, cache, doctor, inspect, key, lock, oci, realize, store, vm
 from vzrepro.cli.session import Session
 from vzrepro.console import Console
 from vzrepro.errors import Interrupted, UsageError, VzreproError
@@ -39,6 +39,7 @@ group.add_command(cache.cache)
 group.add_command(key.key)
 group.add_command(bundle.bundle)
 group.add_command(vm.vm)
+group.add_command(oci.oci)
 group.add_command(doctor.doctor)
 for verb in (inspect.targets, inspect.show, inspect.why, inspect.graph, inspect.log, realize.shell):
     group.add_command(verb)

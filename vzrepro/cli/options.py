@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
+
+from vzrepro.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,3 +31,17 @@ def signatures_option(function: F) -> F:
     """`--require-signatures`, which overrides the setting of that name."""
     text = "Trusted keys that must have signed what is taken."
     return click.option("--require-signatures", type=click.IntRange(1), help=text)(function)
+
+
+def variables(words: Sequence[str]) -> dict[str, str]:
+    """What several `--env NAME[=VALUE]` mean: a name alone takes over our own variable, if there is one."""
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name:
+            raise UsageError(f"--env {word}: a variable has a name", hint="--env NAME=VALUE, or --env NAME")
+        if equals:
+            found[name] = value
+        elif name in os.environ:
+            found[name] = os.environ[name]
+    return found

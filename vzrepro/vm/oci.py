@@ -1,7 +1,7 @@
 """Runs a container in a guest of its own: an image's root directory shared with it, an overlay over that, youki.
 
-In the guest a container is the directory /run/vz/oci/<id>: its config.json, the overlay's upper layer (a tmpfs: what
-the container writes goes with the guest, and the image never changes) and the files that it sees in its /etc.
+In the guest a container is the directory /run/vz/containers/<id>: its config.json, the overlay's upper layer (a tmpfs:
+what the container writes goes with the guest, and the image never changes) and the files that it sees in its /etc.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -120,7 +120,13 @@ def check_id(text: str) -> str:
 
 @contextlib.contextmanager
 def prepared(
-    container_id: str, wish: Wish, machine: Machine, directory: Path, *, terminal: bool = False
+    container_id: str,
+    wish: Wish,
+    machine: Machine,
+    directory: Path,
+    *,
+    terminal: bool = False,
+    on_console: Callable[[str], object] = lambda _line: None,
 ) -> Iterator[Container]:
     """A guest with the container's bundle in it, ready to be created; the guest ends with the context.
 
@@ -136,9 +142,13 @@ def prepared(
             _check_free(port)
         guest = _guest(wish, machine, image, _tools(machine, directory))
         with boot.running(
-            guest, programs=machine.programs, timeout_secs=machine.timeout_secs, directory=directory
+            guest,
+            programs=machine.programs,
+            timeout_secs=machine.timeout_secs,
+            on_console=on_console,
+            directory=directory,
         ) as vm:
-            place = f"/run/vz/oci/{container_id}"
+            place = f"/run/vz/containers/{container_id}"
             mounts = [(f"/mnt/vz-mount-{number}", mount) for number, mount in enumerate(wish.mounts, 1)]
             config = spec.document(container_id, process, mounts, wish.limits, place, f"{_TOOLS}/{RUNNER}")
             _set_up(vm.agent, place, container_id, config)

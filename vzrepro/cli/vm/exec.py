@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from vzrepro.cli.options import variables
 from vzrepro.cli.session import Session
 from vzrepro.cli.vm import machine
-from vzrepro.errors import UsageError
 
 _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -56,7 +55,7 @@ def execute(
     from vzrepro.vm.spec import Mount
 
     parsed = [Mount.parse(text) for text in mounts]
-    variables = _variables(env)
+    settings = variables(env)
     [folder], programs = machine.prepare(session, [bundle], shares=bool(parsed or rootfs_dir))
     guest = directory.with_mounts(machine.guest(folder), parsed)
     if rootfs_dir is not None:
@@ -65,13 +64,13 @@ def execute(
     session.console.close()
     pty = sys.stdin.isatty() and sys.stdout.isatty()
     if pty:
-        variables = {"TERM": os.environ.get("TERM", "linux"), **variables}
+        settings = {"TERM": os.environ.get("TERM", "linux"), **settings}
     with boot.running(guest, programs=programs, timeout_secs=timeout_secs) as vm:
         code = attach.run(
             vm.agent,
             command[0],
             command[1:],
-            env=variables,
+            env=settings,
             working_dir=workdir,
             user=user,
             pty=pty,
@@ -81,16 +80,3 @@ def execute(
         )
         vm.power_off()
     return code
-
-
-def _variables(words: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not name:
-            raise UsageError(f"--env {word}: a variable has a name", hint="--env NAME=VALUE, or --env NAME")
-        if equals:
-            found[name] = value
-        elif name in os.environ:
-            found[name] = os.environ[name]
-    return found
