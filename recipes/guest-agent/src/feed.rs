@@ -209,3 +209,117 @@ fn payload(event: &ExecEvent) -> usize {
         Some(Event::ExitCode(_)) | None => 0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use prost::bytes::Bytes;
+    use tokio::time::Instant;
+    use tokio_stream::StreamExt;
+
+    use super::*;
+    use crate::idempotency::{Claim, Keys};
+    use crate::proto::{ExecRequest, TransportMetadata};
+
+    const GRACE: Duration = Duration::from_secs(30);
+
+    fn keyed() -> (Feed, Publisher) {
+        let metadata = Some(TransportMetadata {
+            request_id: String::new(),
+            idempotency_key: "key".into(),
+        });
+        let mut request = ExecRequest {
+            metadata,
+            ..ExecRequest::default()
+        };
+        let feed = Feed::default();
+        let claim = Keys::default().claim("Exec", &mut request, || feed.clone());
+        let Ok(Claim::First(ticket)) = claim else {
+            panic!("the key is new")
+        };
+        (feed.clone(), Publisher::new(feed, Some(ticket), 7))
+    }
+
+    fn chunk(size: usize) -> Event {
+        Event::Stdout(Bytes::from(vec![b'x'; size]))
+    }
+
+    async fn sequences(events: Events) -> Vec<u64> {
+        events.map(|event| event.unwrap().sequence).collect().await
+    }
+
+    #[tokio::test]
+    async fn clients_get_all_events_whenever_they_come() {
+        let (feed, mut publisher) = keyed();
+        let early = feed.attach("early".into()).unwrap();
+        publisher.send(chunk(1)).await;
+        let midway = feed.attach("midway".into()).unwrap();
+        publisher.send(chunk(1)).await;
+        publisher.send(Event::ExitCode(0)).await;
+        drop(publisher);
+        let late = feed.attach("late".into()).unwrap();
+        for events in [early, midway, late] {
+            assert_eq!(sequences(events).await, [1, 2, 3]);
+        }
+        let mut again = feed.attach("again".into()).unwrap();
+        let first = again.next().await.unwrap().unwrap();
+        assert_eq!((first.request_id.as_str(), first.exec_id), ("again", 7));
+        assert_eq!(again.next().await.unwrap().unwrap().exec_id, 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_slowest_client_holds_the_command_up_until_it_leaves() {
+        let (feed, mut publisher) = keyed();
+        let slow = feed.attach("slow".into()).unwrap();
+        let fast = tokio::spawn(sequences(feed.attach("fast".into()).unwrap()));
+        let sending = tokio::spawn(async move {
+            for _ in 0..20 {
+                publisher.send(chunk(1)).await;
+            }
+        });
+        tokio::time::sleep(GRACE).await;
+        assert!(!sending.is_finished());
+        drop(slow);
+        sending.await.unwrap();
+        assert_eq!(fast.await.unwrap().len(), 20);
+    }
+
+    #[tokio::test]
+    async fn what_is_remembered_is_bounded() {
+        let (feed, mut publisher) = keyed();
+        let first = tokio::spawn(sequences(feed.attach("first".into()).unwrap()));
+        for _ in 0..KEPT_OUTPUT / 16384 - 1 {
+            publisher.send(chunk(16384)).await;
+        }
+        assert!(feed.attach("in time".into()).is_some());
+        publisher.send(chunk(16384)).await;
+        assert!(feed.attach("too late".into()).is_none());
+        assert!(feed.lock().past.is_none());
+        drop(publisher);
+        assert_eq!(first.await.unwrap().len(), 64);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_command_is_abandoned_when_its_clients_stay_away() {
+        let (feed, mut publisher) = keyed();
+        let start = Instant::now();
+        let abandoned = tokio::spawn({
+            let feed = feed.clone();
+            async move { feed.abandoned(GRACE).await }
+        });
+        let first = feed.attach("first".into()).unwrap();
+        tokio::time::sleep(2 * GRACE).await;
+        drop(first);
+        tokio::time::sleep(GRACE / 2).await;
+        let second = feed.attach("second".into()).unwrap();
+        tokio::time::sleep(2 * GRACE).await;
+        assert!(!abandoned.is_finished());
+        drop(second);
+        abandoned.await.unwrap();
+        assert_eq!(start.elapsed(), 5 * GRACE + GRACE / 2);
+        // At once, when nobody can come any more.
+        publisher.forget();
+        let start = Instant::now();
+        feed.abandoned(GRACE).await;
+        assert_eq!(start.elapsed(), Duration::ZERO);
+    }
+}

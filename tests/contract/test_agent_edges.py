@@ -1,0 +1,63 @@
+"""Edges of the agent's promises: answers that are not kept, ids of an agent that is gone, a foreground that is a group
+of its own, a clock that is off. Each test runs against the agent on this host and the one in a guest."""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+import pytest
+
+from tests.contract.agents import LIMIT_SECS, Side, eventually, refused
+from vzrepro.vm.agent import AgentError
+
+_JOB = "set -m; sh -c 'echo $$ up; exec sleep 1000'; echo after"
+
+
+def test_more_output_than_is_kept_is_neither_repeated_nor_made_again(agent: Side) -> None:
+    key = uuid.uuid4().hex
+    assert len(agent.shell("head -c 3000000 /dev/zero", key=key).whole().stdout) == 3_000_000
+    with refused("already_exists"):
+        agent.shell("head -c 3000000 /dev/zero", key=key).whole()
+
+
+def test_a_signal_also_reaches_what_is_in_the_foreground_of_a_terminal(agent: Side) -> None:
+    command = agent.shell(_JOB, pty=(24, 80)).until(b"up")
+    job = int(command.stdout.split()[0])
+    agent.client.signal(command.exec_id, 9)
+    assert command.whole().end == 137
+    eventually(lambda: not agent.alive(job), "the foreground's end")
+
+
+def test_a_client_that_vanishes_takes_the_foreground_along(agent: Side) -> None:
+    command = agent.shell(_JOB, pty=(24, 80)).until(b"up")
+    job = int(command.stdout.split()[0])
+    command.execution.close()
+    eventually(lambda: not agent.alive(job), "the foreground's end")
+
+
+def test_an_id_is_not_given_out_again_by_an_agent_that_was_started_again(agent: Side) -> None:
+    old = agent.exec("sleep", ["1000"]).started()
+    _kill(agent)
+    new = [agent.exec("sleep", ["1000"]).started() for _ in range(20)]
+    assert old.exec_id not in [command.exec_id for command in new]
+    with refused("not_found"):
+        agent.client.signal(old.exec_id, 9)
+    for command in new:
+        command.execution.close()
+
+
+# That an agent outside a guest leaves the machine's clock alone is a test of the crate.
+@pytest.mark.parametrize("side", ["guest"], indirect=True)
+@pytest.mark.parametrize("wrong", [31_536_000, 4_000_000_000])
+def test_an_agent_that_starts_sets_a_clock_that_is_off(agent: Side, wrong: int) -> None:
+    assert abs(int(agent.text(f"date -s @{wrong} > /dev/null; date +%s")) - wrong) < 60
+    _kill(agent)
+    eventually(lambda: abs(int(agent.text("date +%s")) - time.time()) < 10, "the host's time in the guest")
+
+
+def _kill(agent: Side) -> None:
+    """Kill the agent, and wait until it is back."""
+    with pytest.raises(AgentError):
+        agent.shell("kill -KILL $PPID").whole()
+    agent.client.ping(LIMIT_SECS)
