@@ -72,3 +72,22 @@ def shell(agent: AgentClient, script: str, program: str = "/bin/busybox") -> str
             case "error":
                 raise AssertionError(event.error)
     return out.decode()
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """The children, grandchildren … of a process: id → name, which the kernel cuts after 15 characters."""
+    parents: dict[int, int] = {}
+    names: dict[int, str] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            head, _, rest = path.read_text().rpartition(")")
+        except OSError:
+            continue
+        one = int(path.parent.name)
+        parents[one], names[one] = int(rest.split()[1]), head.partition("(")[2]
+    found: dict[int, str] = {}
+    new = {pid}
+    while new:
+        new = {one for one, parent in parents.items() if parent in new} - found.keys()
+        found |= {one: names[one] for one in new}
+    return found

@@ -7,9 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from tests.guests import LIMIT_SECS, archive, descendants
+from vzrepro.errors import VzreproError
+from vzrepro.vm import boot
 
 ROOT = Path(__file__).parents[2]
 BOOT = [sys.executable, "-m", "vzrepro", "vm", "boot", "container-bundle"]
@@ -26,23 +31,6 @@ def guests() -> set[int]:
                 found.add(int(path.parent.name))
         except OSError:
             continue
-    return found
-
-
-def descendants(pid: int) -> set[int]:
-    """The children, grandchildren … of a process."""
-    children: dict[int, set[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        children.setdefault(parent, set()).add(int(path.parent.name))
-    found: set[int] = set()
-    new = {pid}
-    while new:
-        new = set().union(*(children.get(one, set()) for one in new)) - found
-        found |= new
     return found
 
 
@@ -70,7 +58,7 @@ def test_no_guest_outlives_us(number: signal.Signals) -> None:
     command = subprocess.Popen(BOOT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 120
-        while len(ours := descendants(command.pid) & guests()) < 2:
+        while len(ours := descendants(command.pid).keys() & guests()) < 2:
             assert command.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -85,3 +73,69 @@ def test_no_guest_outlives_us(number: signal.Signals) -> None:
         time.sleep(0.05)
     if number == signal.SIGINT:
         assert command.returncode == 130
+
+
+def test_a_panic_is_shown_with_its_trace(bundle: Path, programs: boot.HostPrograms, tmp_path: Path) -> None:
+    extra = archive(tmp_path / "init.cpio", {"/init": "#!/bin/sh\necho going\nexit 3\n"})
+    guest = replace(boot.of_bundle(bundle), extra_initramfs=(extra,))
+    with (
+        pytest.raises(VzreproError, match="the guest's kernel panicked: Attempted to kill init!") as error,
+        boot.running(guest, programs=programs, timeout_secs=LIMIT_SECS),
+    ):
+        pass
+    assert error.value.reason is not None
+    lines = [line.strip() for line in error.value.reason.splitlines()]
+    assert "going" in lines
+    trace = lines.index(next(line for line in lines if line.endswith("Call trace:")))
+    assert len([line for line in lines[trace:] if "] " in line]) > 5
+
+
+def test_a_panic_in_use_is_shown_as_well(bundle: Path, programs: boot.HostPrograms, tmp_path: Path) -> None:
+    # PID 1 cannot be killed from inside; one that ends when it is asked to panics the kernel.
+    with (bundle / "initramfs.img").open("rb") as file:
+        assert b"trap 'power halt' USR1" in file.read()
+    script = (Path(__file__).parents[2] / "recipes/initramfs/init").read_text()
+    changed = script.replace("trap 'power halt' USR1", "trap 'exit 4' USR1")
+    assert changed != script
+    extra = archive(tmp_path / "init.cpio", {"/init": changed})
+    guest = replace(boot.of_bundle(bundle), extra_initramfs=(extra,))
+    with (
+        pytest.raises(VzreproError, match="the guest's kernel panicked: Attempted to kill init!") as error,
+        boot.running(guest, programs=programs, timeout_secs=LIMIT_SECS) as vm,
+    ):
+        for _event in vm.agent.exec("/bin/sh", ["-c", "kill -USR1 1; sleep 600"]):
+            pass
+    assert "Call trace:" in str(error.value)
+
+
+def test_another_protocol_revision_is_refused(
+    bundle: Path, programs: boot.HostPrograms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boot, "AGENT_PROTOCOL_REVISION", 2)
+    with (
+        pytest.raises(VzreproError, match="agent speaks protocol revision 1, this host 2"),
+        boot.running(boot.of_bundle(bundle), programs=programs, timeout_secs=LIMIT_SECS),
+    ):
+        pass
+
+
+def test_two_guests_at_once(bundle: Path, programs: boot.HostPrograms) -> None:
+    guest, options = boot.of_bundle(bundle), {"programs": programs, "timeout_secs": LIMIT_SECS}
+    with boot.running(guest, **options) as one, boot.running(guest, **options) as two:
+        assert one.vsock.cid != two.vsock.cid
+        for vm in (one, two):
+            vm.agent.ping(LIMIT_SECS)
+        one.power_off()
+        two.agent.ping(LIMIT_SECS)
+        two.power_off()
+
+
+def test_no_qemu_says_how_to_get_it(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "docker").symlink_to(shutil.which("docker") or "docker")
+    command = [sys.executable, "-m", "vzrepro", "vm", "boot", str(bundle)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "qemu-system-aarch64 is not installed" in done.stderr
+    assert "apt-get install" in done.stderr

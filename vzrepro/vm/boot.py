@@ -20,7 +20,7 @@ from vzrepro.errors import UsageError, VzreproError
 from vzrepro.metadata import AGENT_PROTOCOL_REVISION, VERSION_FILE, Metadata
 from vzrepro.vm import dial as dials
 from vzrepro.vm import qemu, watch
-from vzrepro.vm.agent import AgentClient, SystemInfo
+from vzrepro.vm.agent import AgentClient, AgentError, SystemInfo
 from vzrepro.vm.dial import Dial
 
 _READY_LINE = re.compile(r"ready (?P<version>\S+) (?P<revision>\d{1,9})")
@@ -30,6 +30,8 @@ _POWER_OFF_SECS = 20.0
 _ASK_AFTER_SECS = (1.0, 4.0)
 _ASK_AT_ONCE_SECS = (0.05, 1.0)
 _READY_LINE_SECS = 2.0
+# A guest's connections may break a little before its machine ends.
+_LOSS_SECS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +217,8 @@ def running(
                 _check_revision(int(said["revision"]))
             yield Vm(client, dial, accelerator, vsock, said and said["version"], said is not None, seen)
         except Exception as error:
-            if (loss := seen.loss()) is not None:
+            broken = isinstance(error, AgentError) and error.status == "unavailable"
+            if (loss := seen.loss(_LOSS_SECS if broken else 0)) is not None:
                 raise loss from error
             raise
 

@@ -159,9 +159,10 @@ class Watch:
         if lost:
             on_lost()
 
-    def loss(self) -> VzreproError | None:
-        """The error that says how the guest was lost while it was in use; None when it was not."""
+    def loss(self, timeout_secs: float) -> VzreproError | None:
+        """The error that says how the guest was lost while it was in use; None when it was not, nor within the time."""
         with self._changed:
+            self._wait(lambda: bool(self._ended), time.monotonic() + timeout_secs)
             return self._end("while the guest was in use", _IN_USE) if self._in_use and self._ended else None
 
     def release(self) -> None:
