@@ -4,7 +4,8 @@
 //! [`exec`] runs commands ([`command`] starts one, [`channel`] is an end of its pipe or terminal, [`feed`] its events),
 //! [`user`] says who runs them, [`forward`] connects to ports, [`idempotency`] answers repeated calls, [`system`]
 //! describes the guest, [`clock`] sets its clock, [`limits`] is about open files, [`youki`] runs containers, with
-//! [`shim`] beside them, and [`collect`] waits for a program and what it prints.
+//! [`shim`] beside them, [`collect`] waits for a program and what it prints, [`netlink`] asks the kernel for interfaces,
+//! [`subnet`] reads their addresses.
 
 use std::path::PathBuf;
 
@@ -18,9 +19,11 @@ pub mod feed;
 pub mod forward;
 pub mod idempotency;
 pub mod limits;
+pub mod netlink;
 pub mod network;
 pub mod oci;
 pub mod shim;
+pub mod subnet;
 pub mod system;
 pub mod transport;
 pub mod user;
@@ -49,11 +52,6 @@ const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 /// command is a call.
 const MAX_STREAMS: u32 = 10_000;
 
-/// The answer to a call of the contract that this version does not serve.
-fn not_served(what: &str) -> tonic::Status {
-    tonic::Status::unimplemented(format!("vz-guest-agent {VERSION} does not serve {what}"))
-}
-
 /// Serves all of the contract on `connections` until they end, which they never do on a listening socket;
 /// containers by the program `oci_runtime`.
 ///
@@ -71,8 +69,8 @@ pub async fn serve(connections: transport::Connections, oci_runtime: PathBuf) ->
         .max_concurrent_streams(MAX_STREAMS)
         .http2_max_pending_accept_reset_streams(Some(MAX_STREAMS as usize))
         .add_service(AgentServiceServer::new(agent::Agent::new(answers.clone())))
-        .add_service(OciServiceServer::new(oci::Oci::new(oci_runtime, answers)))
-        .add_service(NetworkServiceServer::new(network::Network))
+        .add_service(OciServiceServer::new(oci::Oci::new(oci_runtime, answers.clone())))
+        .add_service(NetworkServiceServer::new(network::Network::new(answers)))
         .serve_with_incoming(connections)
         .await
 }

@@ -19,17 +19,17 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts it with further arguments.
-    pub async fn start(arguments: &[&str]) -> Self {
+    /// Starts it by a command line that ends with a program's, to which the agent's is added.
+    pub async fn start(before: &[&str]) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let directory = std::env::temp_dir().join(format!("vz-agent-running-{}-{count}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();
         let socket = directory.join("agent.sock");
-        let process = Command::new(env!("CARGO_BIN_EXE_vz-guest-agent"))
-            .arg("--listen")
+        let words = [before, &[env!("CARGO_BIN_EXE_vz-guest-agent"), "--listen"]].concat();
+        let process = Command::new(words[0])
+            .args(&words[1..])
             .arg(format!("unix:{}", socket.display()))
-            .args(arguments)
             .spawn()
             .unwrap();
         let channel = connect(&socket).await;
