@@ -23,7 +23,7 @@ async fn isolated() -> Option<Agent> {
         return None;
     }
     let script = r#"mount -t tmpfs tmpfs /run && exec "$0" "$@""#;
-    Some(Agent::start(&[&words[..], &[script]].concat()).await)
+    Some(Agent::start_by(&[&words[..], &[script]].concat(), &[]).await)
 }
 
 fn service(name: &str, addr: &str, network: &str) -> NetworkServiceConfig {

@@ -19,8 +19,14 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts it by a command line that ends with a program's, to which the agent's is added.
-    pub async fn start(before: &[&str]) -> Self {
+    /// Starts it with further arguments.
+    #[allow(dead_code, reason = "not every test file starts it so")]
+    pub async fn start(arguments: &[&str]) -> Self {
+        Self::start_by(&[], arguments).await
+    }
+
+    /// Starts it by another program, whose words come before the agent's own.
+    pub async fn start_by(before: &[&str], arguments: &[&str]) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let directory = std::env::temp_dir().join(format!("vz-agent-running-{}-{count}", std::process::id()));
@@ -30,6 +36,7 @@ impl Agent {
         let process = Command::new(words[0])
             .args(&words[1..])
             .arg(format!("unix:{}", socket.display()))
+            .args(arguments)
             .spawn()
             .unwrap();
         let channel = connect(&socket).await;
