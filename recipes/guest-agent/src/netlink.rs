@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 use nix::libc;
 
 // linux/if_link.h, linux/veth.h
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
@@ -47,13 +48,18 @@ impl Netlink {
         Ok(Self(file))
     }
 
-    /// Makes a bridge.
+    /// Makes a bridge with an Ethernet address of its own. Without one it would have the lowest of its ports', another
+    /// one whenever they change, and its neighbours would speak to the old one for a while.
     ///
     /// # Errors
     /// What the kernel says; so for all below.
-    pub fn add_bridge(&self, name: &str) -> io::Result<()> {
+    pub fn add_bridge(&self, name: &str, ethernet: [u8; 6]) -> io::Result<()> {
         let info = attribute(IFLA_INFO_KIND, b"bridge");
-        let attributes = [attribute(IFLA_IFNAME, &text(name)), attribute(IFLA_LINKINFO, &info)];
+        let attributes = [
+            attribute(IFLA_IFNAME, &text(name)),
+            attribute(IFLA_ADDRESS, &ethernet),
+            attribute(IFLA_LINKINFO, &info),
+        ];
         self.request(libc::RTM_NEWLINK, NEW, &[link(0, 0), attributes.concat()].concat())
     }
 

@@ -160,6 +160,14 @@ fn short(prefix: &str, words: &[&str]) -> String {
     format!("{prefix}{:012x}", hasher.finish() >> 16)
 }
 
+/// A locally administered address of one interface (IEEE 802: the second bit of the first byte), from its name.
+fn ethernet(name: &str) -> [u8; 6] {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    let [a, b, c, d, e, ..] = hasher.finish().to_ne_bytes();
+    [2, a, b, c, d, e]
+}
+
 /// Whether a network namespace is bound to the file.
 fn is_namespace(path: &Path) -> bool {
     nix::sys::statfs::statfs(path).is_ok_and(|found| found.filesystem_type() == nix::sys::statfs::NSFS_MAGIC)
@@ -334,7 +342,7 @@ fn make(service: &Service) -> io::Result<()> {
 
     let bridge = service.bridge();
     if index(&bridge).is_none() {
-        netlink.add_bridge(&bridge)?;
+        netlink.add_bridge(&bridge, ethernet(&bridge))?;
     }
     let bridge = index(&bridge).ok_or_else(|| io::Error::other("the bridge is gone again"))?;
     if let Some(gateway) = service.gateway {
