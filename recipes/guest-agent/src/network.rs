@@ -164,8 +164,9 @@ fn short(prefix: &str, words: &[&str]) -> String {
 fn ethernet(name: &str) -> [u8; 6] {
     let mut hasher = DefaultHasher::new();
     name.hash(&mut hasher);
-    let [a, b, c, d, e, ..] = hasher.finish().to_ne_bytes();
-    [2, a, b, c, d, e]
+    let mut address = [2; 6];
+    address[1..].copy_from_slice(&hasher.finish().to_ne_bytes()[..5]);
+    address
 }
 
 /// Whether a network namespace is bound to the file.
