@@ -62,6 +62,15 @@ def test_version_json(bundle: Path, project: Cli) -> None:
     assert version["kernel"] == shown["derivation"]["version"]
 
 
+def test_what_is_declared_is_what_the_kernels_build_and_the_guest_proved(bundle: Path, project: Cli) -> None:
+    declared = json.loads((bundle / "version.json").read_text())["capabilities"]
+    kernel, probed = project.realize("kernel-container", "container-probes")
+    assert declared == json.loads((kernel / "capabilities.json").read_text())
+    report = json.loads((probed / "probes.json").read_text())
+    assert declared == sorted(report["capabilities"])
+    assert {one["verdict"] for one in (*report["capabilities"].values(), *report["absent"].values())} == {"PROVEN"}
+
+
 def test_the_kernel_is_a_raw_arm64_image(bundle: Path) -> None:
     with (bundle / "vmlinux").open("rb") as file:
         header = file.read(64)
