@@ -31,13 +31,13 @@ _PINNED = build(
     command=["gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-o", "/out/pinned.so", "/in/src/pinned.c"],
 )
 
-_NEVER_RUN = "for maintainer scripts or interactive use, neither of which is here"
+_UNUSED = "nothing that runs here runs or reads it"
 
 _DISKS_IMAGE = debian_image(
     "disks",
     suite=SUITE,
     packages=["bash", "btrfs-progs", "coreutils", "dash", "e2fsprogs", "libc-bin"],
-    without=dict.fromkeys(("debianutils", "openssl-provider-legacy"), _NEVER_RUN),
+    without=dict.fromkeys(("debianutils", "openssl-provider-legacy"), _UNUSED),
 )
 
 _QEMU_IMAGE = debian_image(
@@ -47,7 +47,7 @@ _QEMU_IMAGE = debian_image(
     without=dict.fromkeys(
         "adduser debconf debianutils dpkg libdebconfclient0 libsemanage2 login.defs media-types netbase "
         "openssl-provider-legacy passwd readline-common tar tzdata".split(),
-        _NEVER_RUN,
+        _UNUSED,
     ),
 )
 
