@@ -27,8 +27,9 @@ _PATIENCE_SECS = 60.0
 # gRPC's own pause after a failed attempt is a second, longer than a guest takes to boot.
 _CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 20),
-    ("grpc.min_reconnect_backoff_ms", 20),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # Despite its name: how long one attempt may take.
+    ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     ("grpc.enable_http_proxy", 0),
     # Clients of two guests in one process share nothing, else one guest's end would disturb the other's calls.
