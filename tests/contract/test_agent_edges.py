@@ -47,6 +47,14 @@ def test_an_id_is_not_given_out_again_by_an_agent_that_was_started_again(agent: 
         command.execution.close()
 
 
+# Orphans are init's, in a guest ours.
+@pytest.mark.parametrize("side", ["guest"], indirect=True)
+def test_what_a_command_left_behind_is_reaped_in_the_end(agent: Side) -> None:
+    pids = agent.text("for i in 1 2 3 4 5 6 7 8 9; do (sh -c 'echo $$; exec sleep 0.3' &); done; sleep 0.1").split()
+    assert len(pids) == 9
+    eventually(lambda: agent.text(f"cd /proc; ls -d {' '.join(pids)} 2>/dev/null; :") == "", "the end of the orphans")
+
+
 # That an agent outside a guest leaves the machine's clock alone is a test of the crate.
 @pytest.mark.parametrize("side", ["guest"], indirect=True)
 @pytest.mark.parametrize("wrong", [31_536_000, 4_000_000_000])
