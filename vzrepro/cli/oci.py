@@ -13,6 +13,7 @@ import platformdirs
 
 from vzrepro.cli.options import variables
 from vzrepro.cli.session import Session
+from vzrepro.errors import VzreproError
 
 if TYPE_CHECKING:
     from vzrepro.vm.oci import Machine, Wish
@@ -129,6 +130,7 @@ def create(session: Session, /, container_id: str, image: Path, command: tuple[s
     """Boot a guest that stays, and create a container in it; `start` has it run."""
     from vzrepro.vm import supervisor
 
+    supervisor.check_free(container_id)
     wish = _wish(image, command, False, **options)
     supervisor.create(container_id, wish, _machine(session, **options))
     session.console.print_text(container_id)
@@ -160,6 +162,11 @@ def execute(
     terminal = _terminal()
     with supervisor.connected(container_id) as agent:
         state = supervisor.load(container_id)
+        if (status := agent.oci_state(container_id).status) != "running":
+            raise VzreproError(
+                f"container {container_id} is {status}, so nothing can be run in it",
+                hint=f"start it first: vzrepro oci start {container_id}" if status == "created" else None,
+            )
         process = spec.process(
             state.image,
             command,

@@ -92,16 +92,13 @@ def create(container_id: str, wish: Wish, machine: Machine) -> None:
 
     Raises UsageError when the id is in use, and whatever `oci.prepared` does; then nothing is left.
     """
-    home = _made(base())
-    path = home / oci.check_id(container_id)
+    check_free(container_id)
+    path = _made(base()) / container_id
     try:
         lock = _claim(path)
     except FileExistsError:
-        raise UsageError(
-            f"there is a container {container_id} already",
-            reason=None if disk.held(path) else "its guest is gone",
-            hint=f"choose another id, or: vzrepro oci delete{'' if not disk.held(path) else ' --force'} {container_id}",
-        ) from None
+        check_free(container_id)
+        raise
     try:
         order = TypeAdapter(_Order).dump_json(_Order(container_id, wish, machine))
         ours, theirs = os.pipe()
@@ -125,6 +122,18 @@ def create(container_id: str, wish: Wish, machine: Machine) -> None:
         raise
     finally:
         os.close(lock)
+
+
+def check_free(container_id: str) -> None:
+    """Raises UsageError when a container has this id already, or nothing can have it."""
+    path = base() / oci.check_id(container_id)
+    if path.exists():
+        is_alive = disk.held(path)
+        raise UsageError(
+            f"there is a container {container_id} already",
+            reason=None if is_alive else "its guest is gone",
+            hint=f"choose another id, or: vzrepro oci delete{' --force' if is_alive else ''} {container_id}",
+        )
 
 
 def _wait_for(process: subprocess.Popen[bytes], order: bytes, answer: Any, log: Path) -> None:
