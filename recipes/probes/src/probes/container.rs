@@ -54,9 +54,13 @@ pub fn probe() -> Outcome {
         let errors = String::from_utf8_lossy(&run.stderr);
         let last = errors
             .lines()
-            .rfind(|line| line.starts_with("Error"))
+            .rfind(|line| !line.trim().is_empty())
             .unwrap_or("it said nothing");
-        return Err(Failure::new(format!("youki run: {last}")));
+        let reached = said.lines().last().unwrap_or("nothing");
+        let status = run.status;
+        return Err(Failure::new(format!(
+            "youki run: {status}: {last}; the container last said: {reached}"
+        )));
     }
     for (found, wanted) in said.lines().zip(EXPECTED.lines()) {
         ensure(
