@@ -17,6 +17,7 @@ import subprocess
 import sys
 import termios
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,6 +95,7 @@ def image() -> str:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("site")
+    path.chmod(0o755)  # nginx's workers are not root
     (path / "index.html").write_text("from the host\n")
     (path / "nginx.conf").write_text(NGINX)
     return path
@@ -106,6 +108,8 @@ def fetched(port: int, process: subprocess.Popen[bytes] | None = None) -> str:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
                 return str(answer.read().decode())
+        except urllib.error.HTTPError:
+            raise
         except OSError:
             assert process is None or process.poll() is None, process.stdout.read() if process.stdout else ""
             assert time.monotonic() < deadline
