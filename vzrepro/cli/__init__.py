@@ -47,7 +47,8 @@ for verb in (inspect.targets, inspect.show, inspect.why, inspect.graph, inspect.
 
 def main(words: Sequence[str]) -> None:
     """Run one command and end the process with its exit code."""
-    console = Console("json" if "--json" in words else "auto", stdout=sys.stdout, stderr=sys.stderr)
+    ours = words[: words.index("--")] if "--" in words else words  # what follows is a guest's command
+    console = Console("json" if "--json" in ours else "auto", stdout=sys.stdout, stderr=sys.stderr)
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
