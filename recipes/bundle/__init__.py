@@ -5,6 +5,7 @@ import json
 
 from recipes import guest_agent
 from recipes.busybox import BUSYBOX
+from recipes.hardening import HARDENING
 from recipes.initramfs import INITRAMFS
 from recipes.kernel import KERNELS, PROFILES
 from recipes.probes import REPORTS
@@ -32,6 +33,7 @@ for _profile in PROFILES:
             "initramfs": INITRAMFS,
             "youki": YOUKI,
             "probes": REPORTS[_profile.name],
+            **({"hardening": HARDENING[_profile.name]} if _profile.name in HARDENING else {}),
             "metadata.json": text("metadata.json", json.dumps(_metadata, sort_keys=True)),
             "src": local("assemble.py"),
         },
@@ -39,3 +41,11 @@ for _profile in PROFILES:
     )
 
 build("bundles", image=TOOLS_IMAGE, inputs=_bundles, command=["cp", "-R", "/in/.", "/out"])
+
+# For bench/kernel only: the plain kernel with the same initramfs, no bundle.
+build(
+    "plain-bundle",
+    image=TOOLS_IMAGE,
+    inputs={"kernel": KERNELS["plain"], "initramfs": INITRAMFS},
+    command=["cp", "/in/kernel/vmlinux", "/in/initramfs/initramfs.img", "/out"],
+)

@@ -1,20 +1,11 @@
 #!/bin/sh
-# Builds one kernel profile inside the sandbox.
+# Compiles one kernel profile inside the sandbox.
 #
 # in:  /in/linux.tar.xz          the kernel's source, any name for its top directory
-#      /in/src/                  this recipe's fragment, hardening list and check_config.py
-#      /in/requirements.json     capabilities.requirements() of the profile
+#      /in/config/               what configure.sh left: config, capabilities.json
+#      /in/patches/              when the profile has any: *.patch, applied with -p1
 # out: /out/vmlinux (the raw arm64 Image), config, System.map, capabilities.json, report.json
-#
-# The configuration is proven before anything is compiled: a request that Kconfig dropped costs seconds, not minutes.
 set -eu
-
-requirement() {
-    python3 -c 'import json, sys; print(json.load(open("/in/requirements.json"))[sys.argv[1]])' "$1"
-}
-
-base=$(requirement base)
-fragment=$(requirement fragment)
 
 # All that the kernel would otherwise ask the machine and the clock for. It prints the timestamp with date(1).
 export ARCH=arm64 CROSS_COMPILE=aarch64-linux-gnu-
@@ -29,40 +20,43 @@ tar -xJf /in/linux.tar.xz -C linux --strip-components=1 --no-same-owner --wildca
     --exclude='*/Documentation/*.rst' --exclude='*/Documentation/*.yaml' --exclude='*/Documentation/*.svg'
 cd linux
 
-make -s "$base"
-# -n: whatever the fragment brings into reach and does not mention is answered "no", as in allnoconfig itself.
-case $base in
-    allnoconfig) unmentioned=-n ;;
-    *) unmentioned= ;;
-esac
-scripts/kconfig/merge_config.sh $unmentioned .config "/in/src/$fragment" >merge.log 2>&1 || {
-    tail -n 20 merge.log
-    exit 1
-}
+for file in /in/patches/*.patch; do
+    # --fuzz=0: a patch fits this version of the kernel exactly, or somebody looks at it again.
+    [ ! -e "$file" ] || patch --quiet --fuzz=0 -p1 <"$file"
+done
+
+cp /in/config/config .config
 make -s olddefconfig
-python3 /in/src/check_config.py --config .config --source /in/src --requirements /in/requirements.json --out .
+# What was proven is what is compiled.
+cmp .config /in/config/config
 
 make -j"$VZ_CORES" Image
 
 cp arch/arm64/boot/Image /out/vmlinux
 cp .config /out/config
-cp System.map capabilities.json /out/
+cp System.map /in/config/capabilities.json /out/
 python3 - <<'PYTHON' >/out/report.json
 import json
 import pathlib
 import subprocess
 
-sections = subprocess.run(
-    ["aarch64-linux-gnu-size", "vmlinux"], check=True, capture_output=True, text=True
-).stdout.splitlines()[1].split()
+
+def sections(*arguments: str) -> list[int]:
+    """Bytes of text, data and bss, as the last line of size(1) says."""
+    done = subprocess.run(["aarch64-linux-gnu-size", *arguments], check=True, capture_output=True, text=True)
+    return [int(number) for number in done.stdout.splitlines()[-1].split()[:3]]
+
+
+text, data, bss = sections("vmlinux")
+archives = sorted([*pathlib.Path().glob("*/built-in.a"), *pathlib.Path().glob("*/*/built-in.a")])
 report = {
-    "profile": json.loads(pathlib.Path("/in/requirements.json").read_text())["profile"],
     "release": pathlib.Path("include/config/kernel.release").read_text().strip(),
     "image_bytes": pathlib.Path("/out/vmlinux").stat().st_size,
-    "text_bytes": int(sections[0]),
-    "data_bytes": int(sections[1]),
-    "bss_bytes": int(sections[2]),
-    "hardening": json.loads(pathlib.Path("hardening.json").read_text()),
+    "text_bytes": text,
+    "data_bytes": data,
+    "bss_bytes": bss,
+    # Code, constants and data of each directory's objects: where the bytes of the image come from.
+    "directory_bytes": {str(path.parent): sum(sections("-t", str(path))[:2]) for path in archives},
 }
 print(json.dumps(report, indent=2, sort_keys=True))
 PYTHON

@@ -30,7 +30,8 @@ class Forbidden:
 @dataclass(frozen=True)
 class Profile:
     """One kernel. `base` is the kernel's make target the fragment is merged onto; with `allnoconfig` every question
-    the fragment leaves open is answered "no", with `defconfig` as the kernel's own default says."""
+    the fragment leaves open is answered "no", with `defconfig` as the kernel's own default says. `patches` change the
+    kernel's source."""
 
     name: str
     base: str
@@ -39,6 +40,7 @@ class Profile:
     security_profile: str
     capabilities: tuple[Capability, ...]
     forbidden: tuple[Forbidden, ...]
+    patches: tuple[str, ...] = ()
 
 
 def _yes(*symbols: str) -> tuple[tuple[str, str], ...]:
@@ -117,9 +119,22 @@ PROFILES = (
         security_profile="container-hardened",
         capabilities=(*COMMON, NFSD, CONTAINER_SANDBOX),
         forbidden=_CONTAINER_FORBIDDEN,
+        patches=("slab-without-sysfs.patch", "xor-without-benchmark.patch"),
     ),
 )
 """Every kernel profile there is. A new one is one more record here and its fragment beside this file."""
+
+
+PLAIN = Profile(
+    name="plain",
+    base="allnoconfig",
+    fragment="plain.config",
+    hardening="hardening-plain.txt",
+    security_profile="none",
+    capabilities=(),
+    forbidden=(),
+)
+"""The container profile without its hardening and tuning, to measure them by. It is no bundle."""
 
 
 def requirements(profile: Profile) -> dict[str, object]:

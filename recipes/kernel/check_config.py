@@ -6,7 +6,7 @@ or overrides what it cannot grant; here every such request is an error, and all 
     check_config.py --config .config --source DIR --requirements requirements.json --out DIR
 
 `DIR` of `--source` holds the fragment and the hardening list that the requirements name. On success `--out` gets
-`capabilities.json` (sorted names of the proven capabilities) and `hardening.json`; on failure nothing, exit code 1.
+`capabilities.json` (sorted names of the proven capabilities); on failure nothing, exit code 1.
 """
 
 import argparse
@@ -194,7 +194,6 @@ def main() -> int:
         f" hardening {score['hold']}/{score['checked']}"
     )
     _write(args.out / "capabilities.json", list(verdict.capabilities))
-    _write(args.out / "hardening.json", score)
     return 0
 
 

@@ -69,7 +69,7 @@ class Guest:
 
     kernel: Path
     initramfs: Path
-    command_line: str = "console=hvc0 quiet panic=-1"
+    command_line: str = "console=hvc0 quiet panic=-1 page_alloc.shuffle=1"
     cpus: int = 1
     memory_mib: int = 512
     shares: tuple[Share, ...] = ()
