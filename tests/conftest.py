@@ -14,6 +14,9 @@ from vzrepro.lock import Lock
 
 Workspace = Callable[..., Path]
 
+# Tests may load gRPC before `vzrepro.vm.agent` does, which says why this is so.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:

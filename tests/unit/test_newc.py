@@ -142,7 +142,7 @@ def test_the_command_writes_the_recipes_archive(tmp_path: Path) -> None:
     for name in ("busybox", "vz-guest-agent"):
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "applets").write_text("/bin/sh\n/sbin/ip\n")
-    text = (RECIPE / "manifest").read_text().replace("/in/src/", f"{RECIPE}/")
+    text = (RECIPE / "manifest").read_text().replace("/in/src/", f"{RECIPE}/").replace("/in/sysctl/", f"{RECIPE}/")
     text = text.replace("/in/busybox/", f"{tmp_path}/").replace("/in/agent/", f"{tmp_path}/")
     (tmp_path / "manifest").write_text(text)
 

@@ -7,6 +7,7 @@ has the command); the calls below name the methods themselves, so that no genera
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
+# Children of ours only ever become other programs. gRPC's handlers would work on its descriptors between fork and exec,
+# and print errors into the child's output, or abort it. Read when gRPC is loaded.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 import grpc
 
 from vzrepro.errors import TimedOut, VzreproError
