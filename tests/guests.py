@@ -16,7 +16,8 @@ LIMIT_SECS = 300.0
 """Only a broken guest meets it: an emulated one on a busy host is very slow."""
 
 
-def _newc() -> ModuleType:
+def load_newc() -> ModuleType:
+    """The recipe's writer of initramfs archives, as a module."""
     path = Path(__file__).parents[1] / "recipes/initramfs/newc.py"
     spec = importlib.util.spec_from_file_location("newc", path)
     assert spec is not None
@@ -29,7 +30,7 @@ def _newc() -> ModuleType:
 
 def archive(path: Path, files: Mapping[str, str]) -> Path:
     """A cpio archive at `path` of executable files: absolute name in the guest → content."""
-    newc = _newc()
+    newc = load_newc()
     folders = {name.rpartition("/")[0] for name in files} - {""}
     entries = [newc.Entry(folder, 0o40755) for folder in folders]
     entries += [newc.Entry(name, 0o100755, content.encode()) for name, content in files.items()]

@@ -10,15 +10,14 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.bundles import CONTENT, make_bundle
+from tests.crashing import Doom, ended, forked
 from vzrepro import disk
 from vzrepro.bundle import Installed, KernelBundleOptions, KernelProfile, examine, export, install, resolve
 from vzrepro.errors import VzreproError
@@ -30,44 +29,9 @@ STEPS = 200
 """More than an installation has."""
 
 
-def forked(work: Callable[[], None]) -> int:
-    """Run `work` in a child process; its pid. It exits with 0, or 1 if `work` raises."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        work()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def ended(pid: int) -> int:
-    """Wait for a child; its exit code, negative if a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def die_at(step: int, *, exchange: bool) -> None:
     """Have this process killed before or after its n-th call that changes the disk."""
-    left = step
-
-    def count() -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            count()
-            result = function(*args, **options)
-            count()
-            return result
-
-        return call
+    doom = Doom(step)
 
     for owner, names in (
         (Path, ("mkdir", "rename", "chmod", "open")),
@@ -75,9 +39,9 @@ def die_at(step: int, *, exchange: bool) -> None:
         (os, ("unlink", "rmdir")),
     ):
         for name in names:
-            setattr(owner, name, counted(getattr(owner, name)))
+            setattr(owner, name, doom.counted(getattr(owner, name)))
     if not exchange:
-        disk.exchange = counted(lambda one, other: False)
+        disk.exchange = doom.counted(lambda one, other: False)
 
 
 def left_behind(parent: Path, target: Path) -> list[str]:

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.crashing import Doom, ended, forked
 from vzrepro import disk, nar
 from vzrepro.errors import VzreproError
 from vzrepro.model import BuildKey, Derivation, DrvHash, ObjectInfo, StorePath, canonical_json, store_path
@@ -41,59 +41,24 @@ def put(store: LocalStore, name: str, content: bytes = b"content", *, repair: bo
         return (store.replace if repair else store.add)(scratch / "out", info)
 
 
-def forked(work: Callable[[], None]) -> int:
-    """Run `work` in a child process; returns its pid. It exits with 0, or 1 if `work` raises."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        work()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def ended(pid: int) -> int:
-    """Wait for a child; its exit code, negative if a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def die_at(step: int) -> None:
     """Have this process killed before or after its n-th call that changes the disk or the database."""
-    left = step
-
-    def count() -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            count()
-            result = function(*args, **options)
-            count()
-            return result
-
-        return call
+    doom = Doom(step)
 
     class Connection(sqlite3.Connection):
         def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
-            count()
+            doom.count()
             return super().execute(sql, *args)
 
         def executescript(self, sql: str) -> sqlite3.Cursor:
-            count()
+            doom.count()
             return super().executescript(sql)
 
     connect = sqlite3.connect
     sqlite3.connect = lambda *args, **options: connect(*args, factory=Connection, **options)  # type: ignore[assignment]
     for name in ("rename", "replace", "fsync", "mkdir", "rmdir", "unlink", "chmod", "symlink", "ftruncate"):
-        setattr(os, name, counted(getattr(os, name)))
-    disk.exchange = counted(disk.exchange)
+        setattr(os, name, doom.counted(getattr(os, name)))
+    disk.exchange = doom.counted(disk.exchange)
 
 
 @pytest.fixture

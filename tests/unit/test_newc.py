@@ -1,32 +1,22 @@
 """recipes/initramfs/newc.py: the archive read back by a reader of our own, and by cpio where there is one."""
 
-import importlib.util
 import shutil
 import stat
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.guests import load_newc
+
 RECIPE = Path(__file__).parents[2] / "recipes/initramfs"
 
 
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("newc", RECIPE / "newc.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["newc"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-newc = _load()
+newc = load_newc()
 
 
 @dataclass(frozen=True)
