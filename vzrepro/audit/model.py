@@ -104,7 +104,7 @@ class Detail:
 
     `file` is relative to the output; `member` the path inside archives and files (`etc/passwd`, `.text`,
     `CONFIG_HZ`), outermost first; `kind` what was compared there (bytes, ELF section, cpio member, text line,
-    metadata, listing). `offset` and `count` are of differing bytes where known. `excerpt` is a unified diff, cut to size.
+    metadata, listing). `offset` and `count` are of differing bytes where known. `excerpt` is a cut unified diff.
     """
 
     file: str
@@ -117,7 +117,7 @@ class Detail:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why two trees differ: `tool` made it (`diffoscope 295`, `bytes`); `truncated` says why there is more than this."""
+    """Why two trees differ: `tool` made it (`diffoscope 295`, `bytes`); `truncated` says why this is not all."""
 
     id: str
     tool: str
