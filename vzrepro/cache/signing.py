@@ -40,6 +40,14 @@ class PublicKey:
         """16 hex digits that tell this key from any other, whatever they are called; fit for file names."""
         return hashlib.sha256(self.raw).hexdigest()[:16]
 
+    def has_signed(self, message: bytes, signature: bytes) -> bool:
+        """Whether these 64 bytes are this key's signature of `message`; what has another length is not."""
+        try:
+            Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, message)
+        except (InvalidSignature, ValueError):
+            return False
+        return True
+
     def __str__(self) -> str:
         return f"{self.name}:{base64.b64encode(self.raw).decode()}"
 
@@ -115,8 +123,11 @@ class SigningKey:
 
     def sign(self, message: bytes) -> str:
         """The signature of `message`, `name:base64`."""
-        signature = _private(self._seed).sign(message)
-        return f"{self.name}:{base64.b64encode(signature).decode()}"
+        return f"{self.name}:{base64.b64encode(self.sign_raw(message)).decode()}"
+
+    def sign_raw(self, message: bytes) -> bytes:
+        """The signature of `message`, its 64 bytes alone."""
+        return _private(self._seed).sign(message)
 
 
 class TrustedKeys:
@@ -224,8 +235,4 @@ def _private(seed: bytes) -> Ed25519PrivateKey:
 
 @lru_cache(1024)  # a push judges a narinfo more than once
 def _is_valid(key: PublicKey, signature: bytes, message: bytes) -> bool:
-    try:
-        Ed25519PublicKey.from_public_bytes(key.raw).verify(signature, message)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
+    return key.has_signed(message, signature)
