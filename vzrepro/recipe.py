@@ -46,7 +46,8 @@ class Node:
 
     `target` is the name users type; `place` is `file:line` of the recipe; `files` maps each downloaded file's
     relative name to its pin; `tree` maps each local file's relative name to the workspace file, or to the bytes
-    themselves; `timeout_secs` and `memory_bytes` limit a build.
+    themselves; `timeout_secs` and `memory_bytes` limit a build. `build_only` names the inputs of which nothing is in the
+    output, `linked` the .deb files of the image of which something is.
     """
 
     target: str
@@ -60,6 +61,8 @@ class Node:
     tree: Mapping[str, Path | bytes] = field(default_factory=dict)
     timeout_secs: int | None = None
     memory_bytes: int | None = None
+    build_only: frozenset[str] = frozenset()
+    linked: tuple[str, ...] = ()
 
     @property
     def origin(self) -> FileHash | None:
@@ -167,6 +170,8 @@ def _node(
     tree: Mapping[str, Path | bytes] | None = None,
     timeout_secs: int | None = None,
     memory_bytes: int | None = None,
+    build_only: Iterable[str] = (),
+    linked: Iterable[str] = (),
 ) -> Node:
     try:
         check_name(target)
@@ -186,6 +191,8 @@ def _node(
         tree=tree or {},
         timeout_secs=timeout_secs,
         memory_bytes=memory_bytes,
+        build_only=frozenset(build_only),
+        linked=tuple(linked),
     )
 
 
@@ -200,11 +207,17 @@ def build(
     source_date_epoch: int = SOURCE_DATE_EPOCH,
     timeout_secs: int = 3600,
     memory_gib: int = 8,
+    build_only: Sequence[str] = (),
+    linked: Sequence[str] = (),
 ) -> Node:
     """An artifact built in the sandbox: `command` runs in `image` and sees each input at `/in/<input name>`.
 
     What the command leaves in `/out` is the store object
     `<hash>-<name>[-<version>]`. `timeout_secs` and `memory_gib` limit the build and stay outside its hash.
+
+    So do these two, which are for `vzrepro sbom`. `build_only` names inputs of which nothing is in the output: scripts
+    that run, proofs that are looked at; every other input counts as contained. `linked` names packages of the image
+    (`name` or `name:arch`) of which something is in the output, such as static libraries; no other counts as contained.
     """
     context = _context()
     place = context.place()
@@ -217,6 +230,8 @@ def build(
         raise UsageError(f"{place}: image {image.target!r} is not an image")
     if not command:
         raise UsageError(f"{place}: {name!r} has an empty command")
+    if foreign := sorted(set(build_only) - inputs.keys()):
+        raise UsageError(f"{place}: build_only names {', '.join(foreign)}, which {name!r} has no input of")
     drv = Derivation(
         name=f"{name}-{version}" if version else name,
         builder="sandbox",
@@ -228,7 +243,31 @@ def build(
         inputs={key: node.drv_hash for key, node in inputs.items()},
         source_date_epoch=source_date_epoch,
     )
-    return _add(_node(name, "recipe", drv, place, timeout_secs=timeout_secs, memory_bytes=memory_gib << 30))
+    return _add(
+        _node(
+            name,
+            "recipe",
+            drv,
+            place,
+            timeout_secs=timeout_secs,
+            memory_bytes=memory_gib << 30,
+            build_only=build_only,
+            linked=[file for package in linked for file in _deb_files(image, package, place)],
+        )
+    )
+
+
+def _deb_files(image: Node, package: str, place: str) -> list[str]:
+    """The .deb of `package` (`name` or `name:arch`) in `image`; none only when the image is not pinned yet."""
+    files = _context().parts[image.drv.inputs["debs"]].files
+    wanted, _, arch = package.partition(":")
+    # Pool names are <package>_<version>_<architecture>.deb, and none of the three has an underscore.
+    parts = {file: file.removesuffix(".deb").split("_") for file in files}
+    found = [file for file, words in parts.items() if words[0] == wanted and arch in ("", words[-1])]
+    if files and len(found) != 1:
+        what = "several architectures of" if found else "no package"
+        raise UsageError(f"{place}: linked: {image.target} has {what} {package!r}", hint="name:arch names exactly one")
+    return found
 
 
 def debian_image(

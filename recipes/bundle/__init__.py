@@ -38,6 +38,7 @@ for _profile in PROFILES:
             "src": local("assemble.py"),
         },
         command=["python3", "/in/src/assemble.py"],
+        build_only=["probes", *(["hardening"] if _profile.name in HARDENING else []), "src"],
     )
 
 build("bundles", image=TOOLS_IMAGE, inputs=_bundles, command=["cp", "-R", "/in/.", "/out"])

@@ -11,4 +11,6 @@ BUSYBOX = build(
     image=C_IMAGE,
     inputs={"busybox.tar.bz2": _SOURCE, "src": local("build.sh", "busybox.config")},
     command=["sh", "/in/src/build.sh"],
+    build_only=["src"],
+    linked=["libc6-dev-arm64-cross", "libgcc-14-dev-arm64-cross"],
 )

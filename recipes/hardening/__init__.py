@@ -20,6 +20,7 @@ HARDENING = {
             "src": local("check.py", "check.sh", "container.reasons", "command-line", "sysctl.defaults"),
         },
         command=["sh", "/in/src/check.sh"],
+        build_only=["checker.tar.gz", "config", "sysctl"],
     )
 }
 """Profile → its `hardening-report.json`. A check that fails without a reason fails the build, and the bundle's."""

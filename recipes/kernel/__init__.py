@@ -20,6 +20,7 @@ CONFIGS = {
             "requirements.json": text("requirements.json", json.dumps(requirements(profile), sort_keys=True)),
         },
         command=["sh", "/in/src/configure.sh"],
+        build_only=["linux.tar.xz"],
     )
     for profile in (*PROFILES, PLAIN)
 }
@@ -36,6 +37,7 @@ KERNELS = {
             **({"patches": local(*profile.patches, name=f"kernel-{profile.name}-patches")} if profile.patches else {}),
         },
         command=["sh", "/in/src/build.sh"],
+        build_only=["src"],
         timeout_secs=3 * 3600,
     )
     for profile in (*PROFILES, PLAIN)

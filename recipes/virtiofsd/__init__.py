@@ -20,4 +20,5 @@ VIRTIOFSD = rust_program(
         "LIBCAPNG_LINK_TYPE": "static",
         "LIBCAPNG_LIB_PATH": _LIBRARIES,
     },
+    linked=["libcap-ng-dev", "libseccomp-dev"],
 )

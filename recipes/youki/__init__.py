@@ -17,4 +17,5 @@ YOUKI = rust_program(
     target=GUEST_TARGET,
     cargo_args=f"--no-default-features --features {','.join(_FEATURES)}",
     env={"LIBSECCOMP_LINK_TYPE": "static", "LIBSECCOMP_LIB_PATH": "/usr/lib/aarch64-linux-gnu"},
+    linked=["libseccomp-dev:arm64"],
 )
