@@ -11,22 +11,32 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from vzrepro import disk, nar
-from vzrepro.cache.backend import CACHE_INFO, Backend, Damaged, Entry, read_whole
+from vzrepro.cache.backend import CACHE_INFO, FRESH_SECS, Backend, Damaged, Entry, read_whole
 from vzrepro.cache.content import Progress, take
-from vzrepro.cache.layout import kind_of
+from vzrepro.cache.layout import claim_of, kind_of
 from vzrepro.cache.narinfo import MAX_SIZE, NarInfo, narinfo_key
-from vzrepro.cache.parallel import in_order
-from vzrepro.cache.push import Push, Pushed
+from vzrepro.cache.notice import settle
+from vzrepro.cache.parallel import WORKERS, in_order
+from vzrepro.cache.push import Attest, Push, Pushed
 from vzrepro.cache.records import (
+    INDEX,
+    MAX_ATTESTATION,
+    MAX_ATTESTATIONS,
     MAX_RECORD,
     BuildRecord,
     Difference,
+    attestation_key,
     build_key_record,
     differences_prefix,
+    is_attestation,
+    is_intact,
     read_difference,
+    read_index,
+    statements_index,
 )
 from vzrepro.cache.signing import SigningKey, TrustedKeys
 from vzrepro.errors import RemoteError, Untrusted, UsageError, VzreproError
@@ -74,6 +84,7 @@ class BinaryCache:
         self._found: dict[StorePath, NarInfo] = {}  # misses are not kept: another may push meanwhile
         self._suspects: set[str] = set()
         self._surveyed: dict[str, Entry | None] | None = None
+        self._stated: set[str] = set()  # prefixes below `attest/` that had entries when the place was listed
 
     @property
     def url(self) -> str:
@@ -191,14 +202,16 @@ class BinaryCache:
         *,
         derivation: bytes | None = None,
         log: Path | None = None,
+        attest: Attest | None = None,
         progress: Progress = _quiet,
         mend: bool = False,
     ) -> Pushed:
         """Have the valid object `info`, which lies at `tree`, in the cache: the NAR first, the narinfo last.
 
         `derivation` is the canonical JSON that hashes to `info.drv_hash`; `log` is the build log, a plain text file;
-        `progress` counts bytes of the NAR, then of its upload. The first result wins: when the cache holds another one
-        for this path that is sound, it stays. With `mend`, records that an object there has lost are written as well.
+        `attest` gives the provenance of what was made here, signed with the key that it is called with; `progress`
+        counts bytes of the NAR, then of its upload. The first result wins: when the cache holds another one for this
+        path that is sound, it stays. With `mend`, records that an object there has lost are written as well.
 
         What was made here is signed with our key; what came from elsewhere keeps the signatures that it came with, and
         needs no key.
@@ -211,7 +224,7 @@ class BinaryCache:
         if derivation is not None and (info.drv_hash is None or DrvHash.of(derivation) != info.drv_hash):
             raise ValueError("the derivation is not the one that the object was made from")
         try:
-            pushed = Push(self, self._signer, info, tree, derivation, log, progress, mend).run()
+            pushed = Push(self, self._signer, info, tree, derivation, log, attest, progress, mend).run()
         except RemoteError as error:
             self.disable(error)
             raise
@@ -289,6 +302,7 @@ class BinaryCache:
         self._surveyed = {
             entry.key: entry if kind_of(entry.key) == "narinfo" else None for entry in self.backend.list()
         }
+        self._stated = {claim_of(key) for key in self._surveyed if kind_of(key) == "attest"}
         try:
             yield
         finally:
@@ -306,14 +320,70 @@ class BinaryCache:
 
     def differences(self, info: NarInfo) -> list[Difference]:
         """Who has told this cache that the object's derivation gave other bytes. Raises RemoteError."""
-        found = []
-        prefix = differences_prefix(info.drv_hash.hex if info.drv_hash is not None else info.path.hash_part)
-        for entry in self.backend.list(prefix):
-            data = self.read(entry.key, MAX_RECORD)
-            difference = None if data is None else read_difference(data, self.trusted)
-            if difference is not None:
-                found.append(difference)
-        return found
+        subject = info.drv_hash.hex if info.drv_hash is not None else info.path.hash_part
+        found = (read_difference(data, self.trusted) for data in self._statements(subject))
+        return [each for each in found if each is not None]
+
+    def attestations(self, drv_hash: DrvHash) -> list[bytes]:
+        """The DSSE envelopes that this cache has about a derivation, sorted; nobody has verified them.
+
+        Raises RemoteError when the cache fails. What is too large, is not what its name says, or is no envelope is left
+        out. Of more than MAX_ATTESTATIONS, some are.
+        """
+        if not self._may_ask():
+            return []
+        return sorted(data for data in self._statements(drv_hash.hex) if is_attestation(data))
+
+    def put_attestation(self, drv_hash: DrvHash, envelope: bytes) -> bool:
+        """Have a DSSE envelope about a derivation in the cache; whether it was not there. Needs no key of ours.
+
+        Raises RemoteError when the cache fails, UsageError when it cannot be written or this is no envelope.
+        """
+        key = attestation_key(drv_hash, envelope)
+        with self.backend.lock(exclusive=False):
+            self.make_place()
+            written = self.backend.put(key, envelope, if_absent=True)
+            if not written and self._is_gone(key):
+                written = self.backend.put(key, envelope, if_absent=True)
+            self.index_statement(key)
+        return written
+
+    def _is_gone(self, key: str) -> bool:
+        """Whether an entry that was there a moment ago is being collected as garbage; if not, it stays for a while."""
+        entry = self.backend.head(key)
+        if entry is not None and entry.mtime < self.backend.now() - FRESH_SECS and self.backend.refresh(key):
+            settle(self.backend)
+            entry = self.backend.head(key)
+        return entry is None
+
+    def index_statement(self, key: str) -> None:
+        """Have an entry below `attest/` in the list of those about its derivation, for who reads them over HTTP.
+
+        Two who write that at once may leave one's entry out, until somebody writes it again. Raises RemoteError.
+        """
+        prefix = claim_of(key)
+        entries = [key]
+        if self._surveyed is None or prefix in self._stated:
+            entries += [entry.key for entry in islice(self.backend.list(prefix), MAX_ATTESTATIONS)]
+        self.backend.put(prefix + INDEX, statements_index({each.removeprefix(prefix) for each in entries}))
+
+    def _statements(self, subject: str) -> list[bytes]:
+        """The intact entries about a derivation, in no order."""
+        prefix = differences_prefix(subject)
+        try:
+            listed = (entry.key for entry in self.backend.list(prefix) if entry.size <= MAX_ATTESTATION)
+            keys = [key for key in islice(listed, MAX_ATTESTATIONS) if key != prefix + INDEX]
+        except UsageError:  # over HTTP, nothing can be listed
+            index = self.read(prefix + INDEX, MAX_ATTESTATION)
+            keys = [prefix + entry for entry in read_index(index or b"")[:MAX_ATTESTATIONS]]
+
+        def read(key: str) -> bytes | None:
+            with contextlib.suppress(Damaged):
+                data = self.read(key, MAX_ATTESTATION)
+                return data if data is not None and is_intact(key, data) else None
+            return None
+
+        return [data for data in in_order(read, keys, 1 if len(keys) < 2 else WORKERS) if data is not None]
 
     def forget(self, paths: Collection[StorePath]) -> None:
         """Have none of these paths any more, so that the next push wins. Of no avail where the cache fails."""

@@ -21,7 +21,7 @@ from vzrepro.cache.narinfo import MAX_SIZE, NarInfo, OtherCompression, narinfo_k
 from vzrepro.cache.notice import announced
 from vzrepro.cache.parallel import WORKERS, in_order
 from vzrepro.cache.push import Kept
-from vzrepro.cache.records import MAX_RECORD, BuildRecord, build_key_record
+from vzrepro.cache.records import INDEX, MAX_ATTESTATION, MAX_RECORD, BuildRecord, build_key_record, is_intact
 from vzrepro.cache.signing import TrustedKeys
 from vzrepro.errors import HashMismatch, Untrusted, UsageError
 from vzrepro.model import DrvHash, ObjectInfo, StorePath
@@ -102,7 +102,8 @@ def verify(
     For each narinfo: its form, that it is its own path's, its signatures, that its NAR is there with the announced size
     (and hash, where the place tells), that what it refers to is there, that its derivation has its hash and its build
     record is signed and agrees with it. With `deep`, every NAR is read: both hashes and both sizes; nothing is
-    unpacked. Then what no narinfo needs. What others push, remove or mend meanwhile is no finding.
+    unpacked; and every statement below `attest/`, whose name is its hash. Then what no narinfo needs. What others push,
+    remove or mend meanwhile is no finding.
 
     The place is listed once; memory is about 30 bytes for each entry, besides what a few NARs that are read at once
     take. Raises RemoteError when the place fails.
@@ -240,6 +241,18 @@ class _Examiner:
             return Finding(key, info.path, "damaged", f"it names {record.path}, which is not there")
         return None
 
+    def statement(self, key: str) -> Finding | None:
+        """The `attest/` entry at `key`: whether it is what its name says. Who signed what in it is not asked."""
+        if key.endswith(f"/{INDEX}"):
+            return None
+        try:
+            data = read_entry(self._backend, key, MAX_ATTESTATION)
+        except Damaged as error:
+            return Finding(key, None, "damaged", error.message)
+        if data is None or is_intact(key, data):
+            return None
+        return Finding(key, None, "damaged", "its hash is not the one it is named after")
+
     def _missing(self, info: NarInfo) -> Finding | None:
         # Narinfos go first: if this one is there still, the NAR is not merely being collected.
         if self._backend.head(narinfo_key(info.path)) is None:
@@ -304,6 +317,8 @@ class _Check:
                 spool.write(f"{entry.key} {entry.size} {int(entry.mtime < old)}\n")
             self._narinfos(_lines(spool), min(workers, _NAR_WORKERS) if self._deep else workers)
             self._orphans(_lines(spool), workers)
+            if self._deep:
+                self._statements(_lines(spool), workers)
         self._progress(self._total, self._total)
         return Checked(objects, entries, self._nar_bytes)
 
@@ -359,6 +374,12 @@ class _Check:
         for entry in in_order(self._backend.head, unneeded(), workers):
             if entry is not None:
                 self._found(Finding(entry.key, None, "orphan", f"no narinfo needs its {entry.size} bytes"))
+
+    def _statements(self, lines: Iterable[_Line], workers: int) -> None:
+        keys = (key for key, _, _ in lines if kind_of(key) == "attest")
+        for finding in in_order(self._examiner.statement, keys, workers):
+            if finding is not None:
+                self._found(finding)
 
     def _arrived(self, size: int) -> None:
         with self._lock:
@@ -424,6 +445,8 @@ class _Repair:
         """The same finding, if it holds still; without `deep`, what needs a NAR to be read is believed."""
         if finding.kind == "missing-reference":
             return finding if self._backend.head(finding.key) is None else None
+        if kind_of(finding.key) == "attest":
+            return self._examiner.statement(finding.key)
         if kind_of(finding.key) == "narinfo" and finding.kind == "damaged":
             found = self._examiner.narinfo(finding.key).findings
             return next((each for each in found if each.kind == "damaged"), None)

@@ -12,8 +12,9 @@ from pathlib import Path
 from vzrepro.cache.backend import Damaged, Entry
 from vzrepro.cache.binary import BinaryCache
 from vzrepro.cache.directory import DirectoryBackend
-from vzrepro.cache.layout import keys_of, read_entry
+from vzrepro.cache.layout import claim_of, keys_of, kind_of, read_entry
 from vzrepro.cache.narinfo import MAX_SIZE, NarInfo
+from vzrepro.cache.records import differences_prefix
 from vzrepro.cache.signing import SigningKey, TrustedKeys
 from vzrepro.errors import RemoteError, UsageError
 
@@ -82,7 +83,8 @@ def trim(backend: DirectoryBackend, max_bytes: int) -> int:
     """Remove the objects used least recently until the entries have at most `max_bytes`; returns what they have now.
 
     An object's narinfo goes first and its NAR last, when no other narinfo needs it, so that no reader and no crash
-    ever meets a narinfo without NAR. NARs that nothing names for an hour go too; entries of other kinds stay.
+    ever meets a narinfo without NAR; what is stated about it goes with it. NARs that nothing names for an hour go too;
+    entries of other kinds stay.
     Raises RemoteError when the directory cannot be read or written.
     """
     with backend.lock(exclusive=True):
@@ -99,6 +101,10 @@ def trim(backend: DirectoryBackend, max_bytes: int) -> int:
             backend.delete([key])
             return entry.size
 
+        stated: dict[str, list[str]] = {}
+        for key in entries:
+            if kind_of(key) == "attest":
+                stated.setdefault(claim_of(key), []).append(key)
         for entry in list(entries.values()):
             if entry.key.startswith("nar/") and not users[entry.key] and entry.mtime < time.time() - _GRACE_SECS:
                 total -= remove(entry.key)
@@ -107,6 +113,8 @@ def trim(backend: DirectoryBackend, max_bytes: int) -> int:
                 break
             users[info.url] -= 1
             keys = [entry.key, *(key for key in keys_of(info) if not users[key])]
+            if info.drv_hash is not None:
+                keys += stated.pop(differences_prefix(info.drv_hash.hex), [])
             total -= sum(map(remove, keys))
         return total
 

@@ -14,7 +14,7 @@ from vzrepro import nar
 from vzrepro.cache.backend import FRESH_SECS, Entry
 from vzrepro.cache.narinfo import NarInfo, deriver_of, narinfo_key
 from vzrepro.cache.notice import settle
-from vzrepro.cache.records import build_key_record, signed_difference, signed_realization
+from vzrepro.cache.records import attestation_key, build_key_record, signed_difference, signed_realization
 from vzrepro.cache.signing import SigningKey, TrustedKeys
 from vzrepro.errors import HashMismatch, RemoteError
 from vzrepro.model import FileHash, NarHash, ObjectInfo, Outcome, Realization
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 _SMALL = 1 << 20  # NARs up to this are made ready in memory, and at once
 _COSIGN_TRIES = 4  # each beaten by somebody else who signs at the same time
+
+
+Attest = Callable[[SigningKey], bytes | None]
+"""Gives the DSSE envelope of an object's provenance, signed with this key; None when there is nothing to state."""
 
 
 class Kept(enum.Enum):
@@ -63,6 +67,7 @@ class Push:
         tree: Path,
         derivation: bytes | None,
         log: Path | None,
+        attest: Attest | None,
         progress: Callable[[int, int | None], None],
         mend: bool,
     ) -> None:
@@ -72,6 +77,7 @@ class Push:
         self._tree = tree
         self._derivation = derivation
         self._log = log
+        self._attest = attest
         self._progress = progress
         self._mend = mend
         self._written = 0
@@ -207,6 +213,9 @@ class Push:
             return Pushed(Kept.DIFFERENT, self._written, existing.nar_hash)
         key, record = signed_difference(self._info, existing, self._signer)
         self._put(key, record)
+        for attested, envelope in self._attestation():
+            self._put(attested, envelope)
+        self._cache.index_statement(key)
         return Pushed(Kept.DIFFERENT, self._written, existing.nar_hash, key)
 
     # --- writing ------------------------------------------------------------------------------------------------------
@@ -303,12 +312,23 @@ class Push:
 
         What is there already may be garbage that is about to be collected, so it is made young or written again.
         """
-        records = {key: data for key, data in self._documents(info) if not only or key.partition("/")[0] in only}
+        documents = (*self._documents(info), *(() if only else self._attestation()))
+        records = {key: data for key, data in documents if not only or key.partition("/")[0] in only}
         left = [key for key, data in records.items() if not self._put(key, data)]
         entries = [self._backend.head(key) for key in left]
         there = [entry for entry in entries if entry is not None]
         for key in {*left} - {entry.key for entry in there} | {*self._made_young(there)}:
             self._put(key, records[key])
+        for key in records:
+            if key.startswith("attest/"):
+                self._cache.index_statement(key)
+
+    def _attestation(self) -> Iterator[tuple[str, bytes]]:
+        """Key and content of what this push states about how the object was made, if it does."""
+        drv_hash = self._info.drv_hash
+        envelope = self._attest(self._signer) if self._attest and self._signer and drv_hash else None
+        if envelope is not None and drv_hash is not None:
+            yield attestation_key(drv_hash, envelope), envelope
 
     def _documents(self, info: NarInfo) -> Iterator[tuple[str, bytes | Path]]:
         """Keys and contents of the records that this push can write for a narinfo."""

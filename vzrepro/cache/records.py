@@ -1,8 +1,10 @@
-"""The signed records beside the narinfos: what a build key gave (`build/`), and who got something else (`attest/`)."""
+"""The signed records beside the narinfos: what a build key gave (`build/`), and what somebody states (`attest/`)."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,18 @@ from vzrepro.model import (
 MAX_RECORD = 1 << 16
 """Bytes of the largest record that is read."""
 
+MAX_ATTESTATION = 1 << 20
+"""Bytes of the largest attestation that is read."""
+
+MAX_ATTESTATIONS = 4096
+"""Entries about one derivation beyond this number are not looked at."""
+
+INDEX = "index.json"
+"""The name of the entry that lists the others about one derivation, for places that cannot be listed."""
+
+_KEYID = re.compile(r"[0-9a-f]{16}")
+_ENTRY = re.compile(r"[0-9a-f]{16}/[0-9a-f]{64}\.json")
+
 
 def build_key_record(key: BuildKey) -> str:
     """The key of a build key's record in a cache."""
@@ -33,7 +47,7 @@ def build_key_record(key: BuildKey) -> str:
 
 
 def differences_prefix(subject: str) -> str:
-    """Below which keys a cache keeps the records of those who got other bytes.
+    """Below which keys a cache keeps what is stated about a derivation: attestations, and who got other bytes.
 
     `subject` is the derivation's hash in hex or, where that is not known, the hash part of the store path.
     """
@@ -126,6 +140,51 @@ def read_difference(data: bytes, trusted: TrustedKeys) -> Difference | None:
     except (ValueError, KeyError, TypeError, UsageError, RecursionError):
         return None
     return Difference(by, bool(signers), kept, found)
+
+
+def attestation_key(drv_hash: DrvHash, envelope: bytes) -> str:
+    """The key of a DSSE envelope about a derivation: by the key id that it carries and its own hash.
+
+    Nothing is believed of it; a key id that is not one of ours is hashed, so that it fits. Raises UsageError when it is
+    no envelope, or too large to be read again.
+    """
+    try:
+        document = json.loads(envelope)
+        keyid = str(document["signatures"][0].get("keyid"))
+        sound = isinstance(document["payload"], str) and isinstance(document["payloadType"], str)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        sound, keyid = False, ""
+    if not sound or len(envelope) > MAX_ATTESTATION:
+        raise UsageError("this is not an attestation", reason="wanted: a signed DSSE envelope of at most 1 MiB")
+    folder = keyid if _KEYID.fullmatch(keyid) else FileHash.of(keyid.encode(errors="replace")).hex[:16]
+    return f"{differences_prefix(drv_hash.hex)}{folder}/{FileHash.of(envelope)}.json"
+
+
+def is_attestation(data: bytes) -> bool:
+    """Whether an `attest/` entry may be an envelope rather than a record of a difference."""
+    try:
+        return "payload" in json.loads(data)
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
+def statements_index(entries: Iterable[str]) -> bytes:
+    """The bytes of the index of the entries about one derivation, whose keys are given without its prefix."""
+    return canonical_json({"format": FORMAT, "entries": sorted(each for each in entries if _ENTRY.fullmatch(each))})
+
+
+def read_index(data: bytes) -> list[str]:
+    """What an index lists, without what cannot be an entry; nothing when it is malformed."""
+    try:
+        entries = json.loads(data)["entries"]
+        return sorted({each for each in entries if isinstance(each, str) and _ENTRY.fullmatch(each)})
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return []
+
+
+def is_intact(key: str, data: bytes) -> bool:
+    """Whether an `attest/` entry has the content that its name says."""
+    return key.endswith(f"/{FileHash.of(data)}.json")
 
 
 def _realization_message(realization: Realization) -> bytes:

@@ -31,6 +31,7 @@ OLD_SECS = 30 * 24 * 3600
 """Logs, derivations and kept build directories that belong to no object are collected after this time."""
 
 _IN_CHUNK = 500  # host parameters per statement
+_RECORD_SECS = 10  # a build is in the history this soon after its output is registered
 _PROCESS = "process "
 
 
@@ -283,6 +284,31 @@ class LocalStore:
         """All known derivations called `name`, newest first, with their canonical JSON and when they were seen."""
         sql = "SELECT drv_hash, canonical, last_seen FROM derivations WHERE name = ? ORDER BY last_seen DESC, drv_hash"
         return [(DrvHash(drv), canonical, seen) for drv, canonical, seen in self._db.rows(sql, name)]
+
+    def target_of(self, drv: DrvHash) -> str | None:
+        """The target's name that a derivation was kept under, if it is known."""
+        rows = self._db.rows("SELECT name FROM derivations WHERE drv_hash = ?", drv.hex)
+        return str(rows[0][0]) if rows else None
+
+    def build_times(self, path: StorePath, name: str) -> tuple[int | None, int | None]:
+        """When the build that made `path`, of the target `name`, began and when its output was registered.
+
+        Seconds since 1970; None for what is not known: the beginning where the history has no build of that name that
+        ended right then with an output of that size, or several.
+        """
+        found = self._db.rows("SELECT nar_size, registered FROM objects WHERE path = ?", path.base)
+        if not found:
+            return None, None
+        [(nar_size, registered)] = found
+        ended = self._db.rows(
+            "SELECT ended, secs FROM history"
+            " WHERE name = ? AND action IN ('build', 'image') AND nar_size = ? AND ended BETWEEN ? AND ?",
+            name,
+            nar_size,
+            registered,
+            registered + _RECORD_SECS,
+        )
+        return min(registered, round(ended[0][0] - ended[0][1])) if len(ended) == 1 else None, registered
 
     def record_history(self, name: str, action: str, secs: float, nar_size: int | None) -> None:
         """Remember how long an action (`events.Action`) on the object called `name` took."""
