@@ -501,23 +501,33 @@ def test_stop_from_another_thread(new_job: Callable[..., sandbox.Job]) -> None:
     assert containers(early.label) == []
 
 
+# A signal is an interruption while `run` is on the stack, and nothing afterwards: the last of several may come when it
+# has ended. So the process ends without Python's own clearing up, which gives signals their default effect back.
 CHILD = """
-import signal, sys
+import os, signal, sys
 from pathlib import Path
 from vzrepro import sandbox
 from vzrepro.errors import VzreproError
 
-def terminate(*_):
-    raise KeyboardInterrupt
+def terminate(_, frame):
+    while frame is not None:
+        if frame.f_code is sandbox.run.__code__:
+            raise KeyboardInterrupt
+        frame = frame.f_back
+
 signal.signal(signal.SIGTERM, terminate)
 signal.signal(signal.SIGINT, terminate)  # tests that run in a shell's background are started with it ignored
 scratch, image, label, script = sys.argv[1:]
 job = sandbox.Job(label=label, image=image, command=("sh", "-c", script), scratch=Path(scratch),
                   log=Path(scratch + ".log"), source_date_epoch=1, cores=1)
+code = 0
 try:
     sandbox.run(job, on_line=lambda line: print(line, flush=True))
 except VzreproError as error:
-    sys.exit(error.exit_code)
+    code = error.exit_code
+except KeyboardInterrupt:  # in the last instructions of `run`, when there is nothing left to do
+    code = 130
+os._exit(code)
 """
 
 

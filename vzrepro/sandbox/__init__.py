@@ -1,0 +1,42 @@
+"""Run one build in a hermetic container: what a builder sees, how it is ended, and what is said when it fails.
+
+The contract is design §5; docs/sandbox.md explains every flag, what cannot be hidden, and the seccomp profile.
+`job` is what to run, `staging` its directories, `confine` the flags, `running` the run itself, `engine` the container
+engine's command line.
+"""
+
+from vzrepro.sandbox.confine import shell_command
+from vzrepro.sandbox.engine import Runtime, check, has_image, image_file, load_image, sweep
+from vzrepro.sandbox.job import (
+    LINE_LIMIT,
+    OPEN_FILES_LIMIT,
+    PIDS_LIMIT,
+    SANDBOX_USER,
+    TAIL_LINES,
+    TMP_SIZE,
+    Job,
+    Surroundings,
+)
+from vzrepro.sandbox.running import run
+from vzrepro.sandbox.staging import discard, prepare
+
+__all__ = [
+    "LINE_LIMIT",
+    "OPEN_FILES_LIMIT",
+    "PIDS_LIMIT",
+    "SANDBOX_USER",
+    "TAIL_LINES",
+    "TMP_SIZE",
+    "Job",
+    "Runtime",
+    "Surroundings",
+    "check",
+    "discard",
+    "has_image",
+    "image_file",
+    "load_image",
+    "prepare",
+    "run",
+    "shell_command",
+    "sweep",
+]

@@ -1,0 +1,136 @@
+"""The directories behind a sandbox: filled before a build, removed after it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+from vzrepro.sandbox import engine
+from vzrepro.sandbox.confine import ETC, SECCOMP, bind, mounted_files, seccomp_profile
+from vzrepro.sandbox.job import Job, Surroundings
+
+_ELF = b"\x7fELF"
+
+
+def prepare(job: Job) -> None:
+    """Fill the job's scratch directory: empty /build and /out for the sandbox's user, and the staged inputs.
+
+    Inputs are hard-linked (copied where that is not possible) into one neutral directory, since a bind mount's
+    source path can be read from inside and would be a store path. `run` does this itself; `vzrepro shell` needs it
+    before `shell_command`.
+    """
+    around = job.surroundings
+    for elsewhere in (around.build_at, around.inputs_at):
+        if elsewhere is not None:  # what is in it is open to everyone, so its parent must not be
+            elsewhere.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for directory in (job.build, job.out):
+        directory.mkdir()
+        if os.geteuid() == 0:
+            os.chown(directory, *job.user)
+        # The same mode for everyone: for a host user who is not root it is the only way in for the sandbox's user.
+        # Others on the host are kept out by the scratch directory's own mode.
+        directory.chmod(0o777)
+    etc = job.scratch / "etc"
+    etc.mkdir()
+    for name in ETC:
+        _write(etc / name, _etc(name, around).encode())
+    job.staged.mkdir()
+    staging = _Staging(around)
+    for name in staging.ordered(list(job.inputs)):
+        staging.put(job.inputs[name], job.staged / name)
+    _finish_directory(job.staged, mtime_ns=1_000_000_000)
+    _add_files(job)
+
+
+def _etc(name: str, around: Surroundings) -> str:
+    if name == "hosts":
+        own = f"{around.hostname}.{around.domainname}\t{around.hostname}" if around.domainname else around.hostname
+        return "127.0.0.1\tlocalhost\n::1\tlocalhost\n" + (f"127.0.1.1\t{own}\n" if own != "localhost" else "")
+    return f"{around.hostname}\n" if name == "hostname" else ""
+
+
+def _add_files(job: Job) -> None:
+    if job.surroundings.files:
+        (job.scratch / "files").mkdir()
+    for path, target in mounted_files(job).items():
+        content = job.surroundings.files[path]
+        if isinstance(content, bytes):
+            _write(target, content)
+        else:  # staged like an input, so that no path of the host is seen
+            _Staging(job.surroundings).put(content, target)
+    if job.surroundings.personality:
+        profile = json.loads(SECCOMP.read_text())
+        arguments = [{"index": 0, "value": job.surroundings.personality, "op": "SCMP_CMP_EQ"}]
+        rule = {"names": ["personality"], "args": arguments, "action": "SCMP_ACT_ALLOW"}
+        profile["syscalls"].append(rule)
+        _write(seccomp_profile(job), json.dumps(profile).encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    path.chmod(0o555 if content.startswith(_ELF) else 0o444)
+
+
+class _Staging:
+    """Makes an input's files at another place: linked or copied, in the order that the surroundings ask for."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self._copy = around.staging == "copy"
+        self._random = None if around.order is None else random.Random(around.order)
+
+    def ordered(self, names: list[str]) -> list[str]:
+        if self._random is not None:
+            names.sort()
+            self._random.shuffle(names)
+        return names
+
+    def put(self, source: Path, target: Path) -> None:
+        if source.is_symlink():
+            target.symlink_to(source.readlink())
+            os.utime(target, ns=(0, source.lstat().st_mtime_ns), follow_symlinks=False)
+        elif source.is_dir():
+            target.mkdir()
+            for name in self.ordered(os.listdir(source)):  # noqa: PTH208
+                self.put(source / name, target / name)
+            _finish_directory(target, source.stat().st_mtime_ns)
+        elif self._copy:
+            shutil.copy2(source, target)
+        else:
+            try:
+                os.link(source, target)
+            except OSError:  # another file system, a file of another user, too many links
+                shutil.copy2(source, target)
+
+
+def _finish_directory(directory: Path, mtime_ns: int) -> None:
+    os.utime(directory, ns=(0, mtime_ns))
+    directory.chmod(0o555)
+
+
+def discard(job: Job) -> None:
+    """Remove the job's directories, whatever the builder left in them and whoever owns that."""
+    for parent, _, _ in os.walk(job.staged):
+        Path(parent).chmod(0o755)
+    for directory in (job.build, job.out):
+        try:
+            shutil.rmtree(directory)
+        except FileNotFoundError:
+            pass
+        except PermissionError:
+            # Only the sandbox's user may open what it closed: a build that was ended did not get to its own chmod.
+            # That may not change /build itself, so what it says is not looked at.
+            uid, gid = job.user
+            flags = ["--rm", "--pull", "never", "--network", "none", "--cap-drop", "ALL", "--user", f"{uid}:{gid}"]
+            flags += ["--mount", bind(directory, "/build"), "--entrypoint", "chmod"]
+            engine.docker("run", *flags, job.image, "-R", "a+rwX", "/build", checked=False)
+            shutil.rmtree(directory)
+    for elsewhere in (job.surroundings.build_at, job.surroundings.inputs_at):
+        if elsewhere is not None:
+            shutil.rmtree(elsewhere, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the other one is still in it
+                elsewhere.parent.rmdir()
+    shutil.rmtree(job.scratch)
