@@ -49,10 +49,14 @@ class OperatorKey:
     until: dt.datetime | None = None
     revoked: str | None = None
 
-    def refusal(self, when: dt.datetime) -> str | None:
-        """Why a statement of this time by this key does not count; None when it does."""
+    def refusal(self, when: dt.datetime | None) -> str | None:
+        """Why a statement of this time by this key does not count; None when it does. One that tells no time counts
+        where the key has neither beginning nor end."""
         if self.revoked is not None:
             return f"the key {self.key.name} is revoked: {self.revoked}"
+        if when is None:
+            bounded = self.since is not None or self.until is not None
+            return f"the key {self.key.name} has its time, and this does not say when it was" if bounded else None
         if self.since is not None and when < self.since:
             return f"the key {self.key.name} counts from {_shown(self.since)}, and this is of {_shown(when)}"
         if self.until is not None and when >= self.until:

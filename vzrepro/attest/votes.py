@@ -34,7 +34,8 @@ class Vote:
 
     `files` are the sha256 of the output's files in hex, by name and sorted, empty when it does not name them. `varied`
     says that the build was an experiment of an audit, its surroundings changed on purpose. `when` is what the builder's
-    clock said in the end, `sources` are the places where the statement was found.
+    clock said in the end, if it is told, `sources` are the places where the statement was found, `envelope` the sha256
+    of its envelope in hex.
     """
 
     operator: str
@@ -45,9 +46,10 @@ class Vote:
     build_key: BuildKey | None
     nar_hash: NarHash
     files: tuple[tuple[str, str], ...]
-    when: dt.datetime
+    when: dt.datetime | None
     varied: bool
     sources: tuple[str, ...]
+    envelope: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,5 +194,5 @@ def _told(standing: Standing) -> str:
     return f"{standing.nar_hash.hex[:SHORT]} by {', '.join(standing.voters)}"
 
 
-def _order(vote: Vote) -> tuple[str, str, str, dt.datetime, tuple[str, ...]]:
-    return vote.nar_hash.hex, vote.key.raw.hex(), vote.kind.value, vote.when, vote.sources
+def _order(vote: Vote) -> tuple[str, str]:
+    return vote.nar_hash.hex, vote.envelope
