@@ -46,8 +46,9 @@ class Node:
 
     `target` is the name users type; `place` is `file:line` of the recipe; `files` maps each downloaded file's
     relative name to its pin; `tree` maps each local file's relative name to the workspace file, or to the bytes
-    themselves; `timeout_secs` and `memory_bytes` limit a build. `build_only` names the inputs of which nothing is in the
-    output, `linked` the .deb files of the image of which something is.
+    themselves; `timeout_secs` and `memory_bytes` limit a build. `build_only` names the inputs of which nothing is in
+    the output, `linked` the .deb files of the image of which something is. `constant` maps axes of an audit that the
+    recipe does not allow to be varied to its reasons.
     """
 
     target: str
@@ -63,6 +64,7 @@ class Node:
     memory_bytes: int | None = None
     build_only: frozenset[str] = frozenset()
     linked: tuple[str, ...] = ()
+    constant: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def origin(self) -> FileHash | None:
@@ -172,6 +174,7 @@ def _node(
     memory_bytes: int | None = None,
     build_only: Iterable[str] = (),
     linked: Iterable[str] = (),
+    constant: Mapping[str, str] | None = None,
 ) -> Node:
     try:
         check_name(target)
@@ -193,6 +196,7 @@ def _node(
         memory_bytes=memory_bytes,
         build_only=frozenset(build_only),
         linked=tuple(linked),
+        constant=dict(constant or {}),
     )
 
 
@@ -209,6 +213,7 @@ def build(
     memory_gib: int = 8,
     build_only: Sequence[str] = (),
     linked: Sequence[str] = (),
+    constant: Mapping[str, str] | None = None,
 ) -> Node:
     """An artifact built in the sandbox: `command` runs in `image` and sees each input at `/in/<input name>`.
 
@@ -218,6 +223,9 @@ def build(
     So do these two, which are for `vzrepro sbom`. `build_only` names inputs of which nothing is in the output: scripts
     that run, proofs that are looked at; every other input counts as contained. `linked` names packages of the image
     (`name` or `name:arch`) of which something is in the output, such as static libraries; no other counts as contained.
+
+    `constant` is for `vzrepro audit`, and outside the hash, too: it maps an axis, such as `build-path`, that this recipe
+    relies on being as the sandbox makes it to the reason. The axis is then not varied, and reported as held constant.
     """
     context = _context()
     place = context.place()
@@ -232,6 +240,9 @@ def build(
         raise UsageError(f"{place}: {name!r} has an empty command")
     if foreign := sorted(set(build_only) - inputs.keys()):
         raise UsageError(f"{place}: build_only names {', '.join(foreign)}, which {name!r} has no input of")
+    for axis, why in (constant or {}).items():
+        if not isinstance(why, str) or not why.strip():
+            raise UsageError(f"{place}: constant: {axis!r} needs a reason: a line that the audit's report repeats")
     drv = Derivation(
         name=f"{name}-{version}" if version else name,
         builder="sandbox",
@@ -253,18 +264,20 @@ def build(
             memory_bytes=memory_gib << 30,
             build_only=build_only,
             linked=[file for package in linked for file in _deb_files(image, package, place)],
+            constant=constant,
         )
     )
 
 
 def _deb_files(image: Node, package: str, place: str) -> list[str]:
-    """The .deb of `package` (`name` or `name:arch`) in `image`; none only when the image is not pinned yet."""
-    files = _context().parts[image.drv.inputs["debs"]].files
+    """The .deb of `package` (`name` or `name:arch`) in `image`; maybe none while pins may be out of date."""
+    context = _context()
+    files = context.parts[image.drv.inputs["debs"]].files
     wanted, _, arch = package.partition(":")
     # Pool names are <package>_<version>_<architecture>.deb, and none of the three has an underscore.
     parts = {file: file.removesuffix(".deb").split("_") for file in files}
     found = [file for file, words in parts.items() if words[0] == wanted and arch in ("", words[-1])]
-    if files and len(found) != 1:
+    if len(found) != 1 and not context.lenient:
         what = "several architectures of" if found else "no package"
         raise UsageError(f"{place}: linked: {image.target} has {what} {package!r}", hint="name:arch names exactly one")
     return found
