@@ -45,6 +45,7 @@ Cell = str | int | float | None
 Pieces = list[tuple[str, str]]
 """A line as (text, style) pairs; a style is a key of `_SGR`."""
 
+_OUTCOME_STYLES = {"DIFFERS": "red", "BUILD_FAILED": "red", "INCONCLUSIVE": "yellow"}
 _SGR = {"": "", "bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36", "bold red": "1;31"}
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -166,7 +167,7 @@ class _Work:
             case Planned():
                 self.planned, self.done, self.since = event, 0, now
             case Started():
-                job = _Job(event.target, event.action, now, event.expected_secs, event.total_bytes, said=now)
+                job = _Job(_named(event), event.action, now, event.expected_secs, event.total_bytes, said=now)
                 self.jobs[event.path] = job
                 return job
             case Waiting():
@@ -484,13 +485,19 @@ def _error_lines(event: Failed) -> list[Pieces]:
     return lines
 
 
+def _named(event: Started | Finished) -> str:
+    """What is worked on; of an audit, whose path tells it behind a `#`, what is varied, too."""
+    varied = event.path.partition("#")[2] if event.action == "audit" else ""
+    return f"{event.target} ({varied})" if varied else event.target
+
+
 def _started_line(event: Started) -> Pieces:
     known = []
     if event.total_bytes is not None:
         known.append(size(event.total_bytes))
     if event.expected_secs is not None:
         known.append(f"expected {duration(event.expected_secs)}")
-    return [(f"{event.action} ", "cyan"), (event.target + (f" ({', '.join(known)})" if known else ""), "")]
+    return [(f"{event.action} ", "cyan"), (_named(event) + (f" ({', '.join(known)})" if known else ""), "")]
 
 
 def _lasting_line(event: Event) -> Pieces | None:
@@ -505,12 +512,13 @@ def _lasting_line(event: Event) -> Pieces | None:
             return [("plan ", "bold"), (", ".join(parts) or "nothing to do", "")]
         case Finished(outcome="failed" | "interrupted"):
             verb = f"{event.outcome} after"
-            return [(f"{event.action} ", "red"), (f"{event.target} {verb} {duration(event.secs)}", "red")]
+            return [(f"{event.action} ", "red"), (f"{_named(event)} {verb} {duration(event.secs)}", "red")]
         case Finished():
             nar = "" if event.nar_size is None else f", {size(event.nar_size)}"
+            style = _OUTCOME_STYLES.get(event.outcome, "")
             return [
-                (f"{event.action} ", "green"),
-                (f"{event.target} {event.outcome} in {duration(event.secs)}{nar}", ""),
+                (f"{event.action} ", style or "green"),
+                (f"{_named(event)} {event.outcome} in {duration(event.secs)}{nar}", style),
             ]
         case Phase():
             return [("boot ", "cyan"), (f"{event.name} after {duration(event.secs)}", "")]

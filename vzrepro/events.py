@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-Action = Literal["build", "copy", "fetch", "import", "substitute", "push", "check", "collect"]
+Action = Literal["build", "copy", "fetch", "import", "substitute", "push", "check", "collect", "audit"]
 """What is being done to get one object: build in the sandbox · copy an equal object (early cutoff) · download ·
-import a local tree · take from a cache · write to a cache · check a cache · collect its garbage."""
+import a local tree · take from a cache · write to a cache · check a cache · collect its garbage · rebuild beside the
+store, where `path` has `#` and what is varied behind the store path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Work on one object ended. `outcome` is a value of `model.Outcome`."""
+    """Work on one object ended. `outcome` is a value of `model.Outcome`; of an audit's rebuild, of `Verdict`."""
 
     kind: ClassVar[str] = "finished"
     target: str

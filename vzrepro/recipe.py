@@ -224,8 +224,8 @@ def build(
     that run, proofs that are looked at; every other input counts as contained. `linked` names packages of the image
     (`name` or `name:arch`) of which something is in the output, such as static libraries; no other counts as contained.
 
-    `constant` is for `vzrepro audit`, and outside the hash, too: it maps an axis, such as `build-path`, that this recipe
-    relies on being as the sandbox makes it to the reason. The axis is then not varied, and reported as held constant.
+    `constant` is for `vzrepro audit`, and outside the hash, too: it maps an axis, such as `build-path`, to the reason
+    why this recipe relies on what the sandbox makes of it. That is then not varied, and reported as held constant.
     """
     context = _context()
     place = context.place()
