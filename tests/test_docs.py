@@ -10,6 +10,7 @@ import pytest
 
 from vzrepro import DSL
 from vzrepro.cli import group
+from vzrepro.cli.options import DefaultVerb
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,6 +28,8 @@ def _verb(words: list[str]) -> tuple[click.Command, list[str]]:
     command: click.Command = group
     rest = list(words)
     while isinstance(command, click.Group):
+        if isinstance(command, DefaultVerb) and (not rest or rest[0] not in command.commands):
+            rest.insert(0, command.default)
         name = rest.pop(0)
         assert name in command.commands, f"there is no verb {name!r}"
         command = command.commands[name]
@@ -54,6 +57,9 @@ def test_shown_commands_exist(page: Path) -> None:
 
 
 def _verbs(command: click.Command, prefix: str = "") -> list[str]:
+    if isinstance(command, DefaultVerb):
+        names = [name for name in command.commands if name != command.default]
+        return [prefix.strip(), *(f"{prefix}{name}" for name in names)]
     if isinstance(command, click.Group):
         return [verb for name, sub in command.commands.items() for verb in _verbs(sub, f"{prefix}{name} ")]
     return [prefix.strip()]

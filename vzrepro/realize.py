@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from vzrepro import events, fetch, image, nar, sandbox, transfer
+from vzrepro.attest.witness import pushed_along
 from vzrepro.cache.binary import BinaryCache
 from vzrepro.cache.narinfo import NarInfo, has_lost_trust
 from vzrepro.cache.signing import TrustedKeys
@@ -535,7 +536,8 @@ class Realizer:
 
     def push(self, node: Node, info: ObjectInfo) -> None:
         """Write a new object to every cache that can be written; a failure is a warning, the object stays here."""
-        pusher = transfer.Pusher(self.store, self.report, self.stop)
+        attest = pushed_along(self.store, info)
+        pusher = transfer.Pusher(self.store, self.report, self.stop, lambda _info: attest)
         for cache in self.caches:
             if not cache.writable or self.stop.is_set() or (cache.own and info.voucher is not None):
                 continue

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from vzrepro import events
 from vzrepro.cache.binary import BinaryCache
-from vzrepro.cache.push import Kept, Pushed
+from vzrepro.cache.push import Attest, Kept, Pushed
 from vzrepro.errors import Interrupted
 from vzrepro.model import ObjectInfo, Outcome, StorePath
 from vzrepro.store import LocalStore
@@ -28,13 +28,19 @@ class PushSummary:
     written_bytes: int
 
 
+def _nothing(_info: ObjectInfo) -> None:
+    return
+
+
 @dataclass(slots=True)
 class Pusher:
-    """Pushes valid objects of `store`; setting `stop` ends it with Interrupted."""
+    """Pushes valid objects of `store`; setting `stop` ends it with Interrupted. `provenance` gives what is stated of an
+    object that was made here, and pushed along with it."""
 
     store: LocalStore
     report: events.Report
     stop: threading.Event
+    provenance: Callable[[ObjectInfo], Attest | None] = _nothing
 
     def push(self, cache: BinaryCache, target: str, info: ObjectInfo) -> Pushed:
         """Push one object with its derivation and log; `target` is its name for people.
@@ -52,6 +58,7 @@ class Pusher:
                 self.store.location(info.path),
                 derivation=None if info.drv_hash is None else self.store.derivation(info.drv_hash),
                 log=log if log.is_file() else None,
+                attest=self.provenance(info),
                 progress=self._progress(target, path),
             )
             outcome = pushed.kept.value

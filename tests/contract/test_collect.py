@@ -244,7 +244,7 @@ def test_a_differences_record_stays_as_long_as_its_object(place: Backend, tmp_pa
     grow_old(place, 2 * MONTH)
     assert collect(place, older_than_secs=MONTH).deleted.count == 0
     grow_old(place, 2 * MONTH)  # having been read is use, where memory is the place
-    assert collect(place, older_than_secs=MONTH, keep_roots=False).deleted.count == 6
+    assert collect(place, older_than_secs=MONTH, keep_roots=False).deleted.count == 7
 
 
 def test_missing_objects_are_told_and_damaged_ones_stop_it(place: Backend, tmp_path: Path) -> None:

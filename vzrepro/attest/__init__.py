@@ -1,5 +1,6 @@
 """Signed statements about what was built, rebuilt and verified (docs/formats.md, "Attestations").
 
-`dsse` is the envelope, `statement` what is in it, `provenance`, `audit` and `vsa` the three kinds that are made here,
-`shelf` where they are kept on this machine.
+`dsse` is the envelope, `statement` what is in it; `provenance`, `audit` and `vsa` are the three kinds that are made
+here. `witness` makes provenance of what this machine has built, `shelf` keeps envelopes beside the store, `review` says
+of an envelope who signed it and what it says. `policy` and `votes` decide which result to believe.
 """

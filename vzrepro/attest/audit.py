@@ -15,7 +15,7 @@ from pydantic.alias_generators import to_camel
 
 from vzrepro.attest.dsse import Malformed
 from vzrepro.attest.statement import NAR_DIGEST, Statement, Subject
-from vzrepro.model import BuildKey, DrvHash, NarHash
+from vzrepro.model import BuildKey, DrvHash, NarHash, StorePath, store_path
 
 PREDICATE_TYPE = "urn:vzrepro:audit:v1"
 
@@ -39,6 +39,7 @@ class AuditResult:
     `builder` describes on what it was done.
     """
 
+    path: StorePath
     drv_hash: DrvHash
     build_key: BuildKey
     registered: Tree
@@ -60,9 +61,13 @@ class AuditResult:
         """What a statement says. Raises Malformed when it is no audit's, or is about another output than it tells."""
         if statement.predicate_type != PREDICATE_TYPE:
             raise Malformed("this is not the statement of an audit", reason=f"wanted {PREDICATE_TYPE}")
+        output = statement.output
+        if output is None:
+            raise Malformed("this audit's statement is malformed", reason="it is not about one output")
         try:
             said = _Predicate.model_validate(dict(statement.predicate), strict=True)
             result = cls(
+                path=output[0],
                 drv_hash=DrvHash(said.drv_hash),
                 build_key=BuildKey(said.build_key),
                 registered=said.registered.value(),
@@ -85,13 +90,13 @@ class AuditResult:
             raise Malformed("this audit's statement is malformed", reason=f"{place}: {first['msg']}") from error
         except ValueError as error:
             raise Malformed("this audit's statement is malformed", reason=str(error)) from error
-        if statement.output is None or statement.output[1] != result.registered.nar_hash:
+        if output[1] != result.registered.nar_hash or store_path(result.drv_hash, output[0].name) != output[0]:
             raise Malformed("this audit's statement contradicts itself", reason="its subject is not what it compared")
         return result
 
 
 def audit_statement(result: AuditResult, subjects: Sequence[Subject]) -> Statement:
-    """The statement to sign. `subjects` are those of the registered output (`statement.subjects_of`)."""
+    """The statement to sign. `subjects` are those of the registered output (`statement.subjects_of`): `result.path`."""
     predicate = {
         "drvHash": result.drv_hash.hex,
         "buildKey": result.build_key.hex,

@@ -36,8 +36,8 @@ class NotBuiltHere(VzreproError):
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """An input as it was fed in. `name` is where it was mounted, `/in/NAME`, or `image`; `file` is the sha256, in hex, of
-    one that is a single downloaded file."""
+    """An input as it was fed in. `name` is where it was mounted, `/in/NAME`, or `image`; `file` is the sha256, in hex,
+    of one that is a single downloaded file."""
 
     name: str
     path: StorePath

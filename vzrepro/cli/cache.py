@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from vzrepro import console, plan
+from vzrepro.attest.witness import pushed_along
 from vzrepro.cache.binary import BinaryCache
 from vzrepro.cache.check import Finding, Held, repair, verify
 from vzrepro.cache.collect import collect
@@ -91,7 +92,7 @@ def push(
     place = session.cache(session.chosen_cache(url), session.upload_key)
     infos = session.store.objects() if everything else _wanted(session, objects, with_inputs)
     session.store.hold([info.path for info in infos])
-    pusher = Pusher(session.store, session.console.report, session.stop)
+    pusher = Pusher(session.store, session.console.report, session.stop, lambda info: pushed_along(session.store, info))
     summary = pusher.push_all(place, infos, jobs)
     counts = {kept.value: len(paths) for kept, paths in summary.kept.items() if paths}
     told = ", ".join(f"{count} {kept}" for kept, count in counts.items()) or "nothing to push"

@@ -13,6 +13,20 @@ from vzrepro.errors import UsageError
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class DefaultVerb(click.Group):
+    """A group that does something itself, too: `attest TARGET` is its verb `default`, whose name need not be said."""
+
+    def __init__(self, *args: Any, default: str, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.default = default
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the verb's name before what is none; only help is the group's own."""
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+
 def json_option(function: F) -> F:
     """`--json`, which `cli.main` has already acted upon when the verb runs."""
     return click.option(

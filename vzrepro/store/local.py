@@ -28,7 +28,7 @@ from vzrepro.store.database import PRIVATE, Database, ReadOnlyStore
 from vzrepro.store.registrar import Registrar
 
 OLD_SECS = 30 * 24 * 3600
-"""Logs, derivations and kept build directories that belong to no object are collected after this time."""
+"""Logs, derivations, attestations and kept build directories that belong to no object are collected after this time."""
 
 _IN_CHUNK = 500  # host parameters per statement
 _RECORD_SECS = 10  # a build is in the history this soon after its output is registered
@@ -548,6 +548,10 @@ class LocalStore:
             path = _parsed(log.stem)
             if old(log) and (path is None or not self._registered(path)):
                 log.unlink(missing_ok=True)
+        for folder in _listed(self._db.private / "attest"):
+            known = self._db.rows("SELECT 1 FROM objects WHERE drv_hash = ?", folder.name)
+            if folder.is_dir() and not known and all(old(entry) for entry in (folder, *_listed(folder))):
+                disk.remove_tree(folder)
         for entry in _listed(self._db.private / "roots"):
             # Not at once: add_root writes the entry before the link.
             if old(entry) and self._rooted(entry.readlink()) is None:

@@ -1,0 +1,60 @@
+"""Attestations beside the store: what was signed here, whether or not a cache has it too.
+
+`store/.vzrepro/attest/<drv hash>/<key id>/<sha256>.json`, the keys of a cache. Files are written whole and never
+changed; `store gc` removes those of objects that have long been gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+from vzrepro import disk
+from vzrepro.cache.records import MAX_ATTESTATION, attestation_key, is_intact
+from vzrepro.model import DrvHash
+from vzrepro.store import LocalStore
+
+
+class Shelf:
+    """The attestations beside `store`; usable from any thread and process."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self._root = store.root / ".vzrepro"
+
+    def put(self, drv_hash: DrvHash, envelope: bytes) -> bool:
+        """Keep a DSSE envelope about a derivation; whether it was not there.
+
+        Raises UsageError when it is none, OSError when it cannot be written.
+        """
+        file = self._root / attestation_key(drv_hash, envelope)
+        if file.exists():
+            return False
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+        try:
+            with temporary.open("xb") as opened:
+                opened.write(envelope)
+                opened.flush()
+                os.fsync(opened.fileno())
+            temporary.rename(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+        disk.sync(file.parent)
+        return True
+
+    def envelopes(self, drv_hash: DrvHash) -> list[bytes]:
+        """What is kept about a derivation, sorted, without what has been damaged since. Nobody has verified it."""
+        found = []
+        for file in (self._root / "attest" / drv_hash.hex).glob("*/*.json"):
+            with contextlib.suppress(OSError):
+                data = _read(file)
+                if is_intact(file.as_posix(), data):
+                    found.append(data)
+        return sorted(found)
+
+
+def _read(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(MAX_ATTESTATION + 1)
