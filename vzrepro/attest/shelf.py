@@ -9,12 +9,18 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from vzrepro import disk
+from vzrepro.cache.binary import BinaryCache
 from vzrepro.cache.records import MAX_ATTESTATION, attestation_key, is_intact
+from vzrepro.errors import RemoteError, VzreproError
 from vzrepro.model import DrvHash
 from vzrepro.store import LocalStore
+
+HERE = "here"
+"""The name of this machine among the places of an envelope."""
 
 
 class Shelf:
@@ -53,6 +59,23 @@ class Shelf:
                 if is_intact(file.as_posix(), data):
                     found.append(data)
         return sorted(found)
+
+
+def gather(
+    drv_hash: DrvHash, shelf: Shelf, caches: Iterable[BinaryCache], failed: Callable[[str, VzreproError], object]
+) -> dict[bytes, tuple[str, ...]]:
+    """Every envelope about a derivation, and where it is: `HERE`, or the URLs of caches.
+
+    `failed` is told of each cache that could not be asked, which is otherwise as good as one that has nothing.
+    """
+    found = {envelope: [HERE] for envelope in shelf.envelopes(drv_hash)}
+    for cache in caches:
+        try:
+            for envelope in cache.attestations(drv_hash):
+                found.setdefault(envelope, []).append(cache.url)
+        except RemoteError as error:
+            failed(cache.url, error)
+    return {envelope: tuple(places) for envelope, places in sorted(found.items())}
 
 
 def _read(file: Path) -> bytes:

@@ -1,5 +1,7 @@
 """Writes the archives that installers download: `vz-linux-<profile>-v<V>-arm64.tar.gz`, each with its `.sha256`.
 
+Beside each is what is attested of its bundle, `vz-linux-<profile>-v<V>-arm64.intoto.jsonl`, where anything is.
+
 The same bundle gives the same bytes: a ustar of the four files in fixed order, owner 0, modes 0644 and 0755, every time
 that of `built`; then gzip without name and time, level 9. The tar layer is the format; the compressed bytes also depend
 on the deflate of the zlib that Python was built with (docs/bundle.md).
@@ -15,33 +17,43 @@ import re
 import secrets
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from vzrepro import disk
+from vzrepro.attest import dsse
+from vzrepro.attest.statement import Statement
 from vzrepro.bundle.files import FILES, Bundle, check_digests, examine, has_any
 from vzrepro.errors import UsageError, VzreproError
 from vzrepro.metadata import KernelProfile
 
 _LEVEL = 9
+_SUFFIX = ".tar.gz"
+_MAX_ATTESTED = 256 << 20
 _VERSION = re.compile(r"[0-9]+(\.[0-9]+)*([.+-][0-9A-Za-z]+)*")
 
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """An archive that is there now. `sha256` in hex, `size` in bytes; `written` is False when it was there before."""
+    """An archive that is there now. `sha256` in hex, `size` in bytes; `written` is False when it was there before.
+    `attestations` is how many of them lie beside it."""
 
     path: Path
     profile: str
     sha256: str
     size: int
     written: bool
+    attestations: int = 0
 
 
-def export(directory: Path, version: str, out: Path) -> list[Archive]:
+def export(directory: Path, version: str, out: Path, envelopes: Collection[bytes] = ()) -> list[Archive]:
     """Write the archives of the bundle in `directory`, or of each bundle in a directory below it, into `out`.
+
+    Of `envelopes` (DSSE), those that name all files of a bundle with the digests they have are written beside its
+    archives, one per line, sorted, together with those that are there already: attestations become more with time, and
+    are the one thing that may change under a version. Nobody's signature is verified.
 
     Raises UsageError (no bundle, a version that cannot be one, another archive has the name), HashMismatch (a bundle is
     damaged), VzreproError (the system refuses). What is written is whole or not there.
@@ -60,7 +72,14 @@ def export(directory: Path, version: str, out: Path) -> list[Archive]:
                 _refuse_conflict(file)
             published = [(bundle, file, _publish(file)) for bundle, file in made]
             return [
-                Archive(file.path, bundle.metadata.profile, file.sha256, file.path.stat().st_size, written)
+                Archive(
+                    file.path,
+                    bundle.metadata.profile,
+                    file.sha256,
+                    file.path.stat().st_size,
+                    written,
+                    _attest(bundle, attested(file.path), envelopes),
+                )
                 for bundle, file, written in published
                 if file.path.suffix == ".gz"
             ]
@@ -70,6 +89,45 @@ def export(directory: Path, version: str, out: Path) -> list[Archive]:
             reason=f"{error.filename or out}: {error.strerror or error}",
             hint="make room or name another directory: --out DIR",
         ) from error
+
+
+def attested(archive: Path) -> Path:
+    """Where the attestations of an archive's bundle are: beside it, `<stem>.intoto.jsonl`."""
+    return archive.with_name(archive.name.removesuffix(_SUFFIX) + ".intoto.jsonl")
+
+
+def _attest(bundle: Bundle, path: Path, envelopes: Collection[bytes]) -> int:
+    """Add to the attestations at `path`; how many there are then."""
+    there = _lines(path)
+    lines = sorted({each for each in (*there, *envelopes) if b"\n" not in each and _names_all(each, bundle)})
+    if lines and lines != there:
+        with _temporary(path.parent) as temporary:
+            temporary.write_bytes(b"".join(line + b"\n" for line in lines))
+            temporary.chmod(0o644)
+            disk.sync(temporary)
+            temporary.rename(path)
+            disk.sync(path.parent)
+    return len(lines)
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The lines of a file of attestations, none where there is none. Raises UsageError when something else is there."""
+    if not os.path.lexists(path):
+        return []
+    if not path.is_file() or path.stat().st_size > _MAX_ATTESTED:
+        raise UsageError(
+            f"{path} is no file of attestations", hint="choose another directory with --out, or move it away"
+        )
+    return path.read_bytes().splitlines()
+
+
+def _names_all(envelope: bytes, bundle: Bundle) -> bool:
+    """Whether an envelope's statement is about these very files."""
+    try:
+        files = Statement.of(dsse.parse(envelope)).files
+    except dsse.Malformed:
+        return False
+    return all(files.get(name) == bundle.digests[name] for name in FILES)
 
 
 def write_tar(bundle: Bundle, sink: BinaryIO) -> None:

@@ -195,7 +195,7 @@ def list_bundles(session: Session, /, **choice: Any) -> None:
 @json_option
 @click.pass_obj
 def export(session: Session, target: str, version: str, out: Path) -> None:
-    """Pack bundles for download: vz-linux-PROFILE-vV-arm64.tar.gz and its .sha256.
+    """Pack bundles for download: vz-linux-PROFILE-vV-arm64.tar.gz, its .sha256, and in .intoto.jsonl what is attested.
 
     TARGET is a bundle's name, `bundles` for all of them, or a directory (with a slash in its name). The developer
     bundle is also written as vz-linux-vV-arm64.tar.gz.
@@ -204,11 +204,42 @@ def export(session: Session, target: str, version: str, out: Path) -> None:
     if os.sep not in target and not bundles.has_any(directory):
         [info] = session.realizer().realize([session.target(target)])
         directory = session.store.location(info.path)
+    envelopes = _attestations(session, directory)
+    made = bundles.export(directory, version, out, envelopes)
     rows = [
-        (str(made.path), made.profile, made.size, made.sha256, "written" if made.written else "present")
-        for made in bundles.export(directory, version, out)
+        (
+            str(each.path),
+            each.profile,
+            each.size,
+            each.sha256,
+            "written" if each.written else "present",
+            each.attestations,
+        )
+        for each in made
     ]
-    session.console.print_table(("archive", "profile", "bytes", "sha256", "state"), rows)
+    session.console.print_table(("archive", "profile", "bytes", "sha256", "state", "attestations"), rows)
+    for each in made:
+        if not each.attestations:
+            session.warn(f"{each.path.name} has no attestations beside it: nobody has attested this bundle")
+
+
+def _attestations(session: Session, directory: Path) -> list[bytes]:
+    """What is attested of the object in `directory` and of its inputs, among which are the bundles of a set of them;
+    nothing for a directory that is no object of the workspace's store."""
+    node = None
+    if _in_workspace(session) and directory.resolve().parent == session.store.root.resolve():
+        node = next((node for node in session.graph.nodes.values() if node.path.base == directory.name), None)
+    if node is None:
+        session.console.report(
+            Notice(
+                "info", f"{directory} is no object of this workspace's store, so no attestations of it are looked for"
+            )
+        )
+        return []
+    found: set[bytes] = set()
+    for drv_hash in (node.drv_hash, *node.drv.inputs.values()):
+        found |= session.attestations(drv_hash).keys()
+    return sorted(found)
 
 
 def _in_workspace(session: Session) -> bool:

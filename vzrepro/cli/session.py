@@ -27,7 +27,7 @@ from vzrepro.errors import UsageError
 from vzrepro.evaluate import DrvGraph, evaluate
 from vzrepro.events import Action, Finished, LogLine, Notice, Progress, Report, Started
 from vzrepro.lock import Lock
-from vzrepro.model import ObjectInfo, Outcome, StorePath
+from vzrepro.model import DrvHash, ObjectInfo, Outcome, StorePath
 from vzrepro.realize import Realizer, Substitute
 from vzrepro.recipe import Node
 from vzrepro.store import LocalStore
@@ -175,6 +175,14 @@ class Session:
     def warn(self, message: str) -> None:
         """Tell the user something that does not end the command."""
         self.console.report(Notice("warning", message))
+
+    def attestations(self, drv_hash: DrvHash, url: str | None = None) -> dict[bytes, tuple[str, ...]]:
+        """Every DSSE envelope about a derivation beside the store and in the caches (only that at `url`, if given), and
+        where it is. Nobody has verified them; a cache that cannot be asked is told of."""
+        from vzrepro.attest.shelf import Shelf, gather
+
+        caches = self.caches if url is None else [self.cache(url)]
+        return gather(drv_hash, Shelf(self.store), caches, lambda place, error: self.warn(f"{place}: {error.message}"))
 
     def realizer(self, *, substitute: Substitute = "all", keep_failed: bool = False) -> Realizer:
         """What executes plans, with this session's parts."""
