@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
@@ -144,7 +144,7 @@ class _Predicate(_Read):
     held: list[str]
     together: int = Field(ge=0)
     axis_version: int
-    observed: dict[str, tuple[str, str]]
+    observed: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]]
     started_on: str
     finished_on: str
     milliseconds: int = Field(ge=0)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import vzrepro
 from vzrepro.attest.provenance import builder_id
 from vzrepro.attest.statement import Statement, Subject
 from vzrepro.cache.signing import PublicKey
@@ -26,8 +25,8 @@ class Summary:
 
     `resource` is the URI or name under which the output was verified (its store path), `policy` the policy's bytes and
     where they were, None when there was none. `inputs` are the bytes of the envelopes that counted. `levels` are what
-    it reaches: SLSA's names, or ones of another prefix than `SLSA_` (`VZREPRO_BUILDERS_2`); they are left out, as SLSA
-    has it, when it has failed. `verified` is RFC 3339 in UTC.
+    it reaches: SLSA's names, or ones of another prefix than `SLSA_` (`VZREPRO_BUILDERS_2`); what has failed reaches the
+    one level FAILED, as SLSA has it. `verified` is RFC 3339 in UTC.
     """
 
     resource: str
@@ -43,7 +42,7 @@ def summary_statement(summary: Summary, subjects: Sequence[Subject], verifier: P
     place, policy = summary.policy or ("urn:vzrepro:policy:none", b"")
     levels = list(summary.levels) if summary.passed else ["FAILED"]
     predicate: dict[str, Any] = {
-        "verifier": {"id": builder_id(verifier), "version": {"vzrepro": vzrepro.__version__}},
+        "verifier": {"id": builder_id(verifier)},
         "timeVerified": summary.verified,
         "resourceUri": summary.resource,
         "policy": {"uri": place, "digest": {"sha256": FileHash.of(policy).hex}},
