@@ -11,7 +11,7 @@ from types import FrameType
 import click
 
 import vzrepro
-from vzrepro.cli import attest, bundle, cache, doctor, inspect, key, lock, oci, realize, store, vm
+from vzrepro.cli import attest, bundle, cache, diff, doctor, inspect, key, lock, oci, realize, store, vm
 from vzrepro.cli.session import Session
 from vzrepro.console import Console
 from vzrepro.errors import Interrupted, UsageError, VzreproError
@@ -40,6 +40,7 @@ group.add_command(key.key)
 group.add_command(bundle.bundle)
 group.add_command(vm.vm)
 group.add_command(oci.oci)
+group.add_command(diff.diff)
 group.add_command(doctor.doctor)
 group.add_command(attest.attest)
 group.add_command(attest.provenance)

@@ -1,0 +1,368 @@
+"""Guess from the bytes what made two outputs differ, and say what to do about it.
+
+Pure: places in, guesses out. A guess is evidence for a person, never a verdict; a verdict is what the axes show. Where
+the audit knows what it varied, a value that turns up in the output is named with certainty.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from vzrepro.audit.inside import Place
+from vzrepro.audit.model import Guess
+
+Context = Mapping[str, tuple[str, str]]
+"""What was seen inside the sandbox without and with an axis: axis → (baseline, varied)."""
+
+FIXES: Mapping[str, str] = {
+    "timestamp": "take the time from $SOURCE_DATE_EPOCH: date -u -d @$SOURCE_DATE_EPOCH, gzip -n, "
+    "tar --mtime=@$SOURCE_DATE_EPOCH, KBUILD_BUILD_TIMESTAMP; write an initramfs with recipes/initramfs/newc.py",
+    "path": "map the build's directory away: -ffile-prefix-map=$PWD=. (C), --remap-path-prefix=$PWD=. (Rust); "
+    "write no absolute path into an output",
+    "order": "sort whatever comes from a directory or a hash table: find … | LC_ALL=C sort, tar --sort=name, "
+    "$(sort $(wildcard …)) in a makefile, sorted(os.listdir(…))",
+    "random": "have no chance in it: a fixed seed (-frandom-seed=NAME, PYTHONHASHSEED=0), a fixed UUID "
+    "(mkfs -U, veritysetup --uuid), no mktemp name in an output",
+    "user": "write no user: tar --owner=0 --group=0 --numeric-owner, cpio -R 0:0, KBUILD_BUILD_USER=vz, "
+    "no id or whoami",
+    "parallelism": "write results in a fixed order whichever ends first, and no count of jobs; where that cannot be, "
+    "make this one step with -j1",
+    "host": "write no name of the machine: KBUILD_BUILD_HOST=vz, no hostname or uname",
+    "locale": "set LC_ALL=C for the command whose words or order these are",
+    "build-id": "link with -Wl,--build-id=none; a build id differs because something else that was linked does, "
+    "so look for that first (it may have been stripped)",
+    "process-id": "write no process id: no $$ or getpid() in names and contents",
+    "inode": "write no inode numbers: cpio --reproducible or recipes/initramfs/newc.py; no stat -c %i",
+    "umask": "set modes outright: install -m 0644, chmod, tar --mode=go=rX,u+rw,a-s",
+    "environment": "write no environment: unset what is not needed, and print no env or set into an output",
+    "compression": "name level and threads: gzip -n -9, xz -T1 -6, zstd -T1 -19; both sides need the same compressor",
+    "unknown": "vzrepro audit TARGET tells which axis changes it",
+}
+"""Cause → what to do about it in a recipe."""
+
+_AXIS_CAUSES: Mapping[str, str] = {
+    "build-path": "path",
+    "host-name": "host",
+    "user": "user",
+    "umask": "umask",
+    "time-zone": "timestamp",
+    "locale": "locale",
+    "home": "environment",
+    "path": "environment",
+    "environment": "environment",
+    "cores": "parallelism",
+    "memory": "host",
+    "file-system": "inode",
+    "directory-order": "order",
+    "kernel-version": "host",
+    "address-layout": "random",
+    "clock": "timestamp",
+    "shell": "environment",
+    "input-topology": "inode",
+    "process-ids": "process-id",
+    "runtime": "host",
+    "randomness": "random",
+    "inodes": "inode",
+}
+
+_CERTAIN, _CLEAR, _LIKELY, _PERHAPS, _FOLLOWS = range(5)
+_SHOWN = 80
+_MIN_VALUE = 4
+_LINES = 4000
+_LINE = 4000
+
+_MONTH = "(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*"
+_DAY = "(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)[a-z]*"
+_CLOCK = r"\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?"
+_DATE = re.compile(
+    rf"""\b(?:
+        (?:19|20)\d\d-[01]\d-[0-3]\d(?:[T ]{_CLOCK}(?:\s?(?:Z|UTC|[+-]\d\d:?\d\d))?)?    # 2026-01-31 12:00:00
+      | {_DAY},?\s+{_MONTH}\s+\d{{1,2}}(?:,?\s+{_CLOCK})?(?:\s+[A-Z]{{3,4}})?\s+(?:19|20)\d\d  # Sat Jan 31 2026
+      | (?:{_DAY},?\s+)?\d{{1,2}}\s+{_MONTH}\s+(?:19|20)\d\d(?:\s+{_CLOCK})?              # Sat, 31 Jan 2026 12:00:00
+      | {_MONTH}\s+\d{{1,2}},?\s+(?:19|20)\d\d(?:\s+{_CLOCK})?                              # Jan 31 2026
+      | (?:19|20)\d\d[01]\d[0-3]\d(?:[T-]?[0-2]\d[0-5]\d(?:[0-5]\d)?)?Z?                      # 20260131T120000Z
+      | [0-2]\d:[0-5]\d:[0-5]\d                                                            # 12:00:00
+    )(?!\d)""",
+    re.VERBOSE,
+)
+_EPOCH = re.compile(r"(?<![\w.])(?:1[0-9]|2[01])\d{8}(?:\d{3}|\d{6}|\d{9})?(?:\.\d+)?(?![\w])")
+_UUID = re.compile(r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b")
+_TEMPORARY = re.compile(r"(?:/tmp/[\w.+-]+|\b(?:tmp|cc)(?=[A-Za-z0-9_]*[A-Z0-9_])[A-Za-z0-9_]{6,8}\b)")
+_PATH = re.compile(r"(?<![\w.])(?:/[\w.+@%:=~-]+){2,}/?|(?<![\w./])/(?:build|home|root|srv|tmp|work)\b/?[\w.+-]*")
+_HEX = re.compile(r"\b(?=[0-9a-fA-F]*\d)[0-9a-fA-F]{16,}\b")
+_PID = re.compile(r"(?i)\b(?:pid|process(?: id)?|getpid)\b\W{0,3}\d+")
+_JOBS = re.compile(r"(?i)(?:\B-j ?\d+|--jobs[ =]\d+|\b(?:jobs|threads|cores|cpus|nproc|vz_cores)\b\W{0,3}\d+)")
+_QUOTES = re.compile("[‘’“”«»„]")
+_NUMBER = re.compile(r"\d+")
+_TOKEN = re.compile(r"[A-Za-z0-9_.+-]+")
+_FIELD = re.compile(r"(ino|mode|uid|gid|uname|gname|mtime|level flag|devmajor|devminor): (.*)")
+_FIELD_CAUSES: Mapping[str, str] = {
+    "ino": "inode",
+    "devmajor": "inode",
+    "devminor": "inode",
+    "uid": "user",
+    "gid": "user",
+    "uname": "user",
+    "gname": "user",
+    "mtime": "timestamp",
+    "mode": "umask",
+    "level flag": "compression",
+}
+# A line of a listing, as diffoscope's cpio and tar readers and `ls -l` write it.
+_LISTED = re.compile(
+    r"(?P<mode>[-dlcbps][-rwxsStT]{9})\s+(?:\d+\s+)?(?P<owner>\S+(?:\s+\(\d+\))?\s+\S+(?:\s+\(\d+\))?)\s+(?P<size>\d+)\s+"
+    r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d(?::\d\d(?:\.\d+)?)?)\s+(?P<name>.*)"
+)
+_HEX_LINE = re.compile(r"\s*(?:0x)?[0-9a-f]{4,16}:?\s+((?:[0-9a-f]{2,8} ){1,8})")
+
+# What a match of each pattern, in one version and not in the other, comes from; in order, since what one of them has
+# matched is no business of the later ones.
+_PATTERNS: Sequence[tuple[re.Pattern[str], str, int]] = (
+    (_DATE, "timestamp", _CLEAR),
+    (_EPOCH, "timestamp", _LIKELY),
+    (_UUID, "random", _CLEAR),
+    (_TEMPORARY, "random", _CLEAR),
+    (_PATH, "path", _CLEAR),
+    (_PID, "process-id", _CLEAR),
+    (_JOBS, "parallelism", _CLEAR),
+    (_HEX, "random", _PERHAPS),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Hint:
+    cause: str
+    rank: int
+    evidence: str
+
+
+def guesses(places: Iterable[tuple[str, Place]], context: Context | None = None) -> tuple[Guess, ...]:
+    """What probably caused the differences, the surest and most frequent first, each cause once; `unknown` if nothing.
+
+    `places` are (file, place); `context` is what the audit varied.
+    """
+    context = context or {}
+    found: dict[str, list[_Hint]] = {}
+    total, seen = 0, ""
+    for file, place in places:
+        total += 1
+        seen = seen or _first_change(file, place)
+        for cause, hint in _first_of_each(_hints(file, place, context)).items():
+            found.setdefault(cause, []).append(hint)
+    if not found and total:
+        if len(context) == 1:
+            [axis] = context
+            cause = _AXIS_CAUSES.get(axis, "unknown")
+            return (Guess(cause, f"nothing but {axis} was varied", FIXES[cause]),)
+        return (Guess("unknown", seen or f"nothing known was seen in {_places(total)}", FIXES["unknown"]),)
+    ranked = sorted(found.items(), key=lambda each: (min(hint.rank for hint in each[1]), -len(each[1]), each[0]))
+    return tuple(Guess(cause, _told(hints), FIXES[cause]) for cause, hints in ranked)
+
+
+def _where(file: str, place: Place) -> str:
+    return " in ".join(reversed([file, *place.member]))
+
+
+def _first_change(file: str, place: Place) -> str:
+    """The first pair of lines that differ, for when nothing better is known."""
+    old, new = next(_pairs(place.diff.splitlines()[:_LINES]), ("", ""))
+    return f"{_where(file, place)}: {_change(old.strip(), new.strip())}" if old or new else ""
+
+
+def _first_of_each(hints: Iterable[_Hint]) -> Mapping[str, _Hint]:
+    best: dict[str, _Hint] = {}
+    for hint in hints:
+        if hint.cause not in best or hint.rank < best[hint.cause].rank:
+            best[hint.cause] = hint
+    return best
+
+
+def _told(hints: Sequence[_Hint]) -> str:
+    best = min(hints, key=lambda hint: hint.rank)
+    more = len(hints) - 1
+    return f"{best.evidence}; and in {_places(more)} more" if more else best.evidence
+
+
+def _places(count: int) -> str:
+    return f"{count} place{'' if count == 1 else 's'}"
+
+
+def _hints(file: str, place: Place, context: Context) -> Iterator[_Hint]:
+    where = _where(file, place)
+    if place.kind == "compression":
+        yield _Hint("compression", _CLEAR, f"{where}: the same contents, compressed in another way")
+        return
+    if _is_build_id(place):
+        yield _Hint("build-id", _FOLLOWS, f"{where}: a linker's build id")
+        return
+    lines = [line[:_LINE] for line in place.diff.splitlines()[:_LINES]]
+    old = [line[1:] for line in lines if line.startswith("-")]
+    new = [line[1:] for line in lines if line.startswith("+")]
+    if old and sorted(old) == sorted(new):
+        yield from _sorted_otherwise(where, old, new)
+        return
+    if old and new and all(map(_HEX_LINE.match, (*old, *new))):
+        yield from _binary(where, place, _decoded(old), _decoded(new), context)
+        return
+    for before, after in _pairs(lines):
+        yield from _line(where, before, after, context)
+    if place.kind == "metadata" and not place.member and any(line.startswith("mode: ") for line in (*old, *new)):
+        return
+    yield from _locale(where, old, new)
+
+
+def _is_build_id(place: Place) -> bool:
+    if ".note.gnu.build-id" in place.member:
+        return True
+    changed = [line for line in place.diff.splitlines() if line[:1] in ("-", "+")]
+    return bool(changed) and all(re.search(r"(?i)build[ -]?id", line) for line in changed)
+
+
+def _pairs(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each removed line with the added one that stands for it."""
+    old: list[str] = []
+    new: list[str] = []
+    for line in (*lines, " "):
+        if line.startswith("-"):
+            if new:
+                yield from zip(old, new, strict=False)
+                old, new = [], []
+            old.append(line[1:])
+        elif line.startswith("+"):
+            new.append(line[1:])
+        else:
+            yield from zip(old, new, strict=False)
+            old, new = [], []
+
+
+def _sorted_otherwise(where: str, old: Sequence[str], new: Sequence[str]) -> Iterator[_Hint]:
+    evidence = f"{where}: the same lines in another order, for instance {_shown(old[0])!r}"
+    if old != sorted(old) and new != sorted(new) and sorted(old, key=str.lower) in (list(old), list(new)):
+        yield _Hint("locale", _LIKELY, f"{evidence}; one of them is sorted without regard to case")
+    yield _Hint("order", _CLEAR, evidence)
+
+
+def _line(where: str, old: str, new: str, context: Context) -> Iterator[_Hint]:
+    """What the difference between two versions of a line tells."""
+    fields = _FIELD.fullmatch(old), _FIELD.fullmatch(new)
+    if fields[0] and fields[1]:
+        cause = _FIELD_CAUSES[fields[0][1]]
+        yield _Hint(cause, _CLEAR, f"{where}: {fields[0][1]} {_change(fields[0][2], fields[1][2])}")
+        return
+    listed = _LISTED.search(old), _LISTED.search(new)
+    if listed[0] and listed[1] and listed[0]["name"] == listed[1]["name"]:
+        for part, cause in (("mode", "umask"), ("owner", "user"), ("time", "timestamp")):
+            if listed[0][part] != listed[1][part]:
+                change = _change(listed[0][part], listed[1][part])
+                yield _Hint(cause, _CLEAR, f"{where}: {part} of {_shown(listed[0]['name'])!r} {change}")
+        return
+    yield from _varied(where, old, new, context)
+    for pattern, cause, rank in _PATTERNS:
+        before, after = pattern.findall(old), pattern.findall(new)
+        gone = [each for each in before if each not in after]
+        come = [each for each in after if each not in before]
+        if gone and come:
+            yield _Hint(cause, rank, f"{where}: {_change(gone[0], come[0])}")
+        old, new = pattern.sub("\0", old), pattern.sub("\0", new)
+        if old == new:
+            return
+    masked = _NUMBER.sub("#", old), _NUMBER.sub("#", new)
+    if masked[0] == masked[1]:
+        before, after = _NUMBER.findall(old), _NUMBER.findall(new)
+        changed = [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]]
+        if changed and "." in old and re.search(r"\b\d+\.\d+\s?(?:s|ms|sec|seconds)\b", old):
+            yield _Hint("timestamp", _LIKELY, f"{where}: a duration, {_change(*changed[0])}")
+
+
+def _varied(where: str, old: str, new: str, context: Context) -> Iterator[_Hint]:
+    """What the audit itself varied and what is now in the output."""
+    tokens = _TOKEN.findall(old), _TOKEN.findall(new)
+    swapped = set()
+    if len(tokens[0]) == len(tokens[1]):
+        swapped = {pair for pair in zip(*tokens, strict=True) if pair[0] != pair[1]}
+    for axis, (baseline, varied) in context.items():
+        cause = _AXIS_CAUSES.get(axis)
+        if cause is None or baseline == varied:
+            continue
+        parts = [(baseline, varied), *zip(re.split(r"[\s:,;]+", baseline), re.split(r"[\s:,;]+", varied), strict=False)]
+        for one, other in parts:
+            if one == other or not other:
+                continue
+            seen = (one, other) in swapped or (other, one) in swapped
+            long = len(other) >= _MIN_VALUE and (_holds(new, other) != _holds(old, other))
+            if seen or long:
+                yield _Hint(cause, _CERTAIN, f"{where}: {_shown(other)!r}, which the audit's axis {axis} put there")
+                break
+
+
+def _holds(text: str, value: str) -> bool:
+    at = text.find(value)
+    while at >= 0:
+        before, after = text[at - 1 : at], text[at + len(value) : at + len(value) + 1]
+        if not (before.isalnum() and value[0].isalnum()) and not (after.isalnum() and value[-1].isalnum()):
+            return True
+        at = text.find(value, at + 1)
+    return False
+
+
+def _locale(where: str, old: Sequence[str], new: Sequence[str]) -> Iterator[_Hint]:
+    quoted = bool(_QUOTES.search("".join(old))), bool(_QUOTES.search("".join(new)))
+    if quoted[0] != quoted[1]:
+        yield _Hint("locale", _LIKELY, f"{where}: typographic quotation marks on one side only")
+
+
+def _decoded(lines: Sequence[str]) -> bytes:
+    """The bytes of a hexdump by xxd, readelf or `inside`."""
+    out = bytearray()
+    for line in lines:
+        match = _HEX_LINE.match(line + " ")
+        if match:
+            out += bytes.fromhex(match[1].replace(" ", "")[: 2 * (len(match[1].replace(" ", "")) // 2)])
+    return bytes(out)
+
+
+def _binary(where: str, place: Place, old: bytes, new: bytes, context: Context) -> Iterator[_Hint]:
+    before, after = _text_of(old), _text_of(new)
+    found = list(_line(where, before, after, context))
+    yield from found
+    if found:
+        return
+    at = [index for index, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]]
+    if at and len(old) == len(new) and at[-1] - at[0] < 4:
+        moment = _moment(old, new, at[0])
+        if moment is not None:
+            yield _Hint("timestamp", _LIKELY, f"{where}: seconds since 1970, {_change(*map(str, moment))}")
+            return
+    if place.count is not None and place.count >= 16 and len(at) >= 0.9 * min(len(old), len(new)) > 16:
+        yield _Hint("random", _PERHAPS, f"{where}: {place.count} bytes without anything in common")
+
+
+def _moment(old: bytes, new: bytes, at: int) -> tuple[int, int] | None:
+    """The two times that four bytes around `at` may be: both of 2014 to 2039, and within two years of each other."""
+    for order in ("little", "big"):
+        for begin in range(max(0, at - 3), at + 1):
+            if begin % 4:
+                continue
+            pair = [
+                int.from_bytes(each[begin : begin + 4], "little" if order == "little" else "big") for each in (old, new)
+            ]
+            if (
+                all(1_400_000_000 <= each <= 2_200_000_000 for each in pair)
+                and abs(pair[0] - pair[1]) < 2 * 366 * 86400
+            ):
+                return pair[0], pair[1]
+    return None
+
+
+def _text_of(data: bytes) -> str:
+    return "".join(chr(byte) if 32 <= byte < 127 else "\n" for byte in data)
+
+
+def _change(old: str, new: str) -> str:
+    return f"{_shown(old)!r} → {_shown(new)!r}"
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
