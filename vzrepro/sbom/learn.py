@@ -19,7 +19,7 @@ from pathlib import Path
 
 from vzrepro.crates import manifest_of
 from vzrepro.deb import read_deb
-from vzrepro.errors import HashMismatch, Interrupted, VzreproError
+from vzrepro.errors import HashMismatch, VzreproError
 from vzrepro.evaluate import DrvGraph
 from vzrepro.lock import PinnedFile
 from vzrepro.model import FileHash
@@ -53,13 +53,12 @@ def learn(
     known: Facts,
     *,
     progress: Callable[[int, int], None],
-    stopped: Callable[[], bool],
 ) -> Learned:
     """Read what is not `known` of the downloads that `targets` are built from and that are in the store.
 
     `progress` is told bytes read and bytes to read. Facts of files that the graph no longer has are dropped.
-    Raises HashMismatch for an object that is not what was pinned, Interrupted when `stopped`, UsageError for a .deb
-    that is none.
+    Raises HashMismatch for an object that is not what was pinned, VzreproError for a file that cannot be read; a
+    KeyboardInterrupt ends after the files that are being read.
     """
     absent = []
     here: list[tuple[Node, Path]] = []
@@ -80,15 +79,13 @@ def learn(
     with ThreadPoolExecutor(max_workers=max(1, len(os.sched_getaffinity(0)))) as pool:
         try:
             # lzma and sha256 let go of the interpreter while they work.
-            work = pool.map(lambda item: None if stopped() else _read(*item), files.values())
-            for sha256, (_, pin), result in zip(files, files.values(), work, strict=True):
-                if result is None:
-                    raise Interrupted("interrupted")
+            work = pool.map(lambda item: _read(*item), files.values())
+            for sha256, result in zip(files, work, strict=True):
                 found[sha256] = result
-                done += pin.size
+                done += files[sha256][1].size
                 progress(done, total)
         except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
     pinned = {pin.sha256 for node in graph.nodes.values() for pin in node.files.values()}
     facts = {sha256: fact for sha256, fact in known.items() if sha256 in pinned}
