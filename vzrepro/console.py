@@ -300,7 +300,7 @@ class Console:
                 for row in cells:
                     self._print_json(dict(zip(columns, row, strict=True)))
                 return
-            heading, *body = _aligned(columns, cells)
+            heading, *body = aligned(columns, cells)
             bold = self._colour_allowed and self._out.isatty()
             self._to_stdout("\n".join([_ansi([(heading, "bold")]) if bold else heading, *body]))
 
@@ -464,7 +464,8 @@ def _text(pieces: Pieces) -> Text:
     return Text.assemble(*pieces)
 
 
-def _aligned(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
+def aligned(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
+    """A table's lines: the columns' names, then a line for each row."""
     shown = [["-" if cell is None else clean(str(cell)) for cell in row] for row in rows]
     number = [all(isinstance(row[i], int | float | None) for row in rows) and rows != [] for i in range(len(columns))]
     widths = [max(len(line[i]) for line in (columns, *shown)) for i in range(len(columns))]

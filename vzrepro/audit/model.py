@@ -240,10 +240,13 @@ class Report:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of the nodes' verdicts, and DIFFERS when another cache has other bytes."""
+        """The worst of the nodes' verdicts, and DIFFERS when another cache has other bytes.
+
+        Images, downloads and local files count only where they were made again: without `--deep` none is.
+        """
         if any(each.agrees is False for each in self.against):
             return Verdict.DIFFERS
-        return worst(self.counts)
+        return worst(Counter(node.verdict for node in self.nodes if node.kind == "sandbox" or node.rebuilds))
 
     def document(self) -> dict[str, Any]:
         """The report as plain data for JSON."""

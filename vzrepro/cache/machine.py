@@ -39,7 +39,7 @@ def machine_cache(
     """
     backend = DirectoryBackend(cache_dir)
     try:
-        key = _key(key_dir / KEY_FILE)
+        key = machine_key(key_dir)
     except (OSError, UsageError) as error:
         cache = BinaryCache(backend, TrustedKeys(), warn=warn)
         failure = error if isinstance(error, UsageError) else UsageError(f"cannot make a key in {key_dir}: {error}")
@@ -49,7 +49,9 @@ def machine_cache(
     return BinaryCache(backend, TrustedKeys([key.public]), key, warn=warn, after_push=bound.after_push, own=True)
 
 
-def _key(path: Path) -> SigningKey:
+def machine_key(key_dir: Path) -> SigningKey:
+    """The key in `key_dir` that this machine signs with, made now if there is none. Raises OSError, UsageError."""
+    path = key_dir / KEY_FILE
     if not path.exists():
         # Told apart by more than the machine's name, which says nothing to others and need not be unique.
         SigningKey.generate(f"vzrepro-machine-{secrets.token_hex(4)}").save(path)

@@ -1,0 +1,379 @@
+"""Which rebuilds an audit asks for and what it concludes, on simulated builds with known leaks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import pytest
+
+from vzrepro.audit import blame
+from vzrepro.audit.blame import LOOK, AxisPlan, Case, Ending, Experiment, Judgement, Result
+from vzrepro.audit.model import REPEAT, Verdict
+from vzrepro.audit.records import Asked, Record, Records
+from vzrepro.errors import UsageError
+
+PLAIN = ("host-name", "user", "umask")
+NOISE = ("clock", "randomness")
+
+Build = Callable[[Experiment], Result]
+
+
+def _axes(**changes: AxisPlan) -> tuple[AxisPlan, ...]:
+    plans = {name: AxisPlan(name) for name in PLAIN}
+    plans |= {"clock": AxisPlan("clock", holds=True), "randomness": AxisPlan("randomness", varies=False, holds=True)}
+    return tuple((plans | {name.replace("_", "-"): plan for name, plan in changes.items()}).values())
+
+
+def _proof(name: str, without: Mapping[str, object], seen: Mapping[str, object]) -> str | None:
+    return None if without.get(name) != seen.get(name) else f"{name} is as it was"
+
+
+def _seen(experiment: Experiment, dead: Iterable[str] = ()) -> dict[str, object]:
+    return {name: experiment.round + 1 for name in experiment.axes if name not in dead}
+
+
+def _case(**changes: object) -> Case:
+    return dataclasses.replace(Case("good", _axes(), _proof), **changes)  # type: ignore[arg-type]
+
+
+def _audit(case: Case, build: Build) -> tuple[Judgement, list[Experiment]]:
+    """Make what is asked for until there is a judgement; also, in order, all that was made."""
+    done: dict[Experiment, Result] = {}
+    for _ in range(30):
+        answer = blame.judge(case, done)
+        if isinstance(answer, Judgement):
+            return answer, list(done)
+        assert answer
+        assert not set(answer) & set(done), "an experiment was asked for twice"
+        done |= {each: build(each) for each in answer}
+    raise AssertionError("it never comes to an end")
+
+
+def _leaking(*leaks: str, noise: Iterable[str] = (), registered: str = "good", dead: Iterable[str] = ()) -> Build:
+    """A build that tells the axes of `leaks`, and what is in `noise`, which is never the same twice unless held."""
+    counter = itertools.count()
+
+    def build(experiment: Experiment) -> Result:
+        told = [f"{name} {experiment.round}" for name in experiment.axes if name in leaks and name not in dead]
+        told += [f"{name} {next(counter)}" for name in noise if name not in experiment.held]
+        told += [f"{name} held" for name in noise if name in experiment.held]
+        return Result(Ending.BUILT, ", ".join(told) or registered, observed=_seen(experiment, dead))
+
+    return build
+
+
+def _verdicts(judgement: Judgement) -> dict[str, str]:
+    return {name: finding.verdict.value for name, finding in judgement.findings.items()}
+
+
+def test_a_node_that_reproduces_takes_one_rebuild_per_axis() -> None:
+    judgement, made = _audit(_case(), _leaking())
+    assert judgement.verdict is Verdict.REPRODUCED
+    assert judgement.causes == ()
+    assert set(_verdicts(judgement)) == {REPEAT, *PLAIN, *NOISE}
+    assert set(_verdicts(judgement).values()) == {"REPRODUCED"}
+    assert made == [Experiment(), *(Experiment((name,)) for name in (*PLAIN, "clock"))]
+    assert len(made) == blame.first_experiments(_case())
+    assert judgement.findings["umask"].experiments == (Experiment(("umask",)),)
+    assert judgement.findings["randomness"].experiments == (Experiment(),), "every rebuild has other randomness"
+
+
+@pytest.mark.parametrize("leak", [*PLAIN, "clock"])
+def test_a_leaking_axis_is_the_only_cause(leak: str) -> None:
+    judgement, made = _audit(_case(), _leaking(leak))
+    assert judgement.causes == (leak,)
+    assert judgement.verdict is Verdict.DIFFERS
+    assert {name for name, verdict in _verdicts(judgement).items() if verdict != "REPRODUCED"} == {leak}
+    assert Experiment((leak,), attempt=1) in made, "not done again before it was blamed"
+    assert Experiment(attempt=1) in made, "nothing shows that it does not differ by itself"
+
+
+@pytest.mark.parametrize("noise", NOISE)
+def test_what_is_never_the_same_twice_is_found_by_holding_it(noise: str) -> None:
+    judgement, made = _audit(_case(), _leaking(noise=[noise]))
+    assert judgement.causes == (noise,)
+    verdicts = _verdicts(judgement)
+    assert {name for name, verdict in verdicts.items() if verdict == "DIFFERS"} == {REPEAT, noise}
+    assert {verdict for name, verdict in verdicts.items() if name not in (REPEAT, noise)} == {"INCONCLUSIVE"}
+    assert not any(each.axes for each in made), "axes were varied although nothing could be compared"
+    assert sum(each.held == (noise,) for each in made) == 3, "two that agree by chance must not convict"
+
+
+def test_two_that_are_never_the_same_are_both_found() -> None:
+    judgement, _ = _audit(_case(), _leaking(noise=NOISE))
+    assert set(judgement.causes) == set(NOISE)
+
+
+def test_noise_that_nothing_holds_has_no_cause() -> None:
+    judgement, _ = _audit(_case(), _leaking(noise=["cosmic rays"]))
+    assert judgement.causes == ()
+    assert judgement.verdict is Verdict.DIFFERS
+    assert judgement.findings[REPEAT].verdict is Verdict.DIFFERS
+    assert {finding.verdict for name, finding in judgement.findings.items() if name != REPEAT} == {Verdict.INCONCLUSIVE}
+
+
+def test_noise_that_the_first_rebuild_did_not_meet_blames_no_axis() -> None:
+    """A race that is mostly won: one axis's rebuild loses it, and so do others with nothing varied."""
+
+    def build(experiment: Experiment) -> Result:
+        lost = experiment == Experiment(("user",)) or (not experiment.axes and experiment.attempt == 1)
+        held = "cores" in experiment.held
+        value = "good" if held or not lost else f"race {experiment}"
+        if experiment.held and not held:
+            value = f"race {experiment}"
+        return Result(Ending.BUILT, value, observed=_seen(experiment))
+
+    judgement, _ = _audit(_case(axes=_axes(cores=AxisPlan("cores", holds=True))), build)
+    assert judgement.causes == ("cores",)
+    assert judgement.findings["user"].verdict is Verdict.INCONCLUSIVE
+    assert judgement.findings["umask"].verdict is Verdict.REPRODUCED, "it gave the registered output all the same"
+
+
+def test_an_axis_whose_output_is_another_each_time_is_not_believed() -> None:
+    counter = itertools.count()
+
+    def build(experiment: Experiment) -> Result:
+        value = f"odd {next(counter)}" if "user" in experiment.axes else "good"
+        return Result(Ending.BUILT, value, observed=_seen(experiment))
+
+    judgement, _ = _audit(_case(), build)
+    assert "user" not in judgement.causes
+    assert judgement.verdict is Verdict.DIFFERS
+
+
+def test_coin_flips_are_mostly_traced_to_what_flips_them() -> None:
+    """The worst noise there is: two outputs with equal chances."""
+    right = wrong = 0
+    for seed in range(300):
+        coins = random.Random(seed)
+
+        def build(experiment: Experiment, coins: random.Random = coins) -> Result:
+            held = "randomness" in experiment.held
+            return Result(Ending.BUILT, "good" if held or coins.random() < 0.5 else "bad", observed=_seen(experiment))
+
+        causes = _audit(_case(), build)[0].causes
+        right += causes == ("randomness",)
+        wrong += bool(set(causes) & set(PLAIN))
+    assert right > 240
+    assert wrong < 30
+
+
+def test_rebuilds_that_agree_but_not_with_the_registered_output() -> None:
+    judgement, made = _audit(_case(), _leaking(registered="other"))
+    assert judgement.verdict is Verdict.DIFFERS
+    assert judgement.causes == ()
+    assert "not the registered one" in (judgement.findings[REPEAT].reason or "")
+    assert judgement.findings["user"].verdict is Verdict.INCONCLUSIVE
+    assert not any(each.held for each in made), "rebuilds agree: there is no noise to look for"
+
+
+def test_an_axis_that_gives_the_registered_output_is_the_cause() -> None:
+    """It was registered by a build whose host name was what the axis makes it."""
+
+    def build(experiment: Experiment) -> Result:
+        value = "good" if "host-name" in experiment.axes else "other"
+        return Result(Ending.BUILT, value, observed=_seen(experiment))
+
+    judgement, _ = _audit(_case(), build)
+    assert judgement.causes == ("host-name",)
+    assert "registered" in (judgement.findings["host-name"].reason or "")
+
+
+def test_a_failing_axis_is_no_difference() -> None:
+    def build(experiment: Experiment) -> Result:
+        if "umask" in experiment.axes:
+            return Result(Ending.FAILED, reason="exit code 1", observed=_seen(experiment))
+        return Result(Ending.BUILT, "good", observed=_seen(experiment))
+
+    judgement, _ = _audit(_case(), build)
+    assert judgement.verdict is Verdict.BUILD_FAILED
+    assert judgement.causes == ()
+    assert judgement.findings["umask"].verdict is Verdict.BUILD_FAILED
+    assert judgement.findings["umask"].reason == "exit code 1"
+    assert judgement.findings["user"].verdict is Verdict.REPRODUCED
+
+
+@pytest.mark.parametrize(
+    ("ending", "verdict"), [(Ending.FAILED, Verdict.BUILD_FAILED), (Ending.LOST, Verdict.INCONCLUSIVE)]
+)
+def test_without_an_output_with_nothing_varied_no_axis_is_tried(ending: Ending, verdict: Verdict) -> None:
+    judgement, made = _audit(_case(), lambda _experiment: Result(ending, reason="no way"))
+    assert made == [Experiment()]
+    assert judgement.verdict is verdict
+    assert judgement.findings[REPEAT].reason == "no way"
+    assert {finding.verdict for name, finding in judgement.findings.items() if name != REPEAT} == {Verdict.UNTESTED}
+
+
+def test_an_axis_without_effect_is_inconclusive() -> None:
+    judgement, _ = _audit(_case(), _leaking("umask", dead=["umask"]))
+    assert judgement.findings["umask"].verdict is Verdict.INCONCLUSIVE
+    assert judgement.findings["umask"].reason == "did not take effect: umask is as it was"
+    assert judgement.verdict is Verdict.INCONCLUSIVE
+
+
+def test_an_axis_that_was_not_observed_is_inconclusive() -> None:
+    judgement, _ = _audit(_case(), lambda _experiment: Result(Ending.BUILT, "good"))
+    assert judgement.findings[REPEAT].verdict is Verdict.REPRODUCED
+    assert judgement.findings["umask"].verdict is Verdict.INCONCLUSIVE
+
+
+def test_what_is_unavailable_or_held_is_neither_tried_nor_passed() -> None:
+    axes = _axes(user=AxisPlan("user", excuse="not here"), umask=AxisPlan("umask", held="by contract"))
+    judgement, made = _audit(_case(axes=axes), _leaking())
+    assert {name for each in made for name in each.axes} == {"host-name", "clock"}
+    assert judgement.findings["user"] == blame.Finding(Verdict.INCONCLUSIVE, "not here")
+    assert judgement.findings["umask"].verdict is Verdict.UNTESTED
+    assert judgement.findings["umask"].held == "by contract"
+    assert judgement.verdict is Verdict.REPRODUCED, "on all that could be tried"
+
+
+def test_rounds_try_as_many_values() -> None:
+    def build(experiment: Experiment) -> Result:
+        value = "third" if "user" in experiment.axes and experiment.round == 2 else "good"
+        return Result(Ending.BUILT, value, observed=_seen(experiment))
+
+    judgement, made = _audit(_case(rounds=2), build)
+    assert judgement.verdict is Verdict.REPRODUCED
+    assert len(made) == blame.first_experiments(_case(rounds=2)) == 10
+    judgement, made = _audit(_case(rounds=3), build)
+    assert judgement.causes == ("user",)
+    assert Experiment(("user",), round=2, attempt=1) in made
+
+
+# --- all at once ------------------------------------------------------------------------------------------------------
+
+
+def test_quick_varies_all_in_one_rebuild() -> None:
+    judgement, made = _audit(_case(quick=True), _leaking())
+    all_axes = (*PLAIN, "clock")
+    assert made == [LOOK, Experiment(all_axes)]
+    assert judgement.verdict is Verdict.REPRODUCED
+    assert set(_verdicts(judgement).values()) == {"REPRODUCED"}
+    assert {finding.together for finding in judgement.findings.values()} == {len(all_axes)}
+
+
+def test_quick_cannot_tell_causes() -> None:
+    judgement, made = _audit(_case(quick=True), _leaking("umask"))
+    assert len(made) == 2
+    assert judgement.verdict is Verdict.DIFFERS
+    assert judgement.causes == ()
+    assert judgement.findings[REPEAT].verdict is Verdict.UNTESTED
+    assert {finding.verdict for name, finding in judgement.findings.items() if name != REPEAT} == {Verdict.INCONCLUSIVE}
+
+
+def test_quick_counts_only_axes_that_took_effect() -> None:
+    judgement, _ = _audit(_case(quick=True), _leaking(dead=["user"]))
+    assert judgement.findings["user"].verdict is Verdict.INCONCLUSIVE
+    assert judgement.findings["umask"].verdict is Verdict.REPRODUCED
+
+
+@pytest.mark.parametrize(
+    ("ending", "verdict"), [(Ending.FAILED, Verdict.BUILD_FAILED), (Ending.LOST, Verdict.INCONCLUSIVE)]
+)
+def test_quick_that_gives_no_output(ending: Ending, verdict: Verdict) -> None:
+    def build(experiment: Experiment) -> Result:
+        return Result(ending if experiment.builds else Ending.BUILT, reason="no way", observed={})
+
+    judgement, _ = _audit(_case(quick=True), build)
+    assert judgement.verdict is verdict
+    assert {finding.verdict for name, finding in judgement.findings.items() if name != REPEAT} == {Verdict.INCONCLUSIVE}
+    assert "no way" in (judgement.findings["user"].reason or "")
+
+
+# --- labels and records -----------------------------------------------------------------------------------------------
+
+
+def test_labels() -> None:
+    assert LOOK.label == "look"
+    assert Experiment().label == "repeat"
+    assert Experiment(attempt=1).label == "repeat, again"
+    assert Experiment(("user",), round=1, attempt=2).label == "user, round 2, attempt 3"
+    assert Experiment(("user", "umask")).label == "2 axes"
+    assert Experiment(held=("clock",)).label == "clock held"
+
+
+def _record(**changes: object) -> Record:
+    asked = Asked("d" * 64, "b" * 64, "a" * 64, "0123456789abcdef", {"user": 1}, {}, 0, 0)
+    record = Record(
+        asked, Ending.BUILT, "a" * 64, 120, "2026-01-01T00:00:00Z", "2026-01-01T00:00:07Z", 7000, None, {"user": "1:1"}
+    )
+    return dataclasses.replace(record, **changes)  # type: ignore[arg-type]
+
+
+def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
+    records = Records(tmp_path / "audit", pytest.fail)
+    assert records.rebuilds("d" * 64) == []
+    assert records.expected_secs("d" * 64) is None
+    records.save(_record())
+    assert records.rebuilds("d" * 64) == [_record()]
+    assert records.expected_secs("d" * 64) == 7.0
+    assert _record().asked.experiment == Experiment(("user",))
+    records.save(_record(milliseconds=9000))
+    assert records.rebuilds("d" * 64) == [_record(milliseconds=9000)], "the same question has one answer"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"build_key": "c" * 64},
+        {"registered": "c" * 64},
+        {"builder": "f" * 16},
+        {"axes": {"user": 2}},
+        {"held": {"clock": 1}},
+        {"round": 1},
+        {"attempt": 1},
+        {"builds": False},
+    ],
+)
+def test_another_question_is_another_record(change: dict[str, object]) -> None:
+    asked = _record().asked
+    assert dataclasses.replace(asked, **change).id != asked.id  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: b"",
+        lambda data: data[:-10],
+        lambda data: b"\xff" + data,
+        lambda data: data.replace(b'"round":0', b'"round":5'),
+        lambda data: data.replace(b'"format":1', b'"format":9'),
+        lambda data: data.replace(b'"built"', b'"guessed"'),
+    ],
+)
+def test_a_damaged_record_is_none_with_a_warning(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    warnings: list[str] = []
+    records = Records(tmp_path / "audit", warnings.append)
+    records.save(_record())
+    (file,) = (tmp_path / "audit" / "rebuilds" / ("d" * 64)).iterdir()
+    data = file.read_bytes()
+    assert spoil(data) != data
+    file.write_bytes(spoil(data))
+    assert records.rebuilds("d" * 64) == []
+    assert len(warnings) == 1
+    assert str(file) in warnings[0]
+
+
+def test_an_unfinished_write_is_no_record(tmp_path: Path) -> None:
+    records = Records(tmp_path / "audit", pytest.fail)
+    records.save(_record())
+    folder = tmp_path / "audit" / "rebuilds" / ("d" * 64)
+    (folder / ".something.json.1234").write_bytes(b"{")
+    assert records.rebuilds("d" * 64) == [_record()]
+
+
+def test_a_report_is_found_by_the_beginning_of_its_id(tmp_path: Path) -> None:
+    records = Records(tmp_path / "audit", pytest.fail)
+    for name in ("aa11", "aa22", "bb11"):
+        (tmp_path / "audit" / "reports" / name).mkdir(parents=True)
+    assert records.find("b").name == "bb11"
+    assert records.find("aa2").name == "aa22"
+    with pytest.raises(UsageError, match="2 audits"):
+        records.find("aa")
+    for wrong in ("cc", ""):
+        with pytest.raises(UsageError, match="no audit"):
+            records.find(wrong)

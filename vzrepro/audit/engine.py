@@ -1,0 +1,376 @@
+"""An audit from start to end: which rebuilds to make, all of them under one core budget, and the report of them.
+
+`blame` says what a node still needs, `rebuild` makes it, `records` keeps it; here it is decided when. As many rebuilds
+run at once as `realize` would run builds, the longest first, and what an earlier audit by the same key has found for
+the same node, inputs and axis is not made again.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from vzrepro import events, nar, sandbox
+from vzrepro.audit import blame
+from vzrepro.audit.axes import Axis
+from vzrepro.audit.blame import AxisPlan, Case, Ending, Experiment, Judgement
+from vzrepro.audit.model import Verdict
+from vzrepro.audit.rebuild import Rebuilder
+from vzrepro.audit.records import Asked, Record, Records
+from vzrepro.errors import HashMismatch, Interrupted, VzreproError
+from vzrepro.model import BuildKey, ObjectInfo, StorePath
+from vzrepro.recipe import Node
+
+_APART_SECS = 2.0
+"""The same experiment is begun again only after this time, so that two time stamps in seconds are two."""
+
+_UNKNOWN_SECS = 60.0  # what a rebuild is taken to last, to order them, when nothing is known
+_EXPLAINED = 8  # differences of one node that are looked into
+
+Explain = Callable[[Path, Path, Path, Mapping[str, tuple[str, str]]], str | None]
+"""Compare the registered with the rebuilt output, with a directory for work, and what was seen without and with each
+axis: keeps an explanation, returns its id."""
+
+Sign = Callable[["Subject", Record], str | None]
+"""Sign a rebuild's statement, and keep and share it: returns its sha256."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be audited and how. `rounds` is how many values each axis gets."""
+
+    targets: tuple[Node, ...]
+    axes: tuple[Axis, ...]
+    quick: bool = False
+    deep: bool = False
+    rounds: int = 1
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError("there is no audit without a round")
+
+
+@dataclass(slots=True)
+class Subject:
+    """One node under audit: what is registered, what is asked of it, and the rebuilds there are so far."""
+
+    node: Node
+    info: ObjectInfo
+    key: BuildKey
+    case: Case
+    expected_secs: float | None
+    records: dict[Experiment, Record] = field(default_factory=dict)
+    reused: set[Experiment] = field(default_factory=set)
+    under_way: set[Experiment] = field(default_factory=set)
+    judgement: Judgement | None = None
+    explained: int = 0
+
+    @property
+    def without(self) -> Record | None:
+        """The record that tells what the sandbox is like with nothing varied."""
+        return self.records.get(Experiment()) or self.records.get(blame.LOOK)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What an audit came to. `error` is what ended it early, if something did; all that was found until then counts."""
+
+    subjects: tuple[Subject, ...]
+    error: VzreproError | None
+
+
+@dataclass(slots=True)
+class Audit:
+    """One run. `builder` is the id of the key that signs; `explain` and `sign` are called in worker threads."""
+
+    request: Request
+    rebuilder: Rebuilder
+    records: Records
+    builder: str
+    explain: Explain
+    sign: Sign
+    _ended: queue.SimpleQueue[tuple[Subject, Experiment, Future[Record]]] = field(default_factory=queue.SimpleQueue)
+    _waiting: list[tuple[float, int, Subject, Experiment]] = field(default_factory=list)
+    _count: itertools.count[int] = field(default_factory=itertools.count)
+    _running: int = 0
+    _next_start: dict[tuple[StorePath, Experiment], float] = field(default_factory=dict)
+    _verified: set[StorePath] = field(default_factory=set)
+    _verifying: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self) -> Found:
+        """Realize what is needed, then audit. Raises VzreproError for what keeps it from beginning."""
+        realizer = self.rebuilder.realizer
+        sandbox.check()
+        self._realize()
+        subjects = [self._subject(node) for node in self._audited()]
+        for subject in subjects:
+            self._remember(subject)
+        self._announce(subjects)
+        errors: list[BaseException] = []
+        with ThreadPoolExecutor(realizer.config.build_jobs(), thread_name_prefix="audit") as pool:
+            try:
+                for subject in subjects:
+                    self._advance(subject)
+                while self._running or self._waiting:
+                    while self._waiting and self._running < realizer.config.build_jobs() and not errors:
+                        self._start(pool)
+                    if not self._running:
+                        break
+                    subject, experiment, future = self._ended.get()
+                    self._running -= 1
+                    subject.under_way.discard(experiment)
+                    error = future.exception()
+                    if error is not None:
+                        errors.append(error)
+                        continue
+                    subject.records[experiment] = future.result()
+                    self._advance(subject)
+            except KeyboardInterrupt as error:
+                realizer.stop.set()  # leaving the pool waits for what runs, and that ends soon
+                errors.append(Interrupted("interrupted; what was found until then is kept"))
+                errors[-1].__cause__ = error
+        return Found(tuple(subjects), _worst(errors))
+
+    # --- before ---------------------------------------------------------------------------------------------------
+
+    def _audited(self) -> list[Node]:
+        """The nodes that are rebuilt, inputs before what needs them."""
+        kinds = ("sandbox", "image", "fetch") if self.request.deep else ("sandbox",)
+        closure = self.rebuilder.realizer.graph.closure(self.request.targets)
+        return [node for node in closure if node.drv.builder in kinds]
+
+    def _realize(self) -> None:
+        """Have every audited node and its inputs valid in the store."""
+        realizer = self.rebuilder.realizer
+        needed: dict[StorePath, Node] = {}
+        for node in self._audited():
+            for each in (*(realizer.graph.nodes[drv] for drv in node.drv.dependencies()), node):
+                needed.setdefault(each.path, each)
+        missing = needed.keys() - realizer.have(list(needed)).keys()
+        if missing:
+            names = ", ".join(sorted(needed[path].target for path in missing)[:5])
+            message = (
+                f"{len(missing)} of {len(needed)} objects are not in the store and are realized first, which is no "
+                f"part of the audit: {names}{' …' if len(missing) > 5 else ''}"
+            )
+            realizer.report(events.Notice("info", message))
+        realizer.realize(list(needed.values()))
+
+    def _subject(self, node: Node) -> Subject:
+        realizer = self.rebuilder.realizer
+        infos = realizer.store.query_many([node.path, *(realizer.graph.nodes[d].path for d in node.drv.dependencies())])
+        inputs = {drv: infos[realizer.graph.nodes[drv].path].nar_hash for drv in node.drv.dependencies()}
+        expected = self.records.expected_secs(node.drv_hash.hex)
+        if expected is None:
+            verb = {"sandbox": "build", "image": "image"}.get(node.drv.builder, "fetch")
+            expected = realizer.expected_secs(node.target, verb)
+        plans = tuple(self._plan(axis, node) for axis in self.request.axes) if node.drv.builder == "sandbox" else ()
+        case = Case(
+            infos[node.path].nar_hash.hex,
+            plans,
+            self._proof,
+            self.request.quick and node.drv.builder == "sandbox",
+            self.request.rounds if node.drv.builder == "sandbox" else 1,
+        )
+        return Subject(node, infos[node.path], node.drv.build_key(inputs), case, expected)
+
+    def _plan(self, axis: Axis, node: Node) -> AxisPlan:
+        job = self.rebuilder.job(node, self.rebuilder.realizer.store.root / ".vzrepro" / "tmp" / "none")
+        return AxisPlan(
+            axis.name,
+            excuse=axis.unavailable(self.rebuilder.world, job),
+            held=node.constant.get(axis.name),
+            varies=axis.vary is not None,
+            holds=axis.hold is not None,
+        )
+
+    def _proof(self, name: str, without: blame.Observed, seen: blame.Observed) -> str | None:
+        axis = self.rebuilder.axes[name]
+        if axis.took_effect(without, seen):
+            return None
+        before, after = axis.seen(without), axis.seen(seen)
+        return f"{axis.proof}: {before} without, {after} with it"
+
+    def _remember(self, subject: Subject) -> None:
+        """Take over what is known from earlier audits."""
+        if self.request.fresh:
+            return
+        for record in self.records.rebuilds(subject.node.drv_hash.hex):
+            experiment = record.asked.experiment
+            if self._current(subject, record) and record.ending is not Ending.LOST:
+                subject.records[experiment] = record
+                subject.reused.add(experiment)
+
+    def _current(self, subject: Subject, record: Record) -> bool:
+        try:
+            return record.asked == self._asked(subject, record.asked.experiment)
+        except KeyError:  # of an axis that is no more
+            return False
+
+    def _asked(self, subject: Subject, experiment: Experiment) -> Asked:
+        versions = {name: axis.version for name, axis in self.rebuilder.axes.items()}
+        return Asked(
+            drv_hash=subject.node.drv_hash.hex,
+            build_key=subject.key.hex,
+            registered=subject.info.nar_hash.hex,
+            builder=self.builder,
+            axes={name: versions[name] for name in experiment.axes},
+            held={name: versions[name] for name in experiment.held},
+            round=experiment.round,
+            attempt=experiment.attempt,
+            builds=experiment.builds,
+        )
+
+    def _announce(self, subjects: Sequence[Subject]) -> None:
+        count, secs = 0, 0.0
+        for subject in subjects:
+            missing = max(blame.first_experiments(subject.case) - len(subject.records), 0)
+            count += missing
+            secs += missing * (subject.expected_secs or 0.0)
+        at_once = max(1, min(count, self.rebuilder.realizer.config.build_jobs()))
+        known = all(subject.expected_secs is not None for subject in subjects)
+        report = self.rebuilder.realizer.report
+        report(events.Planned({"audit": count}, None, secs / at_once if known and secs else None))
+
+    # --- while it runs --------------------------------------------------------------------------------------------
+
+    def _advance(self, subject: Subject) -> None:
+        """Judge the node, or have what that needs made."""
+        done = {experiment: record.result for experiment, record in subject.records.items()}
+        answer = blame.judge(subject.case, done)
+        if isinstance(answer, Judgement):
+            subject.judgement = answer
+            return
+        for experiment in answer:
+            if experiment not in subject.under_way:
+                subject.under_way.add(experiment)
+                expected = _UNKNOWN_SECS if subject.expected_secs is None else subject.expected_secs
+                heapq.heappush(self._waiting, (-expected, next(self._count), subject, experiment))
+
+    def _start(self, pool: ThreadPoolExecutor) -> None:
+        _, _, subject, experiment = heapq.heappop(self._waiting)
+        same = (subject.node.path, replace(experiment, attempt=0))
+        start = max(time.monotonic(), self._next_start.get(same, 0.0))
+        self._next_start[same] = start + _APART_SECS
+        self._running += 1
+        future = pool.submit(self._make, subject, experiment, start)
+        future.add_done_callback(lambda done: self._ended.put((subject, experiment, done)))
+
+    def _make(self, subject: Subject, experiment: Experiment, start: float) -> Record:
+        """One rebuild, in a worker thread: made, signed, kept."""
+        realizer = self.rebuilder.realizer
+        realizer.stop.wait(start - time.monotonic())
+        if realizer.stop.is_set():
+            raise Interrupted(f"interrupted before {subject.node.target} was rebuilt")
+        node = subject.node
+        path = f"{node.path}#{experiment.label}"
+        begun = time.monotonic()
+        expected = subject.expected_secs if experiment.builds else None
+        realizer.report(events.Started(node.target, path, "audit", expected))
+        outcome, size = "failed", None
+        try:
+            record = self._rebuilt(subject, experiment, path)
+            outcome, size = self._outcome(record), record.nar_size
+        except Interrupted:
+            outcome = "interrupted"
+            raise
+        finally:
+            secs = time.monotonic() - begun
+            realizer.report(events.Finished(node.target, path, "audit", outcome, secs, size))
+        return record
+
+    def _rebuilt(self, subject: Subject, experiment: Experiment, path: str) -> Record:
+        asked = self._asked(subject, experiment)
+        node = subject.node
+
+        def compare(tree: Path, scratch: Path, seen: blame.Observed | None) -> str | None:
+            self._verify_inputs(subject)
+            if experiment.attempt or experiment.held or subject.explained >= _EXPLAINED:
+                return None
+            subject.explained += 1
+            pairs = observed(experiment.axes, subject.without, seen, self.rebuilder.axes)
+            return self.explain(self.rebuilder.realizer.store.location(node.path), tree, scratch, pairs)
+
+        if node.drv.builder == "sandbox":
+            record = self.rebuilder.build(
+                node,
+                asked,
+                say=lambda line: self.rebuilder.realizer.report(events.LogLine(node.target, path, line)),
+                keep_log=lambda log: self.records.keep_log(asked.id, log),
+                compare=compare,
+            )
+            if record.ending is Ending.FAILED:
+                self._verify_inputs(subject)
+        else:
+            record = self.rebuilder.remake(node, asked, self._debs(node), compare=compare)
+        if asked.builds:
+            record = replace(record, statement=self.sign(subject, record))
+        self.records.save(record)
+        return record
+
+    def _debs(self, node: Node) -> ObjectInfo | None:
+        realizer = self.rebuilder.realizer
+        drv = node.drv.inputs.get("debs")
+        return None if drv is None else realizer.store.query(realizer.graph.nodes[drv].path)
+
+    def _verify_inputs(self, subject: Subject) -> None:
+        """Before a node is blamed: its inputs and its output are what is registered. Raises HashMismatch."""
+        realizer = self.rebuilder.realizer
+        paths = [realizer.graph.nodes[drv].path for drv in subject.node.drv.dependencies()]
+        infos = realizer.store.query_many([*paths, subject.info.path])
+        with self._verifying:
+            for path, info in infos.items():
+                if path in self._verified:
+                    continue
+                # Hashed only: the store's own check minds hard links, and a sandbox that runs has some.
+                if nar.nar_hash(realizer.store.location(path))[0] != info.nar_hash:
+                    raise HashMismatch(
+                        f"{path.base} is corrupt, so nothing can be said of {subject.node.target}",
+                        reason="its files are not those that are registered",
+                        hint=f"vzrepro store repair {path.base}, then the same command again",
+                    )
+                self._verified.add(path)
+
+    @staticmethod
+    def _outcome(record: Record) -> str:
+        return "seen" if not record.asked.builds else verdict_of(record).value
+
+
+def verdict_of(record: Record) -> Verdict:
+    """What one rebuild shows, compared with the registered output."""
+    match record.ending:
+        case Ending.BUILT:
+            return Verdict.REPRODUCED if record.nar_hash == record.asked.registered else Verdict.DIFFERS
+        case Ending.FAILED:
+            return Verdict.BUILD_FAILED
+    return Verdict.INCONCLUSIVE
+
+
+def observed(
+    varied: Iterable[str], without: Record | None, within: blame.Observed | None, axes: Mapping[str, Axis]
+) -> dict[str, tuple[str, str]]:
+    """For each axis varied in a rebuild: what was seen of it without and with it; nothing where nothing was seen."""
+    if within is None or without is None or without.observed is None:
+        return {}
+    pairs = {name: (axes[name].seen(without.observed), axes[name].seen(within)) for name in varied}
+    return {
+        name: (before, after) for name, (before, after) in pairs.items() if before is not None and after is not None
+    }
+
+
+def _worst(errors: Sequence[BaseException]) -> VzreproError | None:
+    """The error to end with: an interrupt of a rebuild tells less than the failure that caused it."""
+    if not errors:
+        return None
+    error = min(errors, key=lambda each: isinstance(each, Interrupted))
+    if isinstance(error, VzreproError):
+        return error
+    raise error

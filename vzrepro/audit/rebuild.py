@@ -1,0 +1,279 @@
+"""One rebuild: a node's own sandbox job, with what the audit varies and holds, run beside the store and hashed.
+
+The job is the realizer's, on the registered inputs; nothing is taken from caches, and no object and no table of the
+store is written. A rebuild that reproduces is hashed where it lies. One that differs is copied into canonical form, so
+that it can be compared with the registered output before it goes away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import errno
+import os
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vzrepro import disk, fetch, image, nar, sandbox
+from vzrepro.audit import axes as known
+from vzrepro.audit.axes import Axis, World
+from vzrepro.audit.blame import Ending, Observed
+from vzrepro.audit.records import Asked, Record
+from vzrepro.errors import BuildFailed, HashMismatch, Interrupted, RemoteError, TimedOut, VzreproError
+from vzrepro.model import ObjectInfo
+from vzrepro.realize import Realizer
+from vzrepro.recipe import Node
+
+LOG_LINES = 30
+"""Lines of a rebuild's output that its record repeats."""
+
+_PATIENCE = 2
+"""A rebuild may take so many times the recipe's limit: some axes make it slower, and it is not what is tested."""
+
+_BALLAST = 128
+_FULL = "No space left on device"
+_LEAST_FREE = 64 << 20
+
+Compare = Callable[[Path, Path, Observed | None], str | None]
+"""Gets a rebuilt output that differs, in canonical form, a directory for work, and what was seen inside the sandbox;
+returns an explanation's id."""
+
+_IN_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilder:
+    """What rebuilds have in common. `axes` are all there are, by name."""
+
+    realizer: Realizer
+    world: World
+    axes: Mapping[str, Axis]
+
+    def job(self, node: Node, scratch: Path, asked: Asked | None = None) -> sandbox.Job:
+        """The node's job with what is asked of it; `scratch` need not exist."""
+        job = known.baseline(self.realizer.job(node, scratch), self.world)
+        if job.timeout_secs is not None:
+            job = replace(job, timeout_secs=job.timeout_secs * _PATIENCE)
+        if asked is not None:
+            for name in asked.held:
+                hold = self.axes[name].hold
+                assert hold is not None
+                job = hold(job, self.world)
+            for name in asked.axes:
+                vary = self.axes[name].vary
+                assert vary is not None
+                job = vary(job, self.world, asked.round)
+        return job
+
+    def build(
+        self,
+        node: Node,
+        asked: Asked,
+        *,
+        say: Callable[[str], None],
+        keep_log: Callable[[Path], None],
+        compare: Compare,
+    ) -> Record:
+        """Make the rebuild and say what came of it. `say` gets the builder's lines.
+
+        Raises Interrupted, and VzreproError when no rebuild can work here now: no space, no container engine.
+        """
+        self.realizer.load_image(node)
+        clock = _Clock()
+        with self.realizer.store.scratch(node.target) as scratch:
+            _occupy_inodes(scratch / "ballast")
+            job = replace(self.job(node, scratch / "sandbox", asked), log=scratch / "log")
+            if not asked.builds:
+                job = replace(job, command=("sh", "-c", ":"))
+            job.scratch.mkdir(mode=0o700)
+            output = _Output(say)
+            nar_hash = nar_size = explanation = None
+            try:
+                ending, reason = self._run(job, asked, output)
+                if ending is Ending.BUILT and asked.builds:
+                    try:
+                        found, nar_size = nar.nar_hash(job.out)
+                    except VzreproError as error:  # a socket or a device was left in it
+                        ending, reason = Ending.FAILED, str(error)
+                    else:
+                        nar_hash = found.hex
+                        if nar_hash != asked.registered:
+                            explanation = _compared(job.out, scratch, output.observed, compare)
+                milliseconds = clock.milliseconds()
+                if asked.builds and nar_hash != asked.registered:
+                    keep_log(job.log)
+            finally:
+                sandbox.discard(job)
+        return Record(
+            asked=asked,
+            ending=ending,
+            nar_hash=nar_hash,
+            nar_size=nar_size,
+            started=clock.started,
+            finished=clock.now(),
+            milliseconds=milliseconds,
+            reason=reason,
+            observed=output.observed,
+            log=tuple(output.tail),
+            explanation=explanation,
+        )
+
+    def _run(self, job: sandbox.Job, asked: Asked, output: _Output) -> tuple[Ending, str | None]:
+        try:
+            sandbox.run(job, on_line=output.line, stop=self.realizer.stop)
+        except BuildFailed as error:
+            if any(_FULL in line for line in output.tail):
+                self._check_space()
+                return Ending.LOST, "a file system of the sandbox was too small for the build"
+            if "out of memory" in error.message and (asked.axes or asked.held):
+                return Ending.LOST, error.message
+            return Ending.FAILED, error.message
+        except TimedOut as error:
+            return Ending.LOST, error.message
+        except Interrupted:
+            raise
+        except VzreproError as error:
+            if not (asked.axes or asked.held):
+                raise
+            self._check_space()
+            sandbox.check()  # if the engine is gone, it says so better
+            return Ending.LOST, f"{error.message}: {error.reason}" if error.reason else error.message
+        return Ending.BUILT, None
+
+    def _check_space(self) -> None:
+        root = self.realizer.store.root
+        if shutil.disk_usage(root).free < _LEAST_FREE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(root))
+
+    # --- what is made without a sandbox
+
+    def remake(self, node: Node, asked: Asked, debs: ObjectInfo | None, *, compare: Compare) -> Record:
+        """Write a toolchain image again from its `debs`, or fetch a download again: what `--deep` does."""
+        clock = _Clock()
+        nar_hash = nar_size = explanation = reason = None
+        ending = Ending.BUILT
+        with self.realizer.store.scratch(node.target) as scratch:
+            tree = scratch / "tree"
+            try:
+                if node.drv.builder == "image":
+                    assert debs is not None
+                    packages = [(deb.name, deb) for deb in self.realizer.store.location(debs.path).iterdir()]
+                    image.write_image(packages, tree, platform=node.drv.platform or "", stop=self.realizer.stop)
+                else:
+                    self._fetch(node, tree)
+            except RemoteError as error:
+                ending, reason = Ending.LOST, error.message
+            except HashMismatch as error:
+                ending, reason = Ending.FAILED, error.message
+            else:
+                found, nar_size = nar.nar_hash(tree)
+                nar_hash = found.hex
+                if nar_hash != asked.registered:
+                    explanation = _compared(tree, scratch, None, compare)
+            milliseconds = clock.milliseconds()
+        return Record(
+            asked=asked,
+            ending=ending,
+            nar_hash=nar_hash,
+            nar_size=nar_size,
+            started=clock.started,
+            finished=clock.now(),
+            milliseconds=milliseconds,
+            reason=reason,
+            explanation=explanation,
+        )
+
+    def _fetch(self, node: Node, tree: Path) -> None:
+        if "" not in node.files:
+            tree.mkdir()
+        fetch.download_all(
+            [
+                fetch.Download(
+                    self.realizer.mirrors.urls(file.url, snapshot=self.realizer.snapshot),
+                    tree / name if name else tree,
+                    file.sha256,
+                    file.size,
+                )
+                for name, file in node.files.items()
+            ],
+            cancel=self.realizer.stop,
+        )
+
+
+class _Output:
+    """The builder's lines: what the sandbox says of itself is taken out, the last ones are kept."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.observed: Observed | None = None
+        self.tail: deque[str] = deque(maxlen=LOG_LINES)
+        self._say = say
+
+    def line(self, text: str) -> None:
+        if self.observed is None and (seen := known.observed(text)) is not None:
+            self.observed = seen
+            return
+        self.tail.append(text)
+        self._say(text)
+
+
+class _Clock:
+    """When something began, and how long it has taken."""
+
+    def __init__(self) -> None:
+        self.started = self.now()
+        self._begun = time.monotonic_ns()
+
+    @staticmethod
+    def now() -> str:
+        """The time of day, RFC 3339 in UTC, to the second."""
+        return dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def milliseconds(self) -> int:
+        return (time.monotonic_ns() - self._begun) // 1_000_000
+
+
+@contextlib.contextmanager
+def memory_directory() -> Iterator[Path | None]:
+    """A private directory in the host's memory, for `World.scratch_shm`; None where there is no such file system.
+
+    What an audit that was killed has left there is removed by the next one.
+    """
+    if not os.access(_IN_MEMORY, os.W_OK | os.X_OK):
+        yield None
+        return
+    for left in _IN_MEMORY.glob("vzrepro-audit-*"):
+        with contextlib.suppress(OSError):  # another user's
+            disk.remove_unlocked(left)
+    while True:  # another audit may remove it before it is locked
+        place = Path(tempfile.mkdtemp(prefix="vzrepro-audit-", dir=_IN_MEMORY))
+        with contextlib.suppress(FileNotFoundError):
+            fd = disk.try_lock(place, create=False)
+            if fd is not None:
+                break
+    try:
+        yield place
+    finally:
+        disk.remove_tree(place)
+        os.close(fd)
+
+
+def _compared(out: Path, scratch: Path, seen: Observed | None, compare: Compare) -> str | None:
+    tree = scratch / "canonical"
+    nar.canonical_copy(out, tree)
+    return compare(tree, scratch, seen)
+
+
+def _occupy_inodes(ballast: Path) -> None:
+    """Take the inode numbers that the file system would give next, which an earlier build may have had.
+
+    File systems give freed numbers out again, so that a build that tells them could come out the same by chance.
+    """
+    ballast.mkdir()
+    with contextlib.suppress(OSError):
+        for number in range(_BALLAST):
+            (ballast / str(number)).touch()

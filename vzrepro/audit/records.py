@@ -1,0 +1,245 @@
+"""What audits have found, on disk: every rebuild that was made, every report, every explanation of a difference.
+
+Everything lies in `<store>/.vzrepro/audit/` (docs/formats.md). A rebuild is recorded when it ends, so an audit that is
+interrupted goes on where it was, and an unchanged rebuild is not made twice. Whatever is read is distrusted: a record
+that is damaged, or of another format, is as good as none, with a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from vzrepro import disk
+from vzrepro.audit.blame import Ending, Experiment, Result
+from vzrepro.audit.model import Explanation, PastAudit, Report
+from vzrepro.errors import UsageError, VzreproError
+from vzrepro.model import FORMAT, FileHash, canonical_json
+
+ID_LENGTH = 12
+"""Hex digits of a report's, a rebuild's and an explanation's id."""
+
+_MAX_RECORD = 16 << 20
+_LAST = 5  # rebuilds whose median time is expected
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What was asked of a rebuild: all that makes it this one. Another value in any field is another rebuild.
+
+    Hashes are hex; `registered` is the NAR hash of the store's output, `builder` the signing key's id. `axes` and
+    `held` map an axis to its version, so that one that is applied otherwise than it was is tried again.
+    """
+
+    drv_hash: str
+    build_key: str
+    registered: str
+    builder: str
+    axes: Mapping[str, int]
+    held: Mapping[str, int]
+    round: int
+    attempt: int
+    builds: bool = True
+
+    @property
+    def id(self) -> str:
+        """The rebuild's id: the beginning of the sha256 of the canonical JSON."""
+        fields: dict[str, Any] = _ASKED.dump_python(self, mode="json")
+        return FileHash.of(canonical_json({"format": FORMAT, **fields})).hex[:ID_LENGTH]
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment, as `blame` knows it."""
+        return Experiment(tuple(self.axes), tuple(self.held), self.round, self.attempt, self.builds)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One rebuild: what was asked and what came out. Sizes are bytes, times RFC 3339 in UTC and milliseconds.
+
+    `observed` is what the sandbox told of itself, `log` the output's last lines, `statement` the sha256 of the signed
+    statement and `explanation` the id of one, once there are any.
+    """
+
+    asked: Asked
+    ending: Ending
+    nar_hash: str | None
+    nar_size: int | None
+    started: str
+    finished: str
+    milliseconds: int
+    reason: str | None = None
+    observed: Mapping[str, str] | None = None
+    log: tuple[str, ...] = ()
+    statement: str | None = None
+    explanation: str | None = None
+    format: int = field(default=FORMAT)
+
+    @property
+    def result(self) -> Result:
+        """What `blame` judges by."""
+        return Result(self.ending, self.nar_hash, self.reason, self.observed)
+
+
+_ASKED: TypeAdapter[Asked] = TypeAdapter(Asked)
+_RECORD: TypeAdapter[Record] = TypeAdapter(Record)
+_PAST: TypeAdapter[PastAudit] = TypeAdapter(PastAudit)
+_EXPLANATION: TypeAdapter[Explanation] = TypeAdapter(Explanation)
+
+
+class Records:
+    """The records below `root`, which is created by the first write. `warn` gets a line about each damaged one."""
+
+    def __init__(self, root: Path, warn: Callable[[str], None]) -> None:
+        self.root = root
+        self._warn = warn
+
+    # --- rebuilds
+
+    def rebuilds(self, drv_hash: str) -> list[Record]:
+        """All rebuilds of this derivation, by whomever."""
+        return [record for file in _listed(self._folder(drv_hash)) if (record := self._read(file, _RECORD)) is not None]
+
+    def save(self, record: Record) -> None:
+        """Keep a rebuild, in place of an earlier one of the same question. Raises VzreproError for a full disk."""
+        file = self._folder(record.asked.drv_hash) / f"{record.asked.id}.json"
+        _write(file, _RECORD.dump_json(record))
+
+    def expected_secs(self, drv_hash: str) -> float | None:
+        """The median time of the newest rebuilds of this derivation; None without any."""
+        newest = sorted((each for each in self.rebuilds(drv_hash) if each.asked.builds), key=lambda each: each.finished)
+        times = [each.milliseconds / 1000 for each in newest[-_LAST:] if each.ending is Ending.BUILT]
+        return statistics.median(times) if times else None
+
+    def _folder(self, drv_hash: str) -> Path:
+        return self.root / "rebuilds" / drv_hash
+
+    # --- logs and explanations
+
+    def keep_log(self, rebuild: str, log: Path) -> None:
+        """Keep a rebuild's whole log."""
+        if log.is_file():
+            target = self.log(rebuild)
+            with _explained(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(log, target)
+
+    def log(self, rebuild: str) -> Path:
+        """Where a rebuild's whole log is, if it was kept: of those that did not reproduce."""
+        return self.root / "logs" / f"{rebuild}.log"
+
+    def keep_explanation(self, explanation: Explanation) -> None:
+        """Keep why two outputs differ, under its id."""
+        _write(self.root / "explanations" / f"{explanation.id}.json", _EXPLANATION.dump_json(explanation))
+
+    def explanation(self, explanation: str) -> Explanation | None:
+        """The explanation of this id."""
+        file = self.root / "explanations" / f"{explanation}.json"
+        return self._read(file, _EXPLANATION) if file.is_file() else None
+
+    # --- reports
+
+    def new_id(self) -> str:
+        """An id that no report has."""
+        while (self._reports / (new := secrets.token_hex(ID_LENGTH // 2))).exists():
+            pass
+        return new
+
+    def keep_report(self, report: Report, document: bytes, page: str | None) -> Path:
+        """Keep a report: `document` as report.json, `page` as index.html. Returns their directory."""
+        folder = self._reports / report.id
+        _write(folder / "report.json", document)
+        if page is not None:
+            _write(folder / "index.html", page.encode())
+        # Last: a report without it is not listed.
+        _write(folder / "summary.json", _PAST.dump_json(summary(report)))
+        return folder
+
+    def history(self) -> list[PastAudit]:
+        """All audits that were kept, oldest first."""
+        found = [
+            past
+            for folder in _listed(self._reports)
+            if (file := folder / "summary.json").is_file() and (past := self._read(file, _PAST)) is not None
+        ]
+        return sorted(found, key=lambda past: (past.finished, past.id))
+
+    def find(self, prefix: str) -> Path:
+        """The directory of the report whose id begins with `prefix`. Raises UsageError for none or several."""
+        found = [folder for folder in _listed(self._reports) if prefix and folder.name.startswith(prefix)]
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            raise UsageError(f"no audit is called {prefix!r}", hint="list them with: vzrepro audit history")
+        names = ", ".join(folder.name for folder in found[:5])
+        raise UsageError(f"{prefix!r} is the beginning of {len(found)} audits' names", reason=f"among them: {names}")
+
+    @property
+    def _reports(self) -> Path:
+        return self.root / "reports"
+
+    def _read(self, file: Path, kind: TypeAdapter[Any]) -> Any:
+        try:
+            with file.open("rb") as opened:
+                data = opened.read(_MAX_RECORD + 1)
+            if len(data) > _MAX_RECORD:
+                raise ValueError("it is too large")
+            found = kind.validate_json(data)
+            if isinstance(found, Record) and (found.format != FORMAT or found.asked.id != file.stem):
+                raise ValueError("it is of another format, or not what its name says")
+        except (OSError, ValueError) as error:
+            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            self._warn(f"{file} is damaged and not looked at: {why}")
+            return None
+        return found
+
+
+def summary(report: Report) -> PastAudit:
+    """A report's row of the history."""
+    nodes = {str(verdict): count for verdict, count in report.counts.items()}
+    return PastAudit(report.id, report.finished, report.targets, report.mode, report.verdict, nodes)
+
+
+def _listed(directory: Path) -> list[Path]:
+    """Entries that are whole, sorted; none without the directory."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(entry for entry in directory.iterdir() if not entry.name.startswith("."))
+    return []
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Write a file that is there as a whole or not at all, whenever the machine stops."""
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    with _explained(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as opened:
+                opened.write(data)
+                opened.flush()
+                os.fsync(opened.fileno())
+            temporary.replace(file)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        disk.sync(file.parent)
+
+
+@contextlib.contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise VzreproError(
+            f"{file} cannot be written",
+            reason=error.strerror,
+            hint="look at the space left and the rights of the store with: vzrepro doctor",
+        ) from error

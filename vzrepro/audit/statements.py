@@ -1,0 +1,75 @@
+"""A rebuild's signed statement: made, kept beside the store, and given to every cache that can be written."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from vzrepro.attest.audit import AuditResult, Tree, audit_statement
+from vzrepro.attest.shelf import Shelf
+from vzrepro.attest.statement import Subject as Named
+from vzrepro.attest.statement import subjects_of
+from vzrepro.audit.axes import Axis
+from vzrepro.audit.engine import Subject, observed, verdict_of
+from vzrepro.audit.records import Record
+from vzrepro.cache.binary import BinaryCache
+from vzrepro.cache.signing import SigningKey
+from vzrepro.errors import VzreproError
+from vzrepro.model import BuildKey, DrvHash, NarHash, StorePath
+from vzrepro.store import LocalStore
+
+
+@dataclass(slots=True)
+class Signer:
+    """Signs whatever came out, equal or not. `builder` describes who and on what; a cache that fails is a warning."""
+
+    store: LocalStore
+    key: SigningKey
+    builder: Mapping[str, str]
+    axes: Mapping[str, Axis]
+    caches: Sequence[BinaryCache]
+    warn: Callable[[str], None]
+    _subjects: dict[StorePath, tuple[Named, ...]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def sign(self, subject: Subject, record: Record) -> str:
+        """Sign one rebuild and return the envelope's sha256 in hex. Raises OSError when it cannot be kept here."""
+        asked = record.asked
+        rebuilt = None if record.nar_hash is None else Tree(NarHash(record.nar_hash), record.nar_size or 0)
+        result = AuditResult(
+            path=subject.info.path,
+            drv_hash=DrvHash(asked.drv_hash),
+            build_key=BuildKey(asked.build_key),
+            registered=Tree(subject.info.nar_hash, subject.info.nar_size),
+            rebuilt=rebuilt,
+            verdict=verdict_of(record),
+            reason=record.reason,
+            axes=tuple(asked.axes),
+            held=tuple(asked.held),
+            together=max(len(asked.axes), 1),
+            axis_version=max((*asked.axes.values(), *asked.held.values()), default=1),
+            observed=observed(asked.axes, subject.without, record.observed, self.axes),
+            started=record.started,
+            finished=record.finished,
+            milliseconds=record.milliseconds,
+            builder=self.builder,
+        )
+        envelope = audit_statement(result, self._named(subject)).signed(self.key)
+        Shelf(self.store).put(result.drv_hash, envelope)
+        for cache in self.caches:
+            if cache.writable:
+                try:
+                    cache.put_attestation(result.drv_hash, envelope)
+                except VzreproError as error:
+                    self.warn(f"{cache.url}: a statement was not pushed: {error.message}")
+                    cache.disable(error)
+        return hashlib.sha256(envelope).hexdigest()
+
+    def _named(self, subject: Subject) -> tuple[Named, ...]:
+        path = subject.info.path
+        with self._lock:
+            if path not in self._subjects:
+                self._subjects[path] = subjects_of(path, subject.info.nar_hash, self.store.location(path))
+            return self._subjects[path]

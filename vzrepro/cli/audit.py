@@ -1,0 +1,333 @@
+"""`vzrepro audit`: rebuild targets beside the store, one thing varied at a time, and show what came of it."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+
+from vzrepro import console, sandbox
+from vzrepro.audit import diff, page
+from vzrepro.audit.axes import AXES, TOOLS_TARGET, Axis, World
+from vzrepro.audit.engine import Audit, Request
+from vzrepro.audit.model import REPEAT, AuditedNode, Cell, Report, Verdict
+from vzrepro.audit.rebuild import Rebuilder, memory_directory
+from vzrepro.audit.records import Records
+from vzrepro.audit.report import Around, builder, compare_with_caches, make_report
+from vzrepro.audit.statements import Signer
+from vzrepro.cache.machine import machine_key
+from vzrepro.cache.signing import SigningKey
+from vzrepro.cli.options import DefaultVerb, json_option
+from vzrepro.cli.session import Session
+from vzrepro.errors import BuildFailed, Interrupted, NotDeterministic, UsageError, VzreproError
+
+_SHORT = 160  # characters of a reason in a table
+
+
+@click.group(cls=DefaultVerb, default="run")
+def audit() -> None:
+    """Rebuild TARGETS beside the store and compare: audit TARGET…, see audit run --help.
+
+    A target that is called history, show or run is audited by: vzrepro audit -- NAME
+    """
+
+
+@audit.command("run")
+@click.argument("targets", nargs=-1, required=True)
+@click.option("--axes", "names", default="all", metavar="all|A,B,…", help="What is varied (see docs/audit.md).")
+@click.option("--quick", is_flag=True, help="One rebuild with everything varied at once; it cannot tell causes.")
+@click.option("--deep", is_flag=True, help="Write images and fetch downloads again, too.")
+@click.option("--rounds", type=click.IntRange(1, 100), default=1, help="Different values for each axis.")
+@click.option("--against", multiple=True, metavar="URL", help="Also compare with what this cache has; repeatable.")
+@click.option(
+    "--report", "folder", type=click.Path(path_type=Path), help="Write report.json and index.html there, too."
+)
+@click.option("--fresh", is_flag=True, help="Rebuild what an earlier audit has rebuilt, too.")
+@click.option(
+    "--key", type=click.Path(path_type=Path), help="Sign with this secret key; else upload-key, or the machine's."
+)
+@click.option("--jobs", type=click.IntRange(1), help="Rebuilds that run at the same time.")
+@click.option("--cores", type=click.IntRange(1), help="Cores one rebuild may use.")
+@json_option
+@click.pass_obj
+def run(
+    session: Session,
+    targets: tuple[str, ...],
+    names: str,
+    quick: bool,
+    deep: bool,
+    rounds: int,
+    against: tuple[str, ...],
+    folder: Path | None,
+    fresh: bool,
+    key: Path | None,
+    jobs: int | None,
+    cores: int | None,
+) -> None:
+    """Rebuild TARGETS and all they are built from, and compare with what is registered.
+
+    Every node is built on its registered inputs, so only a true origin is blamed. Exit code 104 when something differs,
+    100 when something could not be built, else 0.
+    """
+    session.override(jobs=jobs, cores=cores)
+    if folder is not None:
+        _refuse_other_folder(folder)
+    nodes = tuple(session.target(name) for name in targets)
+    signing = _key(session, key)
+    caches = [session.cache(url) for url in against]
+    runtime = sandbox.check()
+    request = Request(nodes, _chosen(names), quick=quick, deep=deep, rounds=rounds, fresh=fresh)
+    realizer = session.realizer()
+    tools = session.graph.targets.get(TOOLS_TARGET)
+    place = None
+    if tools is None:
+        session.warn(
+            f"no target is called {TOOLS_TARGET}, so nothing can be seen from inside: most axes are INCONCLUSIVE"
+        )
+    else:
+        place = session.store.location(realizer.realize([tools])[0].path)
+    axes = {axis.name: axis for axis in AXES}
+    records = _records(session)
+    described = builder(signing.public, runtime, session.config.build_cores())
+    signer = Signer(session.store, signing, described, axes, session.caches, session.warn)
+
+    def explain(registered: Path, rebuilt: Path, scratch: Path, context: Mapping[str, tuple[str, str]]) -> str | None:
+        try:
+            explanation = diff.explain(registered, rebuilt, realizer=realizer, scratch=scratch, context=context)
+        except Interrupted:
+            raise
+        except (VzreproError, OSError) as error:
+            session.warn(f"a difference could not be explained: {error}")
+            return None
+        records.keep_explanation(explanation)
+        return explanation.id
+
+    started = _now()
+    with memory_directory() as in_memory:
+        world = World(runtime, place, session.config.build_cores(), in_memory)
+        rebuilder = Rebuilder(realizer, world, axes)
+        found = Audit(request, rebuilder, records, signing.public.id, explain, signer.sign).run()
+    closure = session.graph.closure(nodes)
+    around = Around(
+        id=records.new_id(),
+        started=started,
+        finished=_now(),
+        builder=described,
+        history=tuple(past for past in records.history() if set(past.targets) & {node.target for node in nodes}),
+        against=compare_with_caches(closure, caches, realizer, session.warn),
+        explanation=records.explanation,
+    )
+    report = make_report(request, found, realizer, around)
+    kept = records.keep_report(report, _document(report), page.render(report))
+    _print(session, report, kept)
+    if folder is not None:
+        _write_out(kept, folder)
+    error = found.error or _failure(report)
+    if error is not None:
+        raise error
+
+
+@audit.command()
+@click.argument("target", required=False)
+@json_option
+@click.pass_obj
+def history(session: Session, target: str | None) -> None:
+    """List past audits of TARGET, or all of them, newest last."""
+    name = None if target is None else session.target(target).target
+    rows = [
+        (past.id, past.finished, " ".join(past.targets), past.mode, past.verdict, _counts(past.nodes))
+        for past in _records(session).history()
+        if name is None or name in past.targets
+    ]
+    if not rows:
+        session.console.print_text("no audit is known here" if name is None else f"no audit of {name} is known here")
+        return
+    session.console.print_table(("audit", "finished", "targets", "mode", "verdict", "nodes"), rows)
+
+
+@audit.command()
+@click.argument("audit_id", metavar="ID")
+@click.option("--cells", is_flag=True, help="A line for each node and axis, with its reason.")
+@click.option("--report", "folder", type=click.Path(path_type=Path), help="Write report.json and index.html there.")
+@json_option
+@click.pass_obj
+def show(session: Session, audit_id: str, cells: bool, folder: Path | None) -> None:
+    """Show a past audit again; ID may be the beginning of it."""
+    if folder is not None:
+        _refuse_other_folder(folder)
+    kept = _records(session).find(audit_id)
+    file = kept / "report.json"
+    report = Report.parse(file.read_bytes(), str(file))
+    if cells:
+        rows = [
+            (node.target, axis, str(cell.verdict), cell.together, _secs(cell.milliseconds), cell.reason)
+            for node in report.nodes
+            for axis, cell in node.cells.items()
+        ]
+        session.console.print_table(("node", "axis", "verdict", "together", "secs", "reason"), rows)
+    else:
+        _print(session, report, kept)
+    if folder is not None:
+        _write_out(kept, folder)
+
+
+def _records(session: Session) -> Records:
+    return Records(session.store.root / ".vzrepro" / "audit", session.warn)
+
+
+def _now() -> str:
+    return dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _chosen(names: str) -> tuple[Axis, ...]:
+    if names == "all":
+        return AXES
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    known = [axis.name for axis in AXES]
+    for name in wanted:
+        if name not in known and name != REPEAT:
+            raise UsageError(f"no axis is called {name!r}", hint=f"there are: {', '.join((REPEAT, *known))}")
+    return tuple(axis for axis in AXES if axis.name in wanted)
+
+
+def _key(session: Session, file: Path | None) -> SigningKey:
+    if file is not None:
+        return SigningKey.load(file)
+    return session.upload_key or machine_key(session.config.key_dir)
+
+
+# --- what is printed and written --------------------------------------------------------------------------------------
+
+
+def _document(report: Report) -> bytes:
+    return (json.dumps(report.document(), ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def _refuse_other_folder(folder: Path) -> None:
+    """Before hours of work: a directory to write into is new, empty, or an earlier report."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").is_file():
+        raise UsageError(f"{folder} has other files in it", hint="name a new directory: --report DIR")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is no directory", hint="name a new one: --report DIR")
+
+
+def _write_out(kept: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("report.json", "index.html"):
+        if (kept / name).is_file():
+            shutil.copyfile(kept / name, folder / name)
+
+
+def _print(session: Session, report: Report, kept: Path) -> None:
+    """The table for people; under `--json` the report as one object."""
+    session.console.print_text("\n".join(_lines(report, kept)), report.document())
+
+
+def _lines(report: Report, kept: Path) -> list[str]:
+    rows = [_row(node) for node in report.nodes if node.kind == "sandbox" or node.rebuilds]
+    lines = console.aligned(("node", "verdict", "axes", "causes", "time"), rows) if rows else []
+    lines += _notes(report)
+    others = [node for node in report.nodes if node.kind != "sandbox" and not node.rebuilds]
+    if others:
+        kinds = Counter(node.kind for node in others)
+        named = ", ".join(f"{kinds[kind]} {words}" for kind, words in _OTHERS.items() if kinds[kind])
+        lines.append(f"UNTESTED: {named}" + ("" if report.deep else " (--deep makes images and downloads again)"))
+    lines += [
+        f"{each.cache}: {each.target} has other bytes there ({', '.join(each.signers) or 'nobody'} signed them)"
+        for each in report.against
+        if each.agrees is False
+    ]
+    if report.against:
+        same = sum(each.agrees is True for each in report.against)
+        lines.append(f"compared with caches: {same} of {len(report.against)} outputs are there and equal")
+    images = ", ".join(image.target for image in report.seed.images)
+    lines.append(
+        f"trusted binary seed: {report.seed.packages} .debs, {console.size(report.seed.bytes)}, in {images}"
+        if report.seed.packages
+        else "trusted binary seed: none"
+    )
+    if not report.complete:
+        lines.append("incomplete: run the same command again, and it goes on where this one ended")
+    lines.append(f"audit {report.id}: {report.verdict}, report in {kept / 'index.html'}")
+    return lines
+
+
+_OTHERS = {"image": "toolchain images", "fetch": "downloads", "local": "local files"}
+
+
+def _row(node: AuditedNode) -> tuple[str, ...]:
+    cells = Counter(str(cell.verdict) for cell in node.cells.values())
+    causes = ", ".join(
+        f"{cause.axis} ({cause.guess.cause}: {cause.guess.fix})" if cause.guess else cause.axis for cause in node.causes
+    )
+    secs = sum(run.milliseconds for run in node.rebuilds) / 1000
+    return node.target, str(node.verdict), _counts(cells), causes or "-", console.duration(secs)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts.get(verdict))
+
+
+def _notes(report: Report) -> list[str]:
+    """Every reason once, with the nodes and axes that it is of."""
+    notes: dict[tuple[Verdict, str], dict[str, list[str]]] = {}
+    for node in report.nodes:
+        if node.kind != "sandbox" and not node.rebuilds:
+            continue
+        for axis, cell in node.cells.items():
+            if cell.reason is not None:
+                notes.setdefault((cell.verdict, cell.reason), {}).setdefault(axis, []).append(node.target)
+    lines = []
+    audited = sum(node.kind == "sandbox" for node in report.nodes)
+    for (verdict, reason), places in notes.items():
+        axes = ", ".join(places)
+        names = list(dict.fromkeys(name for each in places.values() for name in each))
+        of = "all nodes" if len(names) == audited > 1 else ", ".join(names)
+        text = reason if len(reason) <= _SHORT else reason[:_SHORT] + " …"
+        lines.append(f"{verdict}: {axes} of {of}: {text}")
+    return lines
+
+
+def _secs(milliseconds: int) -> float:
+    return round(milliseconds / 1000, 1)
+
+
+def _failure(report: Report) -> VzreproError | None:
+    """The error that a finished audit ends with; None when nothing differs and all could be built."""
+    bad = [node for node in report.nodes if node.verdict is Verdict.DIFFERS]
+    hint = f"vzrepro audit show {report.id} --report DIR, and open DIR/index.html"
+    if bad:
+        reasons = [f"{node.target}: {_why(node)}" for node in bad]
+        names = ", ".join(node.target for node in bad)
+        return NotDeterministic(f"not reproducible: {names}", reason="\n".join(reasons), hint=hint)
+    other = [each for each in report.against if each.agrees is False]
+    if other:
+        names = ", ".join(dict.fromkeys(each.target for each in other))
+        return NotDeterministic(
+            f"a cache has other bytes: {names}",
+            reason="\n".join(f"{each.cache}: {each.target} is {each.nar_hash}" for each in other),
+            hint=hint,
+        )
+    failed = [node for node in report.nodes if node.verdict is Verdict.BUILD_FAILED]
+    if failed:
+        names = ", ".join(node.target for node in failed)
+        reasons = [
+            f"{node.target} with {axis} varied: {cell.reason}" if axis != REPEAT else f"{node.target}: {cell.reason}"
+            for node in failed
+            for axis, cell in node.cells.items()
+            if cell.verdict is Verdict.BUILD_FAILED
+        ]
+        return BuildFailed(f"could not be built again: {names}", reason="\n".join(reasons) or None, hint=hint)
+    return None
+
+
+def _why(node: AuditedNode) -> str:
+    if node.causes:
+        return f"the cause is {' and '.join(cause.axis for cause in node.causes)}"
+    cells: Sequence[Cell] = list(node.cells.values())
+    return next((cell.reason for cell in cells if cell.reason and cell.rebuilds), "the cause is not known")
