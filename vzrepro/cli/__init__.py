@@ -11,7 +11,7 @@ from types import FrameType
 import click
 
 import vzrepro
-from vzrepro.cli import attest, bundle, cache, diff, doctor, inspect, key, lock, oci, realize, store, vm
+from vzrepro.cli import attest, audit, bundle, cache, diff, doctor, inspect, key, lock, oci, realize, store, vm
 from vzrepro.cli.session import Session
 from vzrepro.console import Console
 from vzrepro.errors import Interrupted, UsageError, VzreproError
@@ -42,6 +42,7 @@ group.add_command(vm.vm)
 group.add_command(oci.oci)
 group.add_command(diff.diff)
 group.add_command(doctor.doctor)
+group.add_command(audit.audit)
 group.add_command(attest.attest)
 group.add_command(attest.provenance)
 for verb in (inspect.targets, inspect.show, inspect.why, inspect.graph, inspect.log, realize.shell):
