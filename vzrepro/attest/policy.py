@@ -106,18 +106,8 @@ class Policy:
     exceptions: tuple[Exemption, ...] = ()
 
     @classmethod
-    def load(cls, path: Path) -> Policy:
-        """Read a policy file. Raises UsageError naming the file and what is wrong with it."""
-        try:
-            with path.open("rb") as file:
-                data = file.read(MAX_POLICY + 1)
-        except OSError as error:
-            raise UsageError(f"cannot read the policy {path}", reason=error.strerror) from error
-        return cls.parse(data, str(path))
-
-    @classmethod
     def parse(cls, data: bytes, place: str) -> Policy:
-        """Read a policy; `place` is what errors call it. Raises UsageError, as `load`."""
+        """Read a policy; `place` is what errors call it. Raises UsageError naming it and what is wrong with it."""
         if len(data) > MAX_POLICY:
             raise _wrong(place, f"it is larger than {MAX_POLICY} bytes")
         try:
@@ -197,6 +187,15 @@ class Policy:
             ),
         }
         return hashlib.sha256(canonical_json(document)).hexdigest()
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a policy file, for `Policy.parse`. Raises UsageError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_POLICY + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read the policy {path}", reason=error.strerror) from error
 
 
 class PolicyMemory:

@@ -11,7 +11,23 @@ from types import FrameType
 import click
 
 import vzrepro
-from vzrepro.cli import attest, audit, bundle, cache, diff, doctor, inspect, key, lock, oci, realize, store, vm
+from vzrepro.cli import (
+    attest,
+    audit,
+    bundle,
+    cache,
+    challenge,
+    diff,
+    doctor,
+    inspect,
+    key,
+    lock,
+    oci,
+    realize,
+    store,
+    verify,
+    vm,
+)
 from vzrepro.cli.session import Session
 from vzrepro.console import Console
 from vzrepro.errors import Interrupted, UsageError, VzreproError
@@ -45,6 +61,8 @@ group.add_command(doctor.doctor)
 group.add_command(audit.audit)
 group.add_command(attest.attest)
 group.add_command(attest.provenance)
+group.add_command(verify.verify_output)
+group.add_command(challenge.challenge)
 for verb in (inspect.targets, inspect.show, inspect.why, inspect.graph, inspect.log, realize.shell):
     group.add_command(verb)
 

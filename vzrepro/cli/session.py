@@ -60,6 +60,15 @@ class Session:
         """The workspace."""
         return find_workspace(self.start)
 
+    def in_workspace(self) -> bool:
+        """Whether there is a workspace. Where there is none, the start directory stands in for it from now on: for
+        what needs the configuration alone."""
+        try:
+            return self.root.is_dir()
+        except UsageError:
+            self.root = self.start.resolve()
+            return False
+
     @cached_property
     def config(self) -> Config:
         """The settings, options included."""

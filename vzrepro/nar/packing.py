@@ -32,11 +32,14 @@ _Open = tuple[int, Iterator[tuple[bytes, _Kind]], bytes]
 """A directory being packed: its descriptor, what is left in it, its name."""
 
 
-def pack(path: Path, *, inspect: Inspect | None = None) -> Iterator[bytes]:
+def pack(
+    path: Path, *, inspect: Inspect | None = None, without: Callable[[bytes], bool] | None = None
+) -> Iterator[bytes]:
     """The NAR of the file, directory or symlink at `path`, in chunks of at most about 1 MiB.
 
     Links are never followed, entries are opened relative to their directory's descriptor. `inspect` is called for
-    every node, directories before what is in them. Raises VzreproError for nodes a NAR cannot hold (sockets,
+    every node, directories before what is in them. Entries of `path` itself for whose name `without` is true are left
+    out. Raises VzreproError for nodes a NAR cannot hold (sockets,
     devices, fifos), for files that change while they are read and for trees deeper than `MAX_DEPTH`; OSError when
     something cannot be read.
     """
@@ -97,7 +100,10 @@ def pack(path: Path, *, inspect: Inspect | None = None) -> Iterator[bytes]:
                 stack.append((fd, iter(()), name))
                 if inspect is not None:
                     inspect(os.fstat(fd), fd, opened)
-                stack[-1] = (fd, iter(_entries(fd)), name)
+                entries = _entries(fd)
+                if without is not None and len(stack) == 1:
+                    entries = [entry for entry in entries if not without(entry[0])]
+                stack[-1] = (fd, iter(entries), name)
                 small.append(tokens.DIRECTORY)
             elif kind == _LINK:
                 if inspect is not None:
@@ -108,8 +114,8 @@ def pack(path: Path, *, inspect: Inspect | None = None) -> Iterator[bytes]:
 
             # On to the next entry, leaving the directories that have none left.
             while stack:
-                dir_fd, entries, _ = stack[-1]
-                following = next(entries, None)
+                dir_fd, left_there, _ = stack[-1]
+                following = next(left_there, None)
                 if following is not None:
                     name, kind = following
                     small += (tokens.ENTRY, len(name).to_bytes(8, "little"), name, tokens.THEN_NODE[len(name) % 8])
@@ -130,10 +136,12 @@ def pack(path: Path, *, inspect: Inspect | None = None) -> Iterator[bytes]:
     yield b"".join(small)
 
 
-def nar_hash(path: Path, *, inspect: Inspect | None = None) -> tuple[NarHash, int]:
+def nar_hash(
+    path: Path, *, inspect: Inspect | None = None, without: Callable[[bytes], bool] | None = None
+) -> tuple[NarHash, int]:
     """The SHA-256 of the NAR of `path`, and the NAR's size in bytes. Takes and raises what `pack` does."""
     digest, size = hashlib.sha256(), 0  # in this thread: another one took 7 % more CPU time, for trees in memory
-    for chunk in pack(path, inspect=inspect):
+    for chunk in pack(path, inspect=inspect, without=without):
         digest.update(chunk)
         size += len(chunk)
     return NarHash(digest.hexdigest()), size

@@ -1,0 +1,271 @@
+"""Is this what enough builders got? Files on this disk against what operators have signed; nothing is built.
+
+The bytes decide. A tree whose NAR hash enough operators voted for is theirs. Where modes were lost on the way, as in
+some archives, each file must have the sha256 that enough of them name, and no file may be missing or there in addition.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vzrepro import nar
+from vzrepro.attest import dsse
+from vzrepro.attest.ballots import Ballots, Found
+from vzrepro.attest.policy import Policy
+from vzrepro.attest.statement import MAX_FILES, NAR_DIGEST, Subject
+from vzrepro.attest.votes import Decision, Tally, count, decide
+from vzrepro.errors import HashMismatch, NotDeterministic, Untrusted, UsageError, VzreproError
+from vzrepro.model import DrvHash, NarHash, StorePath
+
+STATEMENTS = ".intoto.jsonl"
+"""How the names of files with envelopes end, one in each line."""
+
+_BESIDE = (STATEMENTS, ".sha256")
+_MAX_FILE = 256 << 20
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is to be verified. `shown` is what the user calls it, `target` what a policy does, `name` the store path's
+    name; `tree` is where it lies. `drv_hash` is the one derivation it must come from, None for any of that name.
+    `bare` says that files that belong beside it, with statements and checksums, may be in it."""
+
+    shown: str
+    target: str
+    name: str
+    tree: Path
+    drv_hash: DrvHash | None = None
+    bare: bool = False
+
+
+class Tree:
+    """Files on the disk. Reading raises OSError, or VzreproError for what no store object can hold."""
+
+    def __init__(self, place: Path, name: str, *, bare: bool) -> None:
+        self._place = place
+        self._name = name
+        self._bare = bare
+
+    @cached_property
+    def nar_hash(self) -> NarHash:
+        """The hash of the tree's NAR."""
+        return nar.nar_hash(self._place, without=_is_beside if self._bare else None)[0]
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """The sha256 of every regular file in hex, by its name in the tree, sorted; a tree that is one file has the
+        store path's name."""
+        return {name: _sha256(path) for name, path in self._walk() if stat.S_ISREG(path.lstat().st_mode)}
+
+    @cached_property
+    def others(self) -> tuple[str, ...]:
+        """The names of what is neither file nor directory."""
+        return tuple(name for name, path in self._walk() if not stat.S_ISREG(path.lstat().st_mode))
+
+    def subjects(self, path: StorePath | None) -> tuple[Subject, ...]:
+        """The tree as the subject of a statement, by the store path or, if there is none, the name."""
+        whole = Subject(str(path or self._name), {NAR_DIGEST: self.nar_hash.hex})
+        named = self.files if len(self.files) <= MAX_FILES else {}
+        return whole, *(Subject(name, {"sha256": digest}) for name, digest in named.items())
+
+    def _walk(self) -> list[tuple[str, Path]]:
+        if not self._place.is_dir():
+            return [(self._name, self._place)]
+        found = []
+        for folder, folders, files in os.walk(self._place, onerror=_raise):
+            below = Path(folder)
+            links = [name for name in folders if (below / name).is_symlink()]
+            for name in (*files, *links):
+                path = below / name
+                if not (self._bare and below == self._place and _is_beside(os.fsencode(name))):
+                    found.append((path.relative_to(self._place).as_posix(), path))
+        return sorted(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """How a verification ended: `error` is None when the tree is what enough operators got.
+
+    `tally` and `decision` are those of the derivation that it was judged by, None where there was none. `lost` says
+    that every file is right and the modes are not.
+    """
+
+    asked: Asked
+    nar_hash: NarHash
+    ballots: Ballots
+    tally: Tally | None = None
+    decision: Decision | None = None
+    error: VzreproError | None = None
+    lost: bool = False
+
+    @property
+    def path(self) -> StorePath | None:
+        """The store path that it was judged by."""
+        if self.tally is None:
+            return None
+        votes = (vote for each in self.tally.standings for voter in each.voters.values() for vote in voter)
+        void = (vote for each in self.tally.void for vote in each.votes)
+        return next((vote.path for vote in (*votes, *void)), None)
+
+    @property
+    def voters(self) -> tuple[str, ...]:
+        """The operators whose votes carry the result."""
+        return () if self.decision is None else tuple(self.decision.standing.voters)
+
+    def document(self) -> dict[str, Any]:
+        """The result as plain data for JSON."""
+        exception = None if self.decision is None else self.decision.exception
+        return {
+            "subject": self.asked.shown,
+            "result": "FAILED" if self.error else "PASSED",
+            "target": self.asked.target,
+            "path": None if self.path is None else str(self.path),
+            "drv_hash": None if self.tally is None else self.tally.drv_hash.hex,
+            "nar_hash": self.nar_hash.hex,
+            "needed": None if self.tally is None else self.tally.needed,
+            "voters": list(self.voters),
+            "results": {} if self.tally is None else {str(r.nar_hash): list(r.voters) for r in self.tally.standings},
+            "void": [] if self.tally is None else [each.operator for each in self.tally.void],
+            "exception": exception and {"reason": exception.reason, "until": exception.until.isoformat()},
+            "modes_lost": self.lost,
+        }
+
+
+def verify(asked: Asked, ballots: Ballots, policy: Policy, now: dt.datetime) -> Verified:
+    """Judge a tree by votes. What is wrong with it or with them is the result's `error`; raises OSError, and
+    VzreproError for a tree that cannot be read."""
+    tree = Tree(asked.tree, asked.name, bare=asked.bare)
+    nar_hash = tree.nar_hash
+    about = {vote.drv_hash for vote in ballots.votes if vote.path.name == asked.name}
+    candidates = [asked.drv_hash] if asked.drv_hash is not None else sorted(about)
+    judged = [_judged(asked, ballots, policy, now, tree, drv_hash) for drv_hash in candidates]
+    if not judged:
+        error = Untrusted(
+            f"nobody who may vote has signed that they built {asked.name}",
+            reason=f"{len(ballots.refused)} statements were found that do not count" if ballots.refused else None,
+            hint="name a directory with statements (--offline DIR), or a cache that has some (--against URL)",
+        )
+        return Verified(asked, nar_hash, ballots, error=error)
+    return min(judged, key=lambda each: _severity(each, nar_hash))
+
+
+def _judged(
+    asked: Asked, ballots: Ballots, policy: Policy, now: dt.datetime, tree: Tree, drv_hash: DrvHash
+) -> Verified:
+    tally = count(ballots.votes, policy, asked.target, drv_hash)
+    decision, lost = None, False
+    try:
+        decision = decide(tally, policy, now)
+        lost = _compare(asked, tree, tally, decision)
+    except VzreproError as error:
+        return Verified(asked, tree.nar_hash, ballots, tally, decision, error)
+    return Verified(asked, tree.nar_hash, ballots, tally, decision, None, lost)
+
+
+def _severity(each: Verified, nar_hash: NarHash) -> tuple[int, int]:
+    """Which derivation to speak of, where several have the name: one that the tree is of, then one with more votes."""
+    assert each.tally is not None
+    concerned = any(standing.nar_hash == nar_hash for standing in each.tally.standings)
+    votes = max((len(standing.voters) for standing in each.tally.standings), default=0)
+    match each.error:
+        case None:
+            rank = 0
+        case NotDeterministic() if concerned:
+            rank = 1
+        case Untrusted() if concerned:
+            rank = 2
+        case HashMismatch():
+            rank = 3
+        case _:
+            rank = 4
+    return rank, -votes
+
+
+def _compare(asked: Asked, tree: Tree, tally: Tally, decision: Decision) -> bool:
+    """Whether only modes differ from what was decided. Raises HashMismatch when anything else does."""
+    standing = decision.standing
+    if tree.nar_hash == standing.nar_hash:
+        return False
+    # An exception is about one hash: what a few voters say of single files does not stand in for it.
+    agreed = standing.files(tally.needed) if decision.exception is None else None
+    named = agreed or standing.files(1)
+    faults = [] if named is None else list(_faults(tree, named))
+    if agreed is not None and not faults and not tree.others:
+        return True
+    by = ", ".join(standing.voters)
+    lines = faults[:_SHOWN] or ["links, modes or empty directories differ" if named else "no voter names its files"]
+    lines += [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+    lines.append(f"wanted: {standing.nar_hash.nix}, by {by}\nfound:  {tree.nar_hash.nix}{_whose(tree, tally)}")
+    raise HashMismatch(
+        f"{asked.shown} is not what {by} built as {asked.target}",
+        reason="\n".join(lines),
+        hint="do not use it; take another copy, or see who got what: vzrepro challenge " + asked.target,
+    )
+
+
+def _faults(tree: Tree, named: dict[str, str]) -> Iterator[str]:
+    for name, wanted in named.items():
+        found = tree.files.get(name)
+        if found is None:
+            yield f"{name} is {'something else than a file' if name in tree.others else 'missing'}"
+        elif found != wanted:
+            yield f"{name} is another one: wanted sha256 {wanted}, found {found}"
+    for name in tree.files:
+        if name not in named:
+            yield f"{name} is not part of it"
+
+
+def _whose(tree: Tree, tally: Tally) -> str:
+    got = [each for each in tally.standings if each.nar_hash == tree.nar_hash]
+    return "".join(f", which {', '.join(each.voters)} got" for each in got)
+
+
+# --- statements in files ----------------------------------------------------------------------------------------------
+
+
+def statements_in(directory: Path) -> list[Found]:
+    """The envelopes in the `*.intoto.jsonl` files of a directory, each line one; what is in them is not looked at.
+
+    Raises UsageError when the directory or a file cannot be read, or a file is larger than 256 MiB.
+    """
+    try:
+        files = sorted(path for path in directory.iterdir() if path.name.endswith(STATEMENTS))
+        return [found for file in files for found in _lines(file)]
+    except OSError as error:
+        raise UsageError(
+            f"the statements in {directory} cannot be read", reason=f"{error.filename}: {error.strerror}"
+        ) from error
+
+
+def _lines(file: Path) -> Iterator[Found]:
+    if file.stat().st_size > _MAX_FILE:
+        raise UsageError(f"{file} is too large", reason=f"statements are read from at most {_MAX_FILE >> 20} MiB")
+    with file.open("rb") as opened:
+        number = 0
+        # One byte more than an envelope may have, so that what is cut here is refused as too large.
+        while line := opened.readline(dsse.MAX_ENVELOPE + 2):
+            number += 1
+            if line.strip():
+                yield Found(f"{file.name}:{number}", line.strip())
+
+
+def _is_beside(name: bytes) -> bool:
+    return os.fsdecode(name).endswith(_BESIDE)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _raise(error: OSError) -> None:
+    raise error
