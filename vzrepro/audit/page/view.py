@@ -1,0 +1,130 @@
+"""A report arranged for its page: which nodes are rows, what each is called, what is built with what."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vzrepro.audit.model import REPEAT, Against, AuditedNode, AxisInfo, Cell, Report, Verdict, worst
+from vzrepro.audit.page import words
+from vzrepro.audit.page.markup import Markup, tag
+
+_REPEAT_INFO = AxisInfo(REPEAT, "nothing: built once more", "as it was built before", "nothing to prove")
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """`built` are the nodes that a rebuild judges, worst first; `given` those taken as they are: images, downloads,
+    local files. `columns` are the axes in the order of the matrix. Mappings are by drv hash: `anchors` are names for
+    URL fragments, `users` what is built directly with a node."""
+
+    report: Report
+    built: tuple[AuditedNode, ...]
+    given: tuple[AuditedNode, ...]
+    columns: tuple[AxisInfo, ...]
+    anchors: Mapping[str, str]
+    nodes: Mapping[str, AuditedNode]
+    users: Mapping[str, tuple[str, ...]]
+    carriers: frozenset[str]
+    """Origins, and everything that is built with their output, directly or not."""
+
+    @property
+    def counts(self) -> Mapping[Verdict, int]:
+        """How many of the built nodes got each verdict."""
+        return Counter(node.verdict for node in self.built)
+
+    @property
+    def origins(self) -> tuple[AuditedNode, ...]:
+        """The nodes that are to blame."""
+        return tuple(node for node in (*self.built, *self.given) if node.origin)
+
+    @property
+    def disagreements(self) -> tuple[Against, ...]:
+        """What other caches have otherwise."""
+        return tuple(each for each in self.report.against if each.agrees is False)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The report's verdict over what was to be judged: what is given counts only where it was tried, too."""
+        return Verdict.DIFFERS if self.disagreements else worst(self.counts)
+
+    def link(self, node: AuditedNode) -> Markup:
+        """The node's name, leading to its evidence."""
+        return tag("a", node.target, href=f"#{self.anchors[node.drv_hash]}", class_="name")
+
+    def cell_anchor(self, node: AuditedNode, axis: str) -> str:
+        """The fragment of a cell's evidence."""
+        return f"{self.anchors[node.drv_hash]}/{_slug(axis)}"
+
+    def cells(self, node: AuditedNode) -> list[tuple[AxisInfo, Cell]]:
+        """The node's cells in the order of the columns."""
+        return [(axis, node.cells[axis.name]) for axis in self.columns if axis.name in node.cells]
+
+    def blamed_axes(self, node: AuditedNode) -> tuple[str, ...]:
+        """The axes that change the node's output; REPEAT only when it is all that is known."""
+        found = tuple(cause.axis for cause in node.causes)
+        differing = tuple(axis.name for axis, cell in self.cells(node) if cell.verdict is Verdict.DIFFERS)
+        return found or tuple(name for name in differing if name != REPEAT) or differing
+
+
+def arrange(report: Report) -> View:
+    """Arrange `report`; the order of its nodes decides between equal ones."""
+    rank = {verdict: number for number, verdict in enumerate(words.ORDER)}
+    tried = [node for node in report.nodes if _is_judged(node)]
+    nodes = {node.drv_hash: node for node in report.nodes}
+    users: dict[str, list[str]] = {drv: [] for drv in nodes}
+    for node in report.nodes:
+        for drv in dict.fromkeys(node.inputs.values()):
+            if drv in users:
+                users[drv].append(node.drv_hash)
+    return View(
+        report=report,
+        built=tuple(sorted(tried, key=lambda node: rank[node.verdict])),
+        given=tuple(node for node in report.nodes if not _is_judged(node)),
+        columns=_columns(report),
+        anchors=_anchors(report.nodes),
+        nodes=nodes,
+        users={drv: tuple(found) for drv, found in users.items()},
+        carriers=_reached([node.drv_hash for node in report.nodes if node.origin], users),
+    )
+
+
+def _is_judged(node: AuditedNode) -> bool:
+    return node.kind == "sandbox" or node.verdict is not Verdict.UNTESTED
+
+
+def _columns(report: Report) -> tuple[AxisInfo, ...]:
+    known = {REPEAT: _REPEAT_INFO, **{axis.name: axis for axis in report.axes}}
+    for node in report.nodes:
+        for name in node.cells:
+            known.setdefault(name, AxisInfo(name, "", "", ""))
+    return tuple(known.values())
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:80] or "-"
+
+
+def _anchors(nodes: Sequence[AuditedNode]) -> dict[str, str]:
+    """Targets as fragments, numbered where several nodes have the same."""
+    given: Counter[str] = Counter()
+    found = {}
+    for node in nodes:
+        slug = _slug(node.target)
+        given[slug] += 1
+        # No target has a `~`, so that a numbered name is nobody's own.
+        found[node.drv_hash] = f"node/{slug}" if given[slug] == 1 else f"node/{slug}~{given[slug]}"
+    return found
+
+
+def _reached(starts: Sequence[str], users: Mapping[str, Sequence[str]]) -> frozenset[str]:
+    reached: set[str] = set()
+    pending = list(starts)
+    while pending:
+        drv = pending.pop()
+        if drv not in reached:
+            reached.add(drv)
+            pending += users[drv]
+    return frozenset(reached)
