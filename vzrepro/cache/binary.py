@@ -370,18 +370,21 @@ class BinaryCache:
     def _statements(self, subject: str) -> list[bytes]:
         """The intact entries about a derivation, in no order."""
         prefix = differences_prefix(subject)
+
+        def small(key: str) -> bytes | None:
+            with contextlib.suppress(Damaged):
+                return self.read(key, MAX_ATTESTATION)
+            return None
+
         try:
             listed = (entry.key for entry in self.backend.list(prefix) if entry.size <= MAX_ATTESTATION)
             keys = [key for key in islice(listed, MAX_ATTESTATIONS) if key != prefix + INDEX]
         except UsageError:  # over HTTP, nothing can be listed
-            index = self.read(prefix + INDEX, MAX_ATTESTATION)
-            keys = [prefix + entry for entry in read_index(index or b"")[:MAX_ATTESTATIONS]]
+            keys = [prefix + entry for entry in read_index(small(prefix + INDEX) or b"")[:MAX_ATTESTATIONS]]
 
         def read(key: str) -> bytes | None:
-            with contextlib.suppress(Damaged):
-                data = self.read(key, MAX_ATTESTATION)
-                return data if data is not None and is_intact(key, data) else None
-            return None
+            data = small(key)
+            return data if data is not None and is_intact(key, data) else None
 
         return [data for data in in_order(read, keys, 1 if len(keys) < 2 else WORKERS) if data is not None]
 
