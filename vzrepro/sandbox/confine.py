@@ -97,7 +97,8 @@ def _confinement(job: Job) -> list[str]:
         flags += ["--tmpfs", f"{path}:ro,nosuid,nodev,noexec,mode=555,size=4k"]
     if around.in_memory:
         for path in ("/build", "/out"):
-            flags += ["--tmpfs", f"{path}:rw,exec,nosuid,nodev,mode=777"]
+            # runc before 1.2 gives it the mode of the image's own directory, so it must be the user's.
+            flags += ["--tmpfs", f"{path}:rw,exec,nosuid,nodev,mode=777,uid={uid},gid={gid}"]
         flags += ["--mount", bind(job.out, _OUT_OF_HOST)]
     else:
         flags += ["--mount", bind(job.build, "/build"), "--mount", bind(job.out, "/out")]
