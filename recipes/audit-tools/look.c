@@ -1,6 +1,9 @@
-/* What an ordinary dynamic program sees, as JSON members on stdout: the clock, randomness, addresses, a new file. */
+/* What an ordinary dynamic program sees, as JSON members on stdout: the clock, randomness, addresses, a new
+ * file, the locale. */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <langinfo.h>
+#include <locale.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,6 +35,8 @@ int main(void) {
     int file = mkstemp(name);
     if (file >= 0 && fstat(file, &found) == 0 && unlink(name) == 0)
         printf(",\"temporary\":\"%s\",\"modified\":\"%lld\"", name, (long long)found.st_mtim.tv_sec);
+    setlocale(LC_ALL, "");
+    printf(",\"codeset\":\"%s\",\"decimal\":\"1%s5\"", nl_langinfo(CODESET), nl_langinfo(RADIXCHAR));
     printf(",\"stack\":\"%p\"", (void *)&now);
     return 0;
 }

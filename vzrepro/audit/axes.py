@@ -258,6 +258,13 @@ def _user(job: Job, _world: World, count: int) -> Job:
     return replace(_files(job, known), user=(uid, gid))
 
 
+def _locale(job: Job, world: World, count: int) -> Job:
+    if count % 2:
+        return _variable(job, "LC_ALL", "C")
+    assert world.tools is not None
+    return _variable(_files(job, {"/usr/lib/locale/xx_XX.utf8": world.tools / "locale"}), "LC_ALL", "xx_XX.UTF-8")
+
+
 def _home(job: Job, _world: World, count: int) -> Job:
     home = f"/tmp/home-{count + 1}"
     return _option(_variable(job, "HOME", home), f"--mkdir={home}")
@@ -433,11 +440,12 @@ AXES: tuple[Axis, ...] = (
     Axis(
         "locale",
         about="language, sorting, number format and encoding",
-        applied="LC_ALL",
-        proof="LC_ALL",
-        seen=_key("locale"),
-        vary=lambda job, _world, count: _variable(job, "LC_ALL", _alternate(("C", "POSIX"), count)),
+        applied="LC_ALL: a locale of our own, which sorts and writes numbers and dates as people do, not as C does",
+        proof="LC_ALL, and the encoding and the number 1.5 in a dynamic program",
+        seen=_format("{locale}: {codeset}, {decimal}"),
+        vary=_locale,
         missing=_own("LC_ALL"),
+        differs=lambda one, other: one.partition(":")[2] != other.partition(":")[2],
     ),
     Axis(
         "home",
