@@ -48,7 +48,7 @@ gcc -E -DMAKE_LINKS -include include/autoconf.h include/applets.h |
             ROOT/*) echo "/$name" ;;
             *) echo "/$(echo "$where" | tr 'A-Z_' 'a-z/')/$name" ;;
         esac
-    done | sort > /build/applets
+    done | LC_ALL=C sort > /build/applets
 grep -q '^/bin/sh$' /build/applets || {
     echo "the list of applets could not be read from include/applets.h"
     exit 1

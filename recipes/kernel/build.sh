@@ -7,9 +7,10 @@
 # out: /out/vmlinux (the raw arm64 Image), config, System.map, capabilities.json, report.json
 set -eu
 
-# All that the kernel would otherwise ask the machine and the clock for. It prints the timestamp with date(1).
+# All that the kernel would otherwise ask the machine and the clock for. It prints the timestamp with date(1), whose
+# form is the locale's.
 export ARCH=arm64 CROSS_COMPILE=aarch64-linux-gnu-
-KBUILD_BUILD_TIMESTAMP=$(date -u -d "@$SOURCE_DATE_EPOCH")
+KBUILD_BUILD_TIMESTAMP=$(LC_ALL=C date -u -d "@$SOURCE_DATE_EPOCH")
 export KBUILD_BUILD_TIMESTAMP KBUILD_BUILD_USER=vzrepro KBUILD_BUILD_HOST=vzrepro KBUILD_BUILD_VERSION=1
 
 # AMD's graphics registers, documentation and tests are a third of the tree's bytes, and no arm64 configuration here
