@@ -226,7 +226,9 @@ def _no_inputs(_world: World, job: Job) -> str | None:
 
 
 def _no_other_shell(_world: World, job: Job) -> str | None:
-    return None if _other_shell(job) is not None else "its image has no second shell (/bin/bash, /bin/dash)"
+    if not sandbox.has_image(job.image) or _other_shell(job) is not None:  # not loaded yet: nobody can tell
+        return None
+    return "its image has no second shell (/bin/bash, /bin/dash)"
 
 
 def _no_other_runtime(world: World, _job: Job) -> str | None:
@@ -328,8 +330,7 @@ def _other_shell(job: Job) -> bytes | None:
 
 def _shell(job: Job, _world: World, _count: int) -> Job:
     shell = _other_shell(job)
-    assert shell is not None
-    return _files(job, {"/bin/sh": shell})
+    return job if shell is None else _files(job, {"/bin/sh": shell})
 
 
 def _other_runtimes(world: World) -> list[str]:
