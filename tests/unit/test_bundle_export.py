@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import stat
 import subprocess
 import tarfile
 from pathlib import Path
@@ -12,8 +13,12 @@ from pathlib import Path
 import pytest
 
 from tests.bundles import CONTENT, make_bundle
+from vzrepro.attest.dsse import sign
+from vzrepro.attest.statement import Statement, Subject
 from vzrepro.bundle import examine, export
 from vzrepro.bundle.export import write_tar
+from vzrepro.bundle.files import FILES
+from vzrepro.cache import SigningKey
 from vzrepro.errors import HashMismatch, UsageError, VzreproError
 
 TAR_SHA256 = "4211464e2fa7943971a9f48ee9f9cc6029260daae650a59f07ea1b19956969f4"
@@ -155,3 +160,61 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
     assert gzip.decompress(made.path.read_bytes())
     assert len(names(tmp_path / "out")) == 2
     assert [archive.written for archive in export(tmp_path / "b", "1", tmp_path / "out")] == [False]
+
+
+# --- attestations -----------------------------------------------------------------------------------------------------
+
+KEY = SigningKey.generate("ours-1")
+
+
+def attestation(place: Path, key: SigningKey = KEY, **other: str) -> bytes:
+    """A signed statement about the files of the bundle in `place`; `other` are digests that are to be different."""
+    digests = {name.replace(".", "_"): digest for name, digest in examine(place).digests.items()} | other
+    names = {name.replace(".", "_"): name for name in FILES}
+    return Statement(
+        tuple(Subject(names.get(name, name), {"sha256": digest}) for name, digest in digests.items()), "t", {"a": 1}
+    ).signed(key)
+
+
+def test_attestations_of_these_very_files_lie_beside_the_archive(tmp_path: Path) -> None:
+    place = make_bundle(tmp_path / "b", "container")
+    good = [attestation(place), attestation(place, SigningKey.generate("other-1"), extra="ab" * 32)]
+    others = [
+        attestation(make_bundle(tmp_path / "c", "container", content={"youki": b"another"})),
+        attestation(place, youki="00" * 32),
+        Statement((Subject("youki", {"sha256": examine(place).digests["youki"]}),), "t", {"a": 1}).signed(KEY),
+        sign("text/plain", b"hello", KEY),
+        b"junk",
+        good[0] + b"\n",
+    ]
+    [made] = export(place, "1", tmp_path / "out", [*others, *good])
+    assert made.attestations == 2
+    beside = tmp_path / "out/vz-linux-container-v1-arm64.intoto.jsonl"
+    assert beside.read_bytes() == b"".join(line + b"\n" for line in sorted(good))
+    assert stat.S_IMODE(beside.stat().st_mode) == 0o644
+    assert len(names(tmp_path / "out")) == 3
+
+
+def test_attestations_become_more_and_archives_stay(tmp_path: Path) -> None:
+    place = make_bundle(tmp_path / "b", "developer")
+    first, second = attestation(place), attestation(place, SigningKey.generate("other-1"))
+    assert [each.attestations for each in export(place, "1", tmp_path / "out")] == [0, 0]
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+    archives = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    export(place, "1", tmp_path / "out", [first])
+    again = export(place, "1", tmp_path / "out", [second])
+    assert [(each.written, each.attestations) for each in again] == [(False, 2)] * 2
+    assert {path: path.read_bytes() for path in archives} == archives
+    both = [path.read_bytes() for path in sorted((tmp_path / "out").glob("*.jsonl"))]
+    assert both == [b"".join(line + b"\n" for line in sorted([first, second]))] * 2, "the historical name has them too"
+    export(place, "1", tmp_path / "out")
+    assert [path.read_bytes() for path in sorted((tmp_path / "out").glob("*.jsonl"))] == both, "none is taken away"
+
+
+def test_what_is_no_file_of_attestations_is_refused(tmp_path: Path) -> None:
+    place = make_bundle(tmp_path / "b", "container")
+    beside = tmp_path / "out/vz-linux-container-v1-arm64.intoto.jsonl"
+    beside.mkdir(parents=True)
+    with pytest.raises(UsageError, match="no file of attestations"):
+        export(place, "1", tmp_path / "out", [attestation(place)])
+    assert names(tmp_path / "out") == [beside.name], "nothing else was written"

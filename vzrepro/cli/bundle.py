@@ -205,7 +205,7 @@ def export(session: Session, target: str, version: str, out: Path) -> None:
         [info] = session.realizer().realize([session.target(target)])
         directory = session.store.location(info.path)
     envelopes = _attestations(session, directory)
-    made = bundles.export(directory, version, out, envelopes)
+    made = bundles.export(directory, version, out, envelopes or ())
     rows = [
         (
             str(each.path),
@@ -218,28 +218,25 @@ def export(session: Session, target: str, version: str, out: Path) -> None:
         for each in made
     ]
     session.console.print_table(("archive", "profile", "bytes", "sha256", "state", "attestations"), rows)
-    for each in made:
-        if not each.attestations:
-            session.warn(f"{each.path.name} has no attestations beside it: nobody has attested this bundle")
+    if envelopes is None:
+        message = f"no attestations were looked for: {directory} is no object of this workspace's store"
+        session.console.report(Notice("info", message))
+    elif not all(each.attestations for each in made):
+        session.warn("there are archives without attestations beside them: nobody has attested these bundles")
 
 
-def _attestations(session: Session, directory: Path) -> list[bytes]:
+def _attestations(session: Session, directory: Path) -> set[bytes] | None:
     """What is attested of the object in `directory` and of its inputs, among which are the bundles of a set of them;
-    nothing for a directory that is no object of the workspace's store."""
-    node = None
-    if _in_workspace(session) and directory.resolve().parent == session.store.root.resolve():
-        node = next((node for node in session.graph.nodes.values() if node.path.base == directory.name), None)
+    None for a directory that is no object of the workspace's store."""
+    if not _in_workspace(session) or directory.resolve().parent != session.store.root.resolve():
+        return None
+    node = next((node for node in session.graph.nodes.values() if node.path.base == directory.resolve().name), None)
     if node is None:
-        session.console.report(
-            Notice(
-                "info", f"{directory} is no object of this workspace's store, so no attestations of it are looked for"
-            )
-        )
-        return []
+        return None
     found: set[bytes] = set()
     for drv_hash in (node.drv_hash, *node.drv.inputs.values()):
         found |= session.attestations(drv_hash).keys()
-    return sorted(found)
+    return found
 
 
 def _in_workspace(session: Session) -> bool:
