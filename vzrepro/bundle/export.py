@@ -70,7 +70,8 @@ def export(directory: Path, version: str, out: Path, envelopes: Collection[bytes
             made = [file for bundle in bundles for file in _make(bundle, version, out, stack)]
             for _, file in made:
                 _refuse_conflict(file)
-                _lines(attested(file.path))
+                if file.path.suffix == ".gz":
+                    _lines(attested(file.path))
             published = [(bundle, file, _publish(file)) for bundle, file in made]
             return [
                 Archive(
