@@ -174,6 +174,17 @@ def test_an_index_may_name_what_is_gone(tmp_path: Path, made: Made) -> None:
         assert reader.attestations(drv_of(made)) == [claim(made, STRANGER)]
 
 
+def test_a_flood_is_not_read_to_its_end(made: Made) -> None:
+    backend = MemoryBackend()
+    for number in range(200):
+        large = claim(made, text=f"{number}".ljust(700_000))
+        backend.put(key_of(made, large), large)
+    read = opened(backend).attestations(drv_of(made))
+    assert 64 << 20 < sum(map(len, read)) < 66 << 20
+    asked = [key for verb, key in backend.log if verb == "get" and key.startswith("attest/")]
+    assert len(asked) < 200
+
+
 def test_a_cache_of_another_store_is_not_asked(made: Made) -> None:
     backend = MemoryBackend()
     opened(backend).put_attestation(drv_of(made), claim(made))

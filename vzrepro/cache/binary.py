@@ -45,6 +45,7 @@ from vzrepro.wire import printable
 
 _ITS_INFO = f"StoreDir: {STORE_DIR}\nWantMassQuery: 1\nPriority: 40\n".encode()
 _MAX_LOG = 64 << 20
+_MAX_STATEMENTS = 64 << 20  # bytes that are read about one derivation, but for one entry
 
 Warn = Callable[[str], None]
 
@@ -328,7 +329,7 @@ class BinaryCache:
         """The DSSE envelopes that this cache has about a derivation, sorted; nobody has verified them.
 
         Raises RemoteError when the cache fails. What is too large, is not what its name says, or is no envelope is left
-        out. Of more than MAX_ATTESTATIONS, some are.
+        out. Of more than MAX_ATTESTATIONS, or more than 64 MiB, some are.
         """
         if not self._may_ask():
             return []
@@ -386,7 +387,13 @@ class BinaryCache:
             data = small(key)
             return data if data is not None and is_intact(key, data) else None
 
-        return [data for data in in_order(read, keys, 1 if len(keys) < 2 else WORKERS) if data is not None]
+        found, size = [], 0
+        for data in in_order(read, keys, 1 if len(keys) < 2 else WORKERS):
+            found += [] if data is None else [data]
+            size += 0 if data is None else len(data)
+            if size > _MAX_STATEMENTS:
+                break
+        return found
 
     def forget(self, paths: Collection[StorePath]) -> None:
         """Have none of these paths any more, so that the next push wins. Of no avail where the cache fails."""

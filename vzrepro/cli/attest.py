@@ -14,10 +14,11 @@ from vzrepro.attest.provenance import NotBuiltHere, build_of
 from vzrepro.attest.review import Keys, Reviewed, Signer, Standing, review
 from vzrepro.attest.statement import Statement, subjects_of
 from vzrepro.attest.witness import attest as testify
+from vzrepro.cache.places import is_writable
 from vzrepro.cache.signing import SigningKey
 from vzrepro.cli.options import DefaultVerb, json_option
 from vzrepro.cli.session import Session
-from vzrepro.errors import VzreproError
+from vzrepro.errors import UsageError, VzreproError
 from vzrepro.events import Finished, Notice, Started
 from vzrepro.recipe import Node
 
@@ -45,6 +46,8 @@ def sign(session: Session, targets: tuple[str, ...], file: Path, url: str | None
     store; signing again changes nothing.
     """
     key = SigningKey.load(file)
+    if url is not None and not is_writable(url):
+        raise UsageError(f"{url} cannot be written", hint="use s3://… or a directory; HTTP is for reading")
     place = None if url is None else session.cache(url)
     nodes = [
         node
