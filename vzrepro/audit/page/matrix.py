@@ -70,7 +70,7 @@ def _rows(view: View, nodes: Sequence[AuditedNode]) -> list[Markup]:
                     "th",
                     glyph(style_class(node.verdict)),
                     view.link(node),
-                    tag("span", f", {WORDS[node.verdict]}", class_="hidden"),
+                    tag("span", WORDS[node.verdict], class_="hidden"),
                     scope="row",
                     class_=f"{style_class(node.verdict)}",
                 ),

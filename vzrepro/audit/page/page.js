@@ -24,40 +24,44 @@
   show();
 
   const table = document.querySelector(".matrix");
-  if (table) {
-    const rows = () => [...table.tBodies].filter((body) => body.offsetParent).flatMap((body) => [...body.rows]);
-    const links = [...table.querySelectorAll("td.cell a")];
+  if (table.querySelector("a")) {
+    // The table is one stop of the Tab key; arrows move inside.
+    const rows = () => [...table.rows].filter((row) => row.checkVisibility());
+    const links = [...table.querySelectorAll("a")];
+    let current = table.querySelector("td.cell a") || links[0];
+    for (const each of links) each.tabIndex = each === current ? 0 : -1;
     const visit = (link) => {
-      for (const each of links) each.tabIndex = each === link ? 0 : -1;
+      current.tabIndex = -1;
+      current = link;
+      current.tabIndex = 0;
     };
-    visit(links[0]);
     const step = (link, down, right) => {
       const shown = rows();
       let row = shown.indexOf(link.closest("tr"));
-      let column = link.closest("td").cellIndex;
+      let column = link.closest("td, th").cellIndex;
       for (;;) {
         row += down;
         column += right;
         if (!shown[row] || !shown[row].cells[column]) return null;
-        const next = shown[row].cells[column].querySelector("td.cell a");
+        const next = shown[row].cells[column].querySelector("a");
         if (next) return next;
       }
     };
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
     table.addEventListener("keydown", (event) => {
-      const link = event.target.closest("td.cell a");
+      const link = event.target.closest("a");
       if (!link || event.altKey || event.ctrlKey || event.metaKey) return;
       let next = null;
       if (moves[event.key]) next = step(link, ...moves[event.key]);
       else if (event.key === "Home" || event.key === "End") {
-        const found = link.closest("tr").querySelectorAll("td.cell a");
+        const found = link.closest("tr").querySelectorAll("a");
         next = found[event.key === "Home" ? 0 : found.length - 1];
       } else return;
       event.preventDefault();
       if (next) { visit(next); next.focus(); }
     });
     table.addEventListener("focusin", (event) => {
-      const link = event.target.closest("td.cell a");
+      const link = event.target.closest("a");
       if (link) visit(link);
     });
     let crossed = [];

@@ -103,9 +103,9 @@ def _blame(view: View) -> Markup:
     """Who, on which axis, and what that means for the targets."""
     origins = view.origins
     if len(origins) == 1:
-        who = join(view.link(origins[0]), " is to blame", _with(view, origins[0], ": its output changes with "), ".")
+        who = join(view.link(origins[0]), " is to blame: its output changes with ", _axes(view, origins[0]), ".")
     else:
-        names = [join(view.link(node), _with(view, node, " (", ")")) for node in origins[:_NAMED]]
+        names = [join(view.link(node), " (", _axes(view, node), ")") for node in origins[:_NAMED]]
         more = [f"{len(origins) - _NAMED} more"] if len(origins) > _NAMED else []
         who = join(listed([*names, *more]), " are to blame.")
     targets = [
@@ -121,14 +121,12 @@ def _blame(view: View) -> Markup:
     return join(who, " ", listed([node.target for node in targets]), f" {verb} built with {it}.")
 
 
-def _with(view: View, node: AuditedNode, before: str, after: str = "") -> Markup:
+def _axes(view: View, node: AuditedNode) -> Markup:
+    """What an origin's output changes with, to be read after "with"."""
     axes = view.blamed_axes(node)
-    if not axes:
-        return join(before.replace("with ", "although nothing is known of the cause"), after)
-    if axes == (REPEAT,):
-        return join(before.replace("with ", ""), "even with nothing varied", after)
-    links = [tag("a", axis, href=f"#{view.cell_anchor(node, axis)}") for axis in axes]
-    return join(before, listed(links), after)
+    names = {axis: "nothing varied" if axis == REPEAT else axis for axis in axes}
+    links = [tag("a", names[axis], href=f"#{view.cell_anchor(node, axis)}") for axis in axes]
+    return listed(links) if links else join("an axis that is not known yet")
 
 
 def _named(view: View, nodes: list[AuditedNode]) -> Markup:
@@ -213,13 +211,22 @@ def _to_mend(view: View, node: AuditedNode) -> Markup:
         for _, guess in guesses
     ]
     axes = view.blamed_axes(node)
-    again = [axis for axis in axes if axis != REPEAT]
-    words = f"vzrepro audit {node.target}{' --axes ' + ','.join(again) if again else ''} --fresh"
+    reasons = dict.fromkeys(node.cells[axis].reason for axis in axes if axis in node.cells)
+    varied = ",".join(axis for axis in axes if axis != REPEAT)
+    again = f" --axes {varied} --fresh" if varied else " --fresh" if axes else ""
+    unexplained = [
+        *(tag("p", reason) for reason in reasons if reason),
+        tag(
+            "p",
+            "See it again: " if axes else "Find the axis: ",
+            command(f"vzrepro audit {node.target}{again}"),
+            class_="soft",
+        ),
+    ]
     return tag(
         "li",
-        tag("p", badge(node.verdict), " ", view.link(node), tag("span", _with(view, node, " with ")), class_="what"),
-        *dict.fromkeys(fixes),
-        tag("p", "See it again: ", command(words), class_="soft") if not fixes else None,
+        tag("p", badge(node.verdict), " ", view.link(node), " with ", _axes(view, node), class_="what"),
+        *(dict.fromkeys(fixes) or unexplained),
         class_="card differs",
     )
 
