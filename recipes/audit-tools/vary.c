@@ -1,7 +1,7 @@
 /* Put before a build's command by an audit: changes what only a process can change of itself, prints what it then sees
  * as one line, `vzrepro-observed {json}`, and becomes the command.
  *
- *     vary [--personality=N]... [--pids=N] [--mkdir=PATH] [--look=PROGRAM] -- COMMAND [ARGUMENT]...
+ *     vary [--personality=N]... [--pid=N] [--mkdir=PATH] [--look=PROGRAM] -- COMMAND [ARGUMENT]...
  *
  * Static, so that it runs in an image without a C library. The line stays below what vzrepro shows of one (2,000
  * bytes): lists are told as hashes, texts are cut.
@@ -213,10 +213,10 @@ static void observe(char *look) {
     }
 }
 
-/* Use up process ids, and stand in for a child that has the next one: end as it ends. */
-static void move_on(long count) {
-    for (long i = 0; i < count; i++) {
-        pid_t burnt = fork();
+/* Use up the process ids below one, and stand in for a child that has it: end as it ends. */
+static void move_on(long wanted) {
+    for (pid_t burnt = getpid(); burnt > 0 && burnt < wanted - 1;) {
+        burnt = fork();
         if (burnt == 0)
             _exit(0);
         if (burnt > 0)
@@ -242,14 +242,14 @@ static char *value_of(char *argument, const char *name) {
 
 int main(int count, char **arguments) {
     unsigned long persona = 0;
-    long pids = 0;
+    long pid = 0;
     char *look = NULL, *value;
     int i = 1;
     for (; i < count && strcmp(arguments[i], "--") != 0; i++) {
         if ((value = value_of(arguments[i], "--personality=")) != NULL)
             persona |= strtoul(value, NULL, 0);
-        else if ((value = value_of(arguments[i], "--pids=")) != NULL)
-            pids = strtol(value, NULL, 10);
+        else if ((value = value_of(arguments[i], "--pid=")) != NULL)
+            pid = strtol(value, NULL, 10);
         else if ((value = value_of(arguments[i], "--mkdir=")) != NULL)
             mkdir(value, 0777);
         else if ((value = value_of(arguments[i], "--look=")) != NULL)
@@ -258,11 +258,11 @@ int main(int count, char **arguments) {
             break;
     }
     if (i + 1 >= count || strcmp(arguments[i], "--") != 0) {
-        fprintf(stderr, "usage: vary [--personality=N] [--pids=N] [--mkdir=PATH] [--look=PROGRAM] -- COMMAND...\n");
+        fprintf(stderr, "usage: vary [--personality=N] [--pid=N] [--mkdir=PATH] [--look=PROGRAM] -- COMMAND...\n");
         return 125;
     }
-    if (pids > 0)
-        move_on(pids);
+    if (pid > 0)
+        move_on(pid);
     if (persona != 0 && personality(persona) < 0)
         perror("vary: personality");
     observe(look);

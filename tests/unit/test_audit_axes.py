@@ -151,7 +151,7 @@ EXPECTED: Mapping[str, tuple[set[str], set[str]]] = {
     ),
     "shell": (set(), {"--mount", "type=bind,src=SCRATCH/files/2,dst=/bin/sh,readonly"}),
     "input-topology": (set(), set()),
-    "process-ids": (set(), {"--pids=1000"}),
+    "process-ids": (set(), {"--pid=2000"}),
     "runtime": (set(), {"--runtime", "crun"}),
 }
 
@@ -234,7 +234,7 @@ def test_all_axes_together(new_job: Callable[..., sandbox.Job], world: World) ->
     assert str(11 << 30) in words
     assert f"type=bind,src={together.build},dst=/srv/other/deeper/build" in words
     assert (together.surroundings.personality, together.surroundings.staging) == (0x60000, "copy")
-    assert "".join(together.surroundings.prefix).startswith("/dev/mqueue/vary--pids=1000--personality=0x40000")
+    assert "".join(together.surroundings.prefix).startswith("/dev/mqueue/vary--pid=2000--personality=0x40000")
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_settings_of_two_axes_are_one_file(new_job: Callable[..., sandbox.Job], 
 
 
 def test_what_is_held_is_the_same_in_every_build(new_job: Callable[..., sandbox.Job], world: World) -> None:
-    assert HELD == ["cores", "address-layout", "clock", "randomness", "inodes"]
+    assert HELD == ["cores", "address-layout", "clock", "process-ids", "randomness", "inodes"]
     jobs = []
     for _ in range(2):
         job = baseline(new_job(), world)

@@ -557,11 +557,12 @@ AXES: tuple[Axis, ...] = (
     Axis(
         "process-ids",
         about="the numbers that processes get",
-        applied="a thousand are used up before the command",
+        applied="those up to 2,000 are used up before the command; held: up to 500, whatever the engine has used",
         proof="getpid",
         seen=_key("pid"),
-        vary=lambda job, _world, count: _option(job, f"--pids={1000 + 500 * count}"),
-        differs=lambda one, other: int(other) - int(one) >= 1000,
+        vary=lambda job, _world, count: _option(job, f"--pid={2000 + 500 * count}"),
+        hold=lambda job, _world: _option(job, "--pid=500"),
+        differs=lambda one, other: int(other) - int(one) > 900,
     ),
     Axis(
         "runtime",
