@@ -24,6 +24,7 @@ from vzrepro.cli import (
     lock,
     oci,
     realize,
+    sbom,
     store,
     verify,
     vm,
@@ -59,6 +60,7 @@ group.add_command(oci.oci)
 group.add_command(diff.diff)
 group.add_command(doctor.doctor)
 group.add_command(audit.audit)
+group.add_command(sbom.sbom)
 group.add_command(attest.attest)
 group.add_command(attest.provenance)
 group.add_command(verify.verify_output)
