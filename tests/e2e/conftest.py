@@ -110,18 +110,23 @@ def seeded(project: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(tmp_path: Path, seeded: Path) -> Cli:
     """A workspace with two little recipes (`high` is made from `low`), a store of its own with the tools image, and
     a machine cache of its own."""
-    root = tmp_path / "small"
+    return make_small(tmp_path, seeded)
+
+
+def make_small(place: Path, seeded: Path) -> Cli:
+    """What `small` is, in `place`."""
+    root = place / "small"
     shutil.copytree(PROJECT / "recipes" / "toolchain", root / "recipes" / "toolchain")
     shutil.copy(PROJECT / "lock.toml", root)
-    store = tmp_path / "store"
+    store = place / "store"
     shutil.copytree(seeded, store, symlinks=True)
     cli = Cli(
         root,
         store,
         {
-            "VZREPRO_MACHINE_CACHE_DIR": str(tmp_path / "cache"),
-            "VZREPRO_KEY_DIR": str(tmp_path / "keys"),
-            "XDG_CACHE_HOME": str(tmp_path / "xdg"),
+            "VZREPRO_MACHINE_CACHE_DIR": str(place / "cache"),
+            "VZREPRO_KEY_DIR": str(place / "keys"),
+            "XDG_CACHE_HOME": str(place / "xdg"),
         },
     )
     cli.write(small=SMALL)
