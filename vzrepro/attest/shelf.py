@@ -12,7 +12,6 @@ import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vzrepro import disk
 from vzrepro.cache.binary import BinaryCache
 from vzrepro.cache.records import MAX_ATTESTATION, attestation_key, is_intact
 from vzrepro.errors import RemoteError, VzreproError
@@ -47,7 +46,6 @@ class Shelf:
             temporary.rename(file)
         finally:
             temporary.unlink(missing_ok=True)
-        disk.sync(file.parent)
         return True
 
     def envelopes(self, drv_hash: DrvHash) -> list[bytes]:
