@@ -76,8 +76,8 @@ def test_a_node_that_reproduces_takes_one_rebuild_per_axis() -> None:
     assert judgement.causes == ()
     assert set(_verdicts(judgement)) == {REPEAT, *PLAIN, *NOISE}
     assert set(_verdicts(judgement).values()) == {"REPRODUCED"}
-    assert made == [Experiment(), *(Experiment((name,)) for name in (*PLAIN, "clock"))]
-    assert len(made) == blame.first_experiments(_case())
+    assert made == [LOOK, Experiment(), *(Experiment((name,)) for name in (*PLAIN, "clock"))]
+    assert len(made) == 1 + blame.first_experiments(_case())
     assert judgement.findings["umask"].experiments == (Experiment(("umask",)),)
     assert judgement.findings["randomness"].experiments == (Experiment(),), "every rebuild has other randomness"
 
@@ -202,7 +202,7 @@ def test_a_failing_axis_is_no_difference() -> None:
 )
 def test_without_an_output_with_nothing_varied_no_axis_is_tried(ending: Ending, verdict: Verdict) -> None:
     judgement, made = _audit(_case(), lambda _experiment: Result(ending, reason="no way"))
-    assert made == [Experiment()]
+    assert made == [LOOK, Experiment()]
     assert judgement.verdict is verdict
     assert judgement.findings[REPEAT].reason == "no way"
     assert {finding.verdict for name, finding in judgement.findings.items() if name != REPEAT} == {Verdict.UNTESTED}
@@ -238,7 +238,7 @@ def test_rounds_try_as_many_values() -> None:
 
     judgement, made = _audit(_case(rounds=2), build)
     assert judgement.verdict is Verdict.REPRODUCED
-    assert len(made) == blame.first_experiments(_case(rounds=2)) == 10
+    assert len(made) == 1 + blame.first_experiments(_case(rounds=2)) == 11
     judgement, made = _audit(_case(rounds=3), build)
     assert judgement.causes == ("user",)
     assert Experiment(("user",), round=2, attempt=1) in made

@@ -31,6 +31,7 @@ Observed = Mapping[str, str]
 """What a build saw before its command started: see recipes/audit-tools/vary.c."""
 
 TOOLS_TARGET = "audit-tools"
+PROCESS_IDS = "process-ids"
 
 _PREFIX = "vzrepro-observed "
 _PLATFORM = "linux/amd64"
@@ -131,12 +132,16 @@ def observed(line: str) -> Observed | None:
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else None
 
 
-def baseline(job: Job, world: World) -> Job:
-    """The job with nothing varied but observed: its command starts a moment later, nothing else changes for it."""
+def baseline(job: Job, world: World, pid: int | None = None) -> Job:
+    """The job with nothing varied but observed: its command starts a moment later, nothing else changes for it.
+
+    With `pid`, it gets that process id, for who will not apply process-ids: left to itself it is mostly the same one.
+    """
     if world.tools is None or job.platform != _PLATFORM:
         return job
     job = _files(job, {_VARY: world.tools / "vary", _LOOK: world.tools / "look"})
-    return _around(job, prefix=(_VARY, f"--look={_LOOK}", "--"))
+    job = _around(job, prefix=(_VARY, f"--look={_LOOK}", "--"))
+    return job if pid is None else _option(job, f"--pid={pid}")
 
 
 # --- how a job is changed -------------------------------------------------------------------------------------------
@@ -555,7 +560,7 @@ AXES: tuple[Axis, ...] = (
         missing=_no_inputs,
     ),
     Axis(
-        "process-ids",
+        PROCESS_IDS,
         about="the numbers that processes get",
         applied="those up to 2,000 are used up before the command; held: up to 500, whatever the engine has used",
         proof="getpid",

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field, replace
 
 from vzrepro.audit.model import REPEAT, Verdict, worst
 
-_PAIR, _SURE, _SURER = 2, 3, 5
-"""Rebuilds that must agree: to be suspected, to be believed, to be believed while something else is suspected, too."""
+_PAIR, _SURE = 2, 3
+"""Rebuilds that must agree: to be suspected, to be believed."""
 
 _CONTROLS = 3
 """At most so many more rebuilds with nothing varied, however many axes are suspected."""
@@ -106,13 +106,15 @@ class AxisPlan:
 @dataclass(frozen=True, slots=True)
 class Case:
     """One node to be judged. `registered` is its output's NAR hash (hex). `proof` says why an axis did not take
-    effect, given what was seen without and with it; None when it did."""
+    effect, given what was seen without and with it; None when it did. `patience` is how many rebuilds may have to
+    agree with an axis held while another one is suspected, too: noise of few values agrees by chance."""
 
     registered: str
     axes: tuple[AxisPlan, ...]
     proof: Callable[[str, Observed, Observed], str | None]
     quick: bool = False
     rounds: int = 1
+    patience: int = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +207,9 @@ class _Argument:
 
     def alone(self) -> Judgement | None:
         runs = _attempts(Experiment(), self.case.rounds)
+        seen = self.ask([LOOK] if any(axis.testable for axis in self.case.axes) else [])
         results = self.ask(runs)
-        if results is None:
+        if seen is None or results is None:
             return None
         if any(result.ending is not Ending.BUILT for result in results):
             return self._without_repeat(runs, results)
@@ -282,7 +285,7 @@ class _Argument:
         if base != self.case.registered:
             reason = "varying it changes nothing, but rebuilds do not give the registered output"
             return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason)
-        return self._effective(name, found, self.done[Experiment()], results)
+        return self._effective(name, found, self.done[LOOK], results)
 
     def _by_itself(self, repeat: Finding) -> Finding:
         """An axis that is another in every rebuild without anybody's doing: the repeats have tested it."""
@@ -299,8 +302,8 @@ class _Argument:
         if self.ask([run for name in holders for run in _held((name,), _PAIR)]) is None:
             return None
         candidates = [name for name in holders if self._agree((name,), _PAIR)]
-        for count in (_SURE, _SURER):
-            if count == _SURER and len(candidates) < 2:
+        for count in range(_SURE, max(self.case.patience, _SURE) + 1):
+            if count > _SURE and len(candidates) < 2:
                 break
             if self.ask([run for name in candidates for run in _held((name,), count)]) is None:
                 return None
@@ -345,7 +348,7 @@ class _Argument:
             return untested
         if runs and all(self._verdict(self.done[run], self.case.registered) is Verdict.REPRODUCED for run in runs):
             found = Finding(Verdict.REPRODUCED, None, runs)
-            return self._effective(axis.name, found, self.done[Experiment()], [self.done[run] for run in runs])
+            return self._effective(axis.name, found, self.done[LOOK], [self.done[run] for run in runs])
         reason = "differs with nothing varied"
         if axis.holds:
             trials = _held((axis.name,), _PAIR)

@@ -32,6 +32,9 @@ _APART_SECS = 2.0
 """The same experiment is begun again only after this time, so that two time stamps in seconds are two."""
 
 _UNKNOWN_SECS = 60.0  # what a rebuild is taken to last, to order them, when nothing is known
+_LONG_SECS = 60.0
+_PATIENCE, _MORE_PATIENCE = 5, 12  # of builds that are long, and that are not: see blame.Case
+
 _EXPLAINED = 8  # differences of one node that are looked into
 
 Explain = Callable[[Path, Path, Path, Mapping[str, tuple[str, str]]], str | None]
@@ -76,7 +79,7 @@ class Subject:
     @property
     def without(self) -> Record | None:
         """The record that tells what the sandbox is like with nothing varied."""
-        return self.records.get(Experiment()) or self.records.get(blame.LOOK)
+        return self.records.get(blame.LOOK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,8 @@ class Audit:
                         errors.append(error)
                         continue
                     subject.records[experiment] = future.result()
+                    if experiment == blame.LOOK:
+                        self._doubt(subject)
                     self._advance(subject)
             except KeyboardInterrupt as error:
                 realizer.stop.set()  # leaving the pool waits for what runs, and that ends soon
@@ -179,6 +184,7 @@ class Audit:
             self._proof,
             self.request.quick and node.drv.builder == "sandbox",
             self.request.rounds if node.drv.builder == "sandbox" else 1,
+            _PATIENCE if expected is None or expected > _LONG_SECS else _MORE_PATIENCE,
         )
         return Subject(node, infos[node.path], node.drv.build_key(inputs), case, expected)
 
@@ -208,6 +214,20 @@ class Audit:
             if self._current(subject, record) and record.ending is not Ending.LOST:
                 subject.records[experiment] = record
                 subject.reused.add(experiment)
+        self._doubt(subject)
+
+    def _doubt(self, subject: Subject) -> None:
+        """Have what is known of an axis made again if other tools did not see it take effect: these may."""
+        look = subject.records.get(blame.LOOK)
+        if look is None or look.observed is None:
+            return
+        for experiment in list(subject.reused):
+            record = subject.records[experiment]
+            if len(experiment.axes) != 1 or record.tools == look.tools or verdict_of(record) is not Verdict.REPRODUCED:
+                continue
+            if self._proof(experiment.axes[0], look.observed, record.observed or {}) is not None:
+                del subject.records[experiment]
+                subject.reused.discard(experiment)
 
     def _current(self, subject: Subject, record: Record) -> bool:
         try:
@@ -217,6 +237,7 @@ class Audit:
 
     def _asked(self, subject: Subject, experiment: Experiment) -> Asked:
         versions = {name: axis.version for name, axis in self.rebuilder.axes.items()}
+        tools = self.rebuilder.world.tools
         return Asked(
             drv_hash=subject.node.drv_hash.hex,
             build_key=subject.key.hex,
@@ -227,6 +248,7 @@ class Audit:
             round=experiment.round,
             attempt=experiment.attempt,
             builds=experiment.builds,
+            tools="" if experiment.builds or tools is None else tools.name,
         )
 
     def _announce(self, subjects: Sequence[Subject]) -> None:
@@ -373,4 +395,9 @@ def _worst(errors: Sequence[BaseException]) -> VzreproError | None:
     error = min(errors, key=lambda each: isinstance(each, Interrupted))
     if isinstance(error, VzreproError):
         return error
+    if isinstance(error, OSError):
+        what = f"{error.filename}: " if error.filename else ""
+        return VzreproError(
+            f"{what}{error.strerror or error}", hint="check the disk and the rights with: vzrepro doctor"
+        )
     raise error

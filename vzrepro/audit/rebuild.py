@@ -36,6 +36,9 @@ _PATIENCE = 2
 """A rebuild may take so many times the recipe's limit: some axes make it slower, and it is not what is tested."""
 
 _BALLAST = 128
+# Of what comes out the same by chance it would not be seen that it leaks: an engine's process ids are a few numbers,
+# and freed inode numbers are given out again. So every attempt gets others.
+_FIRST_PID, _PIDS_APART = 40, 20
 _FULL = "No space left on device"
 _LEAST_FREE = 64 << 20
 
@@ -56,7 +59,10 @@ class Rebuilder:
 
     def job(self, node: Node, scratch: Path, asked: Asked | None = None) -> sandbox.Job:
         """The node's job with what is asked of it; `scratch` need not exist."""
-        job = known.baseline(self.realizer.job(node, scratch), self.world)
+        pid = None
+        if asked is not None and known.PROCESS_IDS not in (*asked.axes, *asked.held):
+            pid = _FIRST_PID + _PIDS_APART * asked.attempt
+        job = known.baseline(self.realizer.job(node, scratch), self.world, pid)
         if job.timeout_secs is not None:
             job = replace(job, timeout_secs=job.timeout_secs * _PATIENCE)
         if asked is not None:
@@ -121,6 +127,7 @@ class Rebuilder:
             observed=output.observed,
             log=tuple(output.tail),
             explanation=explanation,
+            tools=self.world.tools.name if self.world.tools is not None else "",
         )
 
     def _run(self, job: sandbox.Job, asked: Asked, output: _Output) -> tuple[Ending, str | None]:
@@ -269,10 +276,7 @@ def _compared(out: Path, scratch: Path, seen: Observed | None, compare: Compare)
 
 
 def _occupy_inodes(ballast: Path) -> None:
-    """Take the inode numbers that the file system would give next, which an earlier build may have had.
-
-    File systems give freed numbers out again, so that a build that tells them could come out the same by chance.
-    """
+    """Take the inode numbers that the file system would give next, which an earlier build may have had."""
     ballast.mkdir()
     with contextlib.suppress(OSError):
         for number in range(_BALLAST):

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class Asked:
     """What was asked of a rebuild: all that makes it this one. Another value in any field is another rebuild.
 
     Hashes are hex; `registered` is the NAR hash of the store's output, `builder` the signing key's id. `axes` and
-    `held` map an axis to its version, so that one that is applied otherwise than it was is tried again.
+    `held` map an axis to its version, so that one that is applied otherwise than it was is tried again. `tools` names
+    what looked, where nothing was built: others may see more.
     """
 
     drv_hash: str
@@ -49,11 +50,14 @@ class Asked:
     round: int
     attempt: int
     builds: bool = True
+    tools: str = ""
 
     @property
     def id(self) -> str:
         """The rebuild's id: the beginning of the sha256 of the canonical JSON."""
         fields: dict[str, Any] = _ASKED.dump_python(self, mode="json")
+        if not self.tools:
+            del fields["tools"]
         return FileHash.of(canonical_json({"format": FORMAT, **fields})).hex[:ID_LENGTH]
 
     @property
@@ -67,7 +71,7 @@ class Record:
     """One rebuild: what was asked and what came out. Sizes are bytes, times RFC 3339 in UTC and milliseconds.
 
     `observed` is what the sandbox told of itself, `log` the output's last lines, `statement` the sha256 of the signed
-    statement and `explanation` the id of one, once there are any.
+    statement and `explanation` the id of one, once there are any; `tools` names what observed.
     """
 
     asked: Asked
@@ -82,7 +86,8 @@ class Record:
     log: tuple[str, ...] = ()
     statement: str | None = None
     explanation: str | None = None
-    format: int = field(default=FORMAT)
+    tools: str = ""
+    format: int = FORMAT
 
     @property
     def result(self) -> Result:

@@ -10,6 +10,7 @@ import vzrepro
 from vzrepro.audit.axes import Axis
 from vzrepro.audit.blame import Experiment, Finding
 from vzrepro.audit.engine import Found, Request, Subject, observed, verdict_of
+from vzrepro.audit.guess import AXIS_CAUSES, FIXES
 from vzrepro.audit.model import (
     REPEAT,
     Against,
@@ -18,6 +19,7 @@ from vzrepro.audit.model import (
     Cause,
     Cell,
     Explanation,
+    Guess,
     PastAudit,
     Rebuild,
     Report,
@@ -190,6 +192,9 @@ def _with_guesses(node: AuditedNode, explanations: Mapping[str, Explanation]) ->
     for cause in node.causes:
         explained = explanations.get(cause.explanation or "")
         guess = explained.guesses[0] if explained is not None and explained.guesses else None
+        known = AXIS_CAUSES.get(cause.axis)
+        if guess is not None and guess.cause == "unknown" and known is not None:
+            guess = Guess(known, guess.evidence, FIXES[known])
         causes.append(Cause(cause.axis, guess, cause.explanation))
     return replace(node, causes=tuple(causes))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from vzrepro import console, sandbox
-from vzrepro.audit import diff, page
+from vzrepro.audit import diff, diffoscope, page
 from vzrepro.audit.axes import AXES, TOOLS_TARGET, Axis, World
 from vzrepro.audit.engine import Audit, Request
 from vzrepro.audit.model import REPEAT, AuditedNode, Cell, Report, Verdict
@@ -94,11 +94,13 @@ def run(
     axes = {axis.name: axis for axis in AXES}
     records = _records(session)
     described = builder(signing.public, runtime, session.config.build_cores())
+    # Where there is no image of diffoscope, that is said once and not at every difference.
+    looking = realizer if diffoscope.IMAGE in session.graph.targets else None
     signer = Signer(session.store, signing, described, axes, session.caches, session.warn)
 
     def explain(registered: Path, rebuilt: Path, scratch: Path, context: Mapping[str, tuple[str, str]]) -> str | None:
         try:
-            explanation = diff.explain(registered, rebuilt, realizer=realizer, scratch=scratch, context=context)
+            explanation = diff.explain(registered, rebuilt, realizer=looking, scratch=scratch, context=context)
         except Interrupted:
             raise
         except (VzreproError, OSError) as error:
@@ -229,22 +231,20 @@ def _print(session: Session, report: Report, kept: Path) -> None:
 
 
 def _lines(report: Report, kept: Path) -> list[str]:
-    rows = [_row(node) for node in report.nodes if node.kind == "sandbox" or node.rebuilds]
+    rows = [_row(node) for node in report.nodes if _is_audited(node)]
     lines = console.aligned(("node", "verdict", "axes", "causes", "time"), rows) if rows else []
-    lines += _notes(report)
-    others = [node for node in report.nodes if node.kind != "sandbox" and not node.rebuilds]
-    if others:
-        kinds = Counter(node.kind for node in others)
-        named = ", ".join(f"{kinds[kind]} {words}" for kind, words in _OTHERS.items() if kinds[kind])
-        lines.append(f"UNTESTED: {named}" + ("" if report.deep else " (--deep makes images and downloads again)"))
     lines += [
-        f"{each.cache}: {each.target} has other bytes there ({', '.join(each.signers) or 'nobody'} signed them)"
-        for each in report.against
-        if each.agrees is False
+        f"{node.target}: {cause.axis}: {cause.guess.evidence}; to mend it: {cause.guess.fix}"
+        for node in report.nodes
+        for cause in node.causes
+        if cause.guess is not None
     ]
-    if report.against:
-        same = sum(each.agrees is True for each in report.against)
-        lines.append(f"compared with caches: {same} of {len(report.against)} outputs are there and equal")
+    lines += _notes(report)
+    others = Counter(node.kind for node in report.nodes if not _is_audited(node))
+    if others:
+        named = ", ".join(f"{others[kind]} {words}" for kind, words in _OTHERS.items() if others[kind])
+        lines.append(f"UNTESTED: {named}" + ("" if report.deep else " (--deep makes images and downloads again)"))
+    lines += _against(report)
     images = ", ".join(image.target for image in report.seed.images)
     lines.append(
         f"trusted binary seed: {report.seed.packages} .debs, {console.size(report.seed.bytes)}, in {images}"
@@ -252,8 +252,26 @@ def _lines(report: Report, kept: Path) -> list[str]:
         else "trusted binary seed: none"
     )
     if not report.complete:
-        lines.append("incomplete: run the same command again, and it goes on where this one ended")
+        lines.append("incomplete: the same command goes on where this one ended")
     lines.append(f"audit {report.id}: {report.verdict}, report in {kept / 'index.html'}")
+    return lines
+
+
+def _is_audited(node: AuditedNode) -> bool:
+    return node.kind == "sandbox" or bool(node.rebuilds)
+
+
+def _against(report: Report) -> list[str]:
+    lines = [
+        f"{each.cache} has other bytes for {each.target}, signed by {', '.join(each.signers) or 'nobody'}"
+        for each in report.against
+        if each.agrees is False
+    ]
+    for cache in dict.fromkeys(each.cache for each in report.against):
+        rows = [each for each in report.against if each.cache == cache]
+        there = sum(each.nar_hash is not None for each in rows)
+        same = sum(each.agrees is True for each in rows)
+        lines.append(f"{cache} has {there} of {len(rows)} outputs, {same} of them equal to those here")
     return lines
 
 
@@ -262,9 +280,7 @@ _OTHERS = {"image": "toolchain images", "fetch": "downloads", "local": "local fi
 
 def _row(node: AuditedNode) -> tuple[str, ...]:
     cells = Counter(str(cell.verdict) for cell in node.cells.values())
-    causes = ", ".join(
-        f"{cause.axis} ({cause.guess.cause}: {cause.guess.fix})" if cause.guess else cause.axis for cause in node.causes
-    )
+    causes = ", ".join(cause.axis for cause in node.causes)
     secs = sum(run.milliseconds for run in node.rebuilds) / 1000
     return node.target, str(node.verdict), _counts(cells), causes or "-", console.duration(secs)
 
@@ -274,22 +290,23 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _notes(report: Report) -> list[str]:
-    """Every reason once, with the nodes and axes that it is of."""
+    """Every reason once, with the axes and nodes that it is of; but for differences that a cause is named for."""
     notes: dict[tuple[Verdict, str], dict[str, list[str]]] = {}
-    for node in report.nodes:
-        if node.kind != "sandbox" and not node.rebuilds:
-            continue
+    for node in filter(_is_audited, report.nodes):
+        causes = {cause.axis for cause in node.causes}
         for axis, cell in node.cells.items():
-            if cell.reason is not None:
+            if cell.reason is not None and axis not in causes:
                 notes.setdefault((cell.verdict, cell.reason), {}).setdefault(axis, []).append(node.target)
     lines = []
-    audited = sum(node.kind == "sandbox" for node in report.nodes)
+    audited = sum(map(_is_audited, report.nodes))
     for (verdict, reason), places in notes.items():
-        axes = ", ".join(places)
-        names = list(dict.fromkeys(name for each in places.values() for name in each))
-        of = "all nodes" if len(names) == audited > 1 else ", ".join(names)
-        text = reason if len(reason) <= _SHORT else reason[:_SHORT] + " …"
-        lines.append(f"{verdict}: {axes} of {of}: {text}")
+        together: dict[tuple[str, ...], list[str]] = {}
+        for axis, names in places.items():
+            together.setdefault(tuple(names), []).append(axis)
+        for targets, axes in together.items():
+            of = "all nodes" if len(targets) == audited > 1 else ", ".join(targets)
+            text = reason if len(reason) <= _SHORT else reason[:_SHORT] + " …"
+            lines.append(f"{verdict}: {', '.join(axes)} of {of}: {text}")
     return lines
 
 
