@@ -490,7 +490,7 @@ def test_honest_builders_agree_wherever_their_caches_are(crew: Crew, user: Cli) 
     rows, found = table(user, "high", "--against", *urls, *known(crew, "alice", "bob"))
     assert found["splits"] == []
     assert rows["high", "alice-1"] == rows["high", "bob-1"] == rows["high", "this store"] == "same"
-    assert rows["image-tools", "bob-1"] == "absent"
+    assert rows["image-tools", "nobody"] == "absent"
 
 
 def test_strangers_are_shown_as_strangers(crew: Crew, user: Cli) -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from vzrepro import disk
 from vzrepro.cache.signing import PublicKey
@@ -274,7 +274,14 @@ def _write(file: Path, document: dict[str, Any]) -> None:
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
-_Text = Annotated[str, Field(pattern=r"\S", max_length=1000)]
+
+def _filled(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_filled), Field(max_length=1000)]
 _Votes = Annotated[int, Field(strict=True, ge=1, le=1000)]
 
 

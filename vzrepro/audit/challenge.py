@@ -25,7 +25,7 @@ from vzrepro.cache.parallel import in_order
 from vzrepro.cache.records import MAX_RECORD, BuildRecord, build_key_record
 from vzrepro.cache.signing import PublicKey, TrustedKeys, parse_signature
 from vzrepro.errors import NotDeterministic, RemoteError, VzreproError
-from vzrepro.model import BuildKey, NarHash, ObjectInfo
+from vzrepro.model import BuildKey, NarHash, ObjectInfo, Outcome
 from vzrepro.recipe import Node
 
 _WORKERS = 8  # nodes and caches that are asked about at once: each asks for several entries
@@ -33,6 +33,10 @@ _SHOWN = 5
 
 HERE = "this store"
 """The builder that stands for what is in the local store."""
+
+
+NOBODY = "nobody"
+"""Who has built what nobody has."""
 
 
 class Way(enum.StrEnum):
@@ -58,7 +62,7 @@ class State(enum.StrEnum):
     CONTRADICTORY = "contradictory"
     """The builder itself has signed several results."""
     FORGED = "forged"
-    """It is signed in the name of a known key, which has not signed it, or it is damaged."""
+    """It is signed in the name of a known key, which has not signed it, or it is damaged: nobody's result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +188,7 @@ def challenge(
     for node in nodes:
         asking(node)
         mine = ours.get(str(node.path))
-        its = [] if mine is None else [Evidence(HERE, True, Way.STORE, HERE, mine.nar_hash, mine.build_key)]
+        its = [] if mine is None else [_of_store(mine)]
         for _ in caches:
             cache, answer = next(answers)
             if isinstance(answer, str):
@@ -211,7 +215,7 @@ def compare(evidence: Mapping[str, Sequence[Evidence]], silent: Mapping[str, str
             for nar_hash in hashes:
                 supporters[nar_hash].add(name)
         common = _common(supporters, {each.builder for each in its if each.known})
-        for name in builders:
+        for name in builders if its else [NOBODY]:
             rows.append(_row(node, name, by_builder.get(name, []), results.get(name, ()), supporters, common))
         if len(supporters) > 1:
             splits.append(_split(node, supporters, its))
@@ -292,7 +296,6 @@ class _Keys:
         for key in self.all:
             names[key.name] += 1
         self._shared = {name for name, number in names.items() if number > 1}
-        self._ids = {key.id for key in self.all}
 
     def name(self, key: PublicKey) -> str:
         """A key's name, with its id where several are called so."""
@@ -308,7 +311,7 @@ class _Keys:
                 for key in signers:
                     yield self.name(key), True, True
             else:
-                yield (name, True, False) if name in known else (_stranger(name), False, True)
+                yield (_forged(name), False, False) if name in known else (_stranger(name), False, True)
 
     def of_envelope(self, envelope: Envelope) -> Iterator[tuple[str, bool, bool]]:
         """The same for an envelope."""
@@ -317,11 +320,16 @@ class _Keys:
             yield self.name(key), True, True
         names = {key.id: self.name(key) for key in self.all}
         for keyid in sorted({keyid for keyid, _ in envelope.signatures} - {key.id for key in signers}):
-            yield (names[keyid], True, False) if keyid in self._ids else (_stranger(f"key {keyid}"), False, True)
+            known = keyid in names
+            yield (_forged(names[keyid]), False, False) if known else (_stranger(f"key {keyid}"), False, True)
 
 
 def _stranger(name: str) -> str:
     return f"{name[:64]} (unknown)"
+
+
+def _forged(name: str) -> str:
+    return f"{name} (forged)"
 
 
 def _why_silent(cache: BinaryCache) -> str | None:
@@ -332,6 +340,11 @@ def _why_silent(cache: BinaryCache) -> str | None:
     except RemoteError as error:
         return ": ".join(filter(None, (error.message, error.reason)))
     return None
+
+
+def _of_store(info: ObjectInfo) -> Evidence:
+    # What was taken from a cache is shown, and makes nobody's result more common than it is.
+    return Evidence(HERE, info.outcome is Outcome.BUILT, Way.STORE, HERE, info.nar_hash, info.build_key)
 
 
 def _evidence(node: Node, cache: BinaryCache, keys: _Keys) -> Iterator[Evidence]:
@@ -349,7 +362,7 @@ def _evidence(node: Node, cache: BinaryCache, keys: _Keys) -> Iterator[Evidence]
         yield from _of_narinfo(info, cache, keys)
         for each in cache.differences(info):
             name = each.by if each.trusted else _stranger(each.by)
-            yield Evidence(name, each.trusted, Way.DIFFERENCE, cache.url, each.found, info.build_key)
+            yield Evidence(name, each.trusted, Way.DIFFERENCE, cache.url, each.found)
     for envelope in cache.attestations(node.drv_hash):
         yield from _of_envelope(envelope, node, cache.url, keys)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from vzrepro.attest.votes import SHORT
+from vzrepro.audit.challenge import State
 from vzrepro.audit.challenge import challenge as compared
 from vzrepro.cache.signing import PublicKey
 from vzrepro.cli.options import json_option
@@ -59,9 +60,11 @@ def challenge(
     session.console.print_table(("node", "builder", "result", "state", "by", "found in"), rows)
     for url, why in found.silent.items():
         session.warn(f"{url} does not answer: {why}")
+    for row in found.rows:
+        if row.state is State.FORGED:
+            session.warn(f"{row.node}: {row.builder}, in {', '.join(row.places)}: this is nobody's result")
     counts = {"nodes": len(nodes), "different": len(found.splits), "caches": len(caches) - len(found.silent)}
-    lines = [line for each in found.splits for line in each.lines()]
-    lines.append(f"{counts['nodes']} nodes in {counts['caches']} caches compared, {counts['different']} differ")
+    text = f"{counts['nodes']} nodes in {counts['caches']} caches compared, {counts['different']} differ"
     document = {**counts, "splits": [each.document() for each in found.splits], "silent": dict(found.silent)}
-    session.console.print_text("\n".join(lines), document)
+    session.console.print_text(text, document)
     found.check(target)

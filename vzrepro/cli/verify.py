@@ -89,7 +89,8 @@ def verify_output(
     else:
         caches = [session.cache(url) for url in urls] if urls else session.shared_caches
         for drv_hash in ask_about:
-            there = gather(drv_hash, Shelf(session.store), caches, failed)
+            with session.long_work("check", f"{len(caches)} caches"):
+                there = gather(drv_hash, Shelf(session.store), caches, failed)
             found += [Found(place, envelope) for envelope, places in there.items() for place in places]
     now = dt.datetime.now(dt.UTC)
     ballots = read(found, rules.policy)
