@@ -1,4 +1,4 @@
-"""The image in which `vzrepro diff` and audits look at what differs. It looks at outputs, and no output comes from it."""
+"""The image in which `vzrepro diff` and audits look at what differs. No output comes from it."""
 
 from recipes.toolchain import SUITE
 from vzrepro import debian_image

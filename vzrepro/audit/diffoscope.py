@@ -27,9 +27,9 @@ SAME = "it sees no difference"
 """Why diffoscope says nothing of a file that differs: all it knows of the format is equal."""
 
 _GRACE_SECS = 150.0
-_MAX_JSON = 64 << 20
+_MAX_RESULT = 64 << 20
 _MAX_PLACES = 200
-_OPTIONS = ("--no-progress", "--diff-context", "1", "--max-diff-block-lines-saved", "1000")
+_OPTIONS = ("--no-progress", "--diff-context", "2", "--max-diff-block-lines-saved", "1000")
 _COMPRESSED = (".gz", ".xz", ".zst", ".bz2", ".lz4", ".lzma")
 _SAFE = re.compile(r"[^A-Za-z0-9._+-]")
 _SECTION = re.compile(r"--(?:section|hex-dump|string-dump)[= ](\S+)")
@@ -136,13 +136,14 @@ def look(
             if not heard.tool:  # it did not even start
                 raise
             heard.ended = "the comparison was ended, most likely for the memory it needs"
-        found = {file: _read(job.out / f"{files.index(file)}.json") for file in heard.differing}
-        html = job.out / "page.html"
+        numbers = {file: number for number, file in enumerate(files)}
+        found = {file: parse(_read(job.out / f"{numbers[file]}.json")) for file in heard.differing}
+        html = _read(job.out / "page.html") if page is not None else b""
         return Look(
             heard.tool or "diffoscope",
             {file: places for file, places in found.items() if places},
             heard.missed(),
-            html.read_text(errors="replace") if page is not None and html.is_file() else None,
+            html.decode(errors="replace") or None,
         )
     finally:
         sandbox.discard(job)
@@ -209,14 +210,13 @@ class _Heard:
 # --- reading what it wrote ----------------------------------------------------------------------------------------
 
 
-def _read(file: Path) -> tuple[Place, ...]:
-    """The places in a result; none when it is too large or not what diffoscope writes."""
+def _read(file: Path) -> bytes:
+    """A file that was written in the sandbox; empty when there is none, or it is nothing to be read."""
     try:
-        if file.is_symlink() or file.stat().st_size > _MAX_JSON:
-            return ()
-        return parse(file.read_bytes())
+        found = file.lstat()
+        return file.read_bytes() if stat.S_ISREG(found.st_mode) and found.st_size <= _MAX_RESULT else b""
     except OSError:
-        return ()
+        return b""
 
 
 def parse(data: bytes) -> tuple[Place, ...]:

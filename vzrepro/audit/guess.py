@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from vzrepro.audit.inside import Place
 from vzrepro.audit.model import Guess
@@ -42,7 +43,7 @@ FIXES: Mapping[str, str] = {
 }
 """Cause → what to do about it in a recipe."""
 
-_AXIS_CAUSES: Mapping[str, str] = {
+AXIS_CAUSES: Mapping[str, str] = {
     "build-path": "path",
     "host-name": "host",
     "user": "user",
@@ -66,11 +67,14 @@ _AXIS_CAUSES: Mapping[str, str] = {
     "randomness": "random",
     "inodes": "inode",
 }
+"""Axis → what most probably leads from it to a difference, where the difference itself does not tell."""
 
+_ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
 _CERTAIN, _CLEAR, _LIKELY, _PERHAPS, _FOLLOWS = range(5)
+_SINCE, _UNTIL, _TWO_YEARS = 1_400_000_000, 2_200_000_000, 2 * 366 * 86400
 _SHOWN = 80
 _MIN_VALUE = 4
-_LINES = 4000
+_LINES = 1000
 _LINE = 4000
 
 _MONTH = "(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*"
@@ -97,6 +101,7 @@ _JOBS = re.compile(r"(?i)(?:\B-j ?\d+|--jobs[ =]\d+|\b(?:jobs|threads|cores|cpus
 _QUOTES = re.compile("[‘’“”«»„]")
 _NUMBER = re.compile(r"\d+")
 _TOKEN = re.compile(r"[A-Za-z0-9_.+-]+")
+_PARTS = re.compile(r"[\s:,;=]+")
 _FIELD = re.compile(r"(ino|mode|uid|gid|uname|gname|mtime|level flag|devmajor|devminor): (.*)")
 _FIELD_CAUSES: Mapping[str, str] = {
     "ino": "inode",
@@ -151,14 +156,25 @@ def guesses(places: Iterable[tuple[str, Place]], context: Context | None = None)
         seen = seen or _first_change(file, place)
         for cause, hint in _first_of_each(_hints(file, place, context)).items():
             found.setdefault(cause, []).append(hint)
-    if not found and total:
-        if len(context) == 1:
-            [axis] = context
-            cause = _AXIS_CAUSES.get(axis, "unknown")
-            return (Guess(cause, f"nothing but {axis} was varied", FIXES[cause]),)
-        return (Guess("unknown", seen or f"nothing known was seen in {_places(total)}", FIXES["unknown"]),)
     ranked = sorted(found.items(), key=lambda each: (min(hint.rank for hint in each[1]), -len(each[1]), each[0]))
-    return tuple(Guess(cause, _told(hints), FIXES[cause]) for cause, hints in ranked)
+    told = [Guess(cause, _told(hints), FIXES[cause]) for cause, hints in ranked]
+    if not total:
+        return ()
+    if len(context) == 1:
+        told = _by_axis(next(iter(context)), told, seen)
+    return tuple(told) or (Guess("unknown", seen or f"nothing known in {_places(total)}", FIXES["unknown"]),)
+
+
+def _by_axis(axis: str, told: list[Guess], seen: str) -> list[Guess]:
+    """The guesses when one axis alone was varied: what it brings about comes first, since that much is proven."""
+    cause = AXIS_CAUSES.get(axis)
+    if cause is None:
+        return told
+    own = next((guess for guess in told if guess.cause == cause), None)
+    if own is None:
+        first = told[0].evidence if told else seen
+        own = Guess(cause, f"nothing but {axis} was varied{f'; {first}' if first else ''}", FIXES[cause])
+    return [own, *(guess for guess in told if guess.cause != cause)]
 
 
 def _where(file: str, place: Place) -> str:
@@ -204,12 +220,12 @@ def _hints(file: str, place: Place, context: Context) -> Iterator[_Hint]:
         yield from _sorted_otherwise(where, old, new)
         return
     if old and new and all(map(_HEX_LINE.match, (*old, *new))):
-        yield from _binary(where, place, _decoded(old), _decoded(new), context)
+        # With the rows around them, since a text may begin in one that is equal.
+        before, after = (_decoded([line[1:] for line in lines if line[:1] in (sign, " ")]) for sign in "-+")
+        yield from _binary(where, place, before, after, context)
         return
-    for before, after in _pairs(lines):
-        yield from _line(where, before, after, context)
-    if place.kind == "metadata" and not place.member and any(line.startswith("mode: ") for line in (*old, *new)):
-        return
+    for one, other in _pairs(lines):
+        yield from _line(where, one, other, context)
     yield from _locale(where, old, new)
 
 
@@ -283,10 +299,10 @@ def _varied(where: str, old: str, new: str, context: Context) -> Iterator[_Hint]
     if len(tokens[0]) == len(tokens[1]):
         swapped = {pair for pair in zip(*tokens, strict=True) if pair[0] != pair[1]}
     for axis, (baseline, varied) in context.items():
-        cause = _AXIS_CAUSES.get(axis)
+        cause = AXIS_CAUSES.get(axis)
         if cause is None or baseline == varied:
             continue
-        parts = [(baseline, varied), *zip(re.split(r"[\s:,;]+", baseline), re.split(r"[\s:,;]+", varied), strict=False)]
+        parts = [(baseline, varied), *zip(_PARTS.split(baseline), _PARTS.split(varied), strict=False)]
         for one, other in parts:
             if one == other or not other:
                 continue
@@ -317,9 +333,8 @@ def _decoded(lines: Sequence[str]) -> bytes:
     """The bytes of a hexdump by xxd, readelf or `inside`."""
     out = bytearray()
     for line in lines:
-        match = _HEX_LINE.match(line + " ")
-        if match:
-            out += bytes.fromhex(match[1].replace(" ", "")[: 2 * (len(match[1].replace(" ", "")) // 2)])
+        if match := _HEX_LINE.match(line):
+            out += bytes.fromhex(match[1].replace(" ", ""))
     return bytes(out)
 
 
@@ -341,18 +356,13 @@ def _binary(where: str, place: Place, old: bytes, new: bytes, context: Context) 
 
 def _moment(old: bytes, new: bytes, at: int) -> tuple[int, int] | None:
     """The two times that four bytes around `at` may be: both of 2014 to 2039, and within two years of each other."""
-    for order in ("little", "big"):
+    for order in _ORDERS:
         for begin in range(max(0, at - 3), at + 1):
             if begin % 4:
                 continue
-            pair = [
-                int.from_bytes(each[begin : begin + 4], "little" if order == "little" else "big") for each in (old, new)
-            ]
-            if (
-                all(1_400_000_000 <= each <= 2_200_000_000 for each in pair)
-                and abs(pair[0] - pair[1]) < 2 * 366 * 86400
-            ):
-                return pair[0], pair[1]
+            one, other = (int.from_bytes(each[begin : begin + 4], order) for each in (old, new))
+            if all(_SINCE <= each <= _UNTIL for each in (one, other)) and abs(one - other) < _TWO_YEARS:
+                return one, other
     return None
 
 

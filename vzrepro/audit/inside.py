@@ -25,7 +25,8 @@ from vzrepro.audit.compare import differing
 from vzrepro.errors import VzreproError
 
 _HEX_WIDTH = 16
-_HEX_LINES = 4
+_HEX_LINES = 8
+_HEX_BEFORE = 2
 _TEXT_MIDDLE = 2000
 _TEXT_BYTES = 32 << 20
 _MEMBERS = 200_000
@@ -104,20 +105,21 @@ def _until_malformed(found: Iterator[Place]) -> Iterator[Place]:
 
 
 def _bytes(a: memoryview, b: memoryview, member: tuple[str, ...], kind: str) -> Place:
+    """The rows of a hexdump from the first that differs on, behind the ones before it."""
     offset, count = differing(a, b)
     begin = (offset or 0) // _HEX_WIDTH * _HEX_WIDTH
-    lines: list[str] = []
+    lines = [f" {line}" for line in _hex(a, max(0, begin - _HEX_BEFORE * _HEX_WIDTH), begin)]
     for sign, data in (("-", a), ("+", b)):
-        lines += [f"{sign}{line}" for line in _hex(bytes(data[begin : begin + _HEX_LINES * _HEX_WIDTH]), begin)]
+        lines += [f"{sign}{line}" for line in _hex(data, begin, begin + _HEX_LINES * _HEX_WIDTH)]
     return Place(member, kind, offset, count, "\n".join(lines))
 
 
-def _hex(data: bytes, begin: int) -> Iterator[str]:
+def _hex(data: memoryview, begin: int, end: int) -> Iterator[str]:
     """Lines as those of xxd."""
-    for at in range(0, len(data), _HEX_WIDTH):
-        row = data[at : at + _HEX_WIDTH]
+    for at in range(begin, min(end, len(data)), _HEX_WIDTH):
+        row = bytes(data[at : min(at + _HEX_WIDTH, end)])
         shown = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
-        yield f"{begin + at:08x}: {row.hex(' ', -2):<39}  {shown}"
+        yield f"{at:08x}: {row.hex(' ', -2):<39}  {shown}"
 
 
 def _is_text(data: memoryview) -> bool:
@@ -173,7 +175,7 @@ def unified(a: Sequence[str], b: Sequence[str]) -> list[str]:
     before = max(0, start - 1)
     first, second = a[before : len(a) - max(0, end - 1)], b[before : len(b) - max(0, end - 1)]
     if max(len(first), len(second)) <= _TEXT_MIDDLE:
-        return list(difflib.unified_diff(first, second, n=1, lineterm=""))[2:]
+        return [_moved(line, before) for line in difflib.unified_diff(first, second, n=1, lineterm="")][2:]
     lines = [f"@@ {len(first)} lines against {len(second)}: too many to align @@"]
     for one, other in zip(first, second, strict=False):
         if one != other:
@@ -181,6 +183,13 @@ def unified(a: Sequence[str], b: Sequence[str]) -> list[str]:
         if len(lines) > _TEXT_MIDDLE:
             break
     return lines
+
+
+def _moved(line: str, by: int) -> str:
+    """A hunk's heading with the line numbers of the whole."""
+    if match := re.fullmatch(r"@@ -(\d+)((?:,\d+)?) \+(\d+)((?:,\d+)?) @@", line):
+        return f"@@ -{int(match[1]) + by}{match[2]} +{int(match[3]) + by}{match[4]} @@"
+    return line
 
 
 # --- ELF ----------------------------------------------------------------------------------------------------------
@@ -202,7 +211,7 @@ _SHN_XINDEX = 0xFFFF
 def sections(data: Data) -> list[Section]:
     """The sections of an ELF file, in the order of the table. Raises ValueError or struct.error for anything else."""
     head = bytes(data[:64])
-    if head[:4] != b"\x7fELF" or head[4] not in (1, 2) or head[5] not in (1, 2):
+    if len(head) < 52 or head[:4] != b"\x7fELF" or head[4] not in (1, 2) or head[5] not in (1, 2):
         raise ValueError("no ELF file")
     order = "<" if head[5] == 1 else ">"
     if head[4] == 2:
@@ -433,9 +442,9 @@ def _decoded(
     member: tuple[str, ...],
     bounds: Bounds,
     name: str,
-    decode: Callable[[memoryview, int], bytes],
+    decode: _Decode,
 ) -> Iterator[Place]:
-    first, second = decode(a, bounds.decoded), decode(b, bounds.decoded)
+    (first, whole), (second, other_whole) = decode(a, bounds.decoded), decode(b, bounds.decoded)
     lines = []
     if name == "gzip":
         heads = _gzip_fields(a), _gzip_fields(b)
@@ -446,24 +455,33 @@ def _decoded(
         yield Place((*member, "gzip header"), "metadata", None, None, "\n".join(lines))
     if first != second:
         yield from _places(memoryview(first), memoryview(second), member, bounds.deeper())
+    elif not (whole and other_whole):
+        yield _bytes(a, b, member, "bytes")
     elif not lines:
         offset, count = differing(a, b)
         text = f"-{name} stream of {len(a)} bytes\n+{name} stream of {len(b)} bytes"
         yield Place((*member, f"{name} stream"), "compression", offset, count, text)
 
 
-def _gunzip(data: memoryview, most: int) -> bytes:
-    return _bounded(zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(data, most + 1), most)
+_Decode = Callable[[memoryview, int], tuple[bytes, bool]]
+"""Decodes at most so many bytes; False when there is something else behind them, or they are cut off."""
 
 
-def _unxz(data: memoryview, most: int) -> bytes:
+def _gunzip(data: memoryview, most: int) -> tuple[bytes, bool]:
+    decoder = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    decoded = _bounded(decoder.decompress(data, most + 1), most)
+    return decoded, decoder.eof and not decoder.unused_data
+
+
+def _unxz(data: memoryview, most: int) -> tuple[bytes, bool]:
     decoder = lzma.LZMADecompressor(memlimit=256 << 20)
-    return _bounded(decoder.decompress(data, most + 1), most)
+    decoded = _bounded(decoder.decompress(data, most + 1), most)
+    return decoded, decoder.eof and not decoder.unused_data
 
 
-def _unzstd(data: memoryview, most: int) -> bytes:
+def _unzstd(data: memoryview, most: int) -> tuple[bytes, bool]:
     read = nar.decompress(io.BytesIO(data), max_size=most)
-    return b"".join(iter(lambda: read(1 << 20), b""))
+    return b"".join(iter(lambda: read(1 << 20), b"")), True
 
 
 def _bounded(data: bytes, most: int) -> bytes:
@@ -472,7 +490,7 @@ def _bounded(data: bytes, most: int) -> bytes:
     return data
 
 
-_DECODERS: tuple[tuple[bytes, str, Callable[[memoryview, int], bytes]], ...] = (
+_DECODERS: tuple[tuple[bytes, str, _Decode], ...] = (
     (b"\x1f\x8b", "gzip", _gunzip),
     (b"\xfd7zXZ\0", "xz", _unxz),
     (b"\x28\xb5\x2f\xfd", "zstd", _unzstd),

@@ -14,9 +14,11 @@ Python and diffoscope takes seconds and most files take less.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import pkgutil
 import resource
 import shutil
 import signal
@@ -44,14 +46,14 @@ exec /usr/bin/objdump "$@"
 def main() -> None:
     """Look at all pairs, then write the page if one is wanted."""
     task = json.loads(Path("/in/task.json").read_text())
-    deadline = time.monotonic() + task["seconds"]
     _BIN.mkdir()
     (_BIN / "objdump").write_text(_OBJDUMP)
     (_BIN / "objdump").chmod(0o755)
     os.environ["PATH"] = f"{_BIN}:{os.environ['PATH']}"
     os.environ["TMPDIR"] = str(_WORK)
     _say(f"tool diffoscope {importlib.import_module('diffoscope').VERSION}")
-    importlib.import_module("diffoscope.main")
+    _load()
+    deadline = time.monotonic() + task["seconds"]
     documents: dict[int, Any] = {}
     for number, name in enumerate(task["names"]):
         left = deadline - time.monotonic()
@@ -67,6 +69,15 @@ def main() -> None:
         _say(f"{word} {number} {rest}".rstrip())
     if task["page"]:
         _page(task, documents)
+
+
+def _load() -> None:
+    """Load all of diffoscope, once for all the processes to come: it would load each format's part when asked."""
+    importlib.import_module("diffoscope.main")
+    formats = importlib.import_module("diffoscope.comparators")
+    for each in pkgutil.iter_modules(formats.__path__):
+        with contextlib.suppress(ImportError):  # some need modules that are not in the image
+            importlib.import_module(f"diffoscope.comparators.{each.name}")
 
 
 def _page(task: dict[str, Any], documents: dict[int, Any]) -> None:

@@ -82,14 +82,17 @@ def diff(
         "excerpt_bytes": limit_excerpt,
     }
     limits = replace(LIMITS, **{name: value for name, value in asked.items() if value is not None})
-    realizer = None if plain else _realizer(session)
+    realizer = _realizer(session)
+    if realizer is None and not plain:
+        session.console.report(Notice("info", "without diffoscope: its image is a target, and this is no workspace"))
+    deep = None if plain else realizer
     try:
         with _scratch(session, realizer) as scratch:
             page = scratch / "page.html" if html else None
             found = explain(
                 sides[0].place,
                 sides[1].place,
-                realizer=realizer,
+                realizer=deep,
                 scratch=scratch,
                 limits=limits,
                 page=page,
@@ -209,8 +212,8 @@ def _tell(session: Session, sides: tuple[_Side, _Side], found: Explanation | Non
 
 def _lines(a: _Side, b: _Side, found: Explanation) -> list[str]:
     count = len(found.details)
-    more = " or more" if found.truncated else ""
-    lines = [f"{clean(a.name)} and {clean(b.name)} differ in {count}{more} place{'' if count == 1 else 's'}"]
+    least = "at least " if found.truncated else ""
+    lines = [f"{clean(a.name)} and {clean(b.name)} differ in {least}{count} place{'' if count == 1 else 's'}"]
     for detail in found.details:
         lines += ["", _heading(detail)]
         lines += [f"    {clean(line)}" for line in detail.excerpt.split("\n")]
