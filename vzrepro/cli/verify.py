@@ -141,7 +141,9 @@ def _asked(
         wanted = target or f"{metadata.read(directory).profile}-bundle"
     except UsageError as error:
         raise UsageError(
-            f"it is not known of what {subject} is a copy", reason=error.reason, hint="say so: --target NAME"
+            f"it is not known of what {subject} is a copy",
+            reason=": ".join(filter(None, (error.message, error.reason))),
+            hint="say so: --target NAME",
         ) from error
     name, ask_about = wanted, []
     if inside and not offline and wanted in session.graph.targets:
@@ -211,10 +213,11 @@ def _show(session: Session, done: Verified, ballots: Ballots) -> None:
         text = f"{done.asked.shown}: FAILED"
     else:
         assert done.tally is not None
+        assert done.decision is not None
         by = f"{', '.join(done.voters)} ({done.tally.needed} needed)"
-        text = f"{done.asked.shown}: verified, {done.asked.target}, {done.nar_hash.nix}, by {by}"
+        text = f"{done.asked.shown}: verified, {done.asked.target}, {done.decision.standing.nar_hash.nix}, by {by}"
         text += f"\nderivation {done.tally.drv_hash}"
-        exception = None if done.decision is None else done.decision.exception
+        exception = done.decision.exception
         if exception is not None:
             text += f"\nby an exception until {exception.until:%Y-%m-%d}: {exception.reason}"
     session.console.print_text(text, done.document())
