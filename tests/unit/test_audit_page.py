@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import audits
-from vzrepro.audit.model import REPEAT, Cell, Report, Verdict
+from vzrepro.audit.model import REPEAT, Cause, Cell, Report, Verdict
 from vzrepro.audit.page import render
 from vzrepro.audit.page.layout import Box, Layout, layered
 from vzrepro.audit.page.markup import Markup, elide, tag, text
@@ -110,12 +110,46 @@ def test_a_difference_without_a_cause_is_blamed_on_no_axis() -> None:
     changed = replace(first, verdict=Verdict.DIFFERS, cells=cells)
     nodes = tuple(changed if node.drv_hash == first.drv_hash else node for node in report.nodes)
     assert f"{first.target} is to blame: its output changes with nothing varied." in said(replace(report, nodes=nodes))
-    # --quick: all axes at once differ, and nobody knows which.
-    quick = replace(first, verdict=Verdict.DIFFERS, cells={"clock": Cell(Verdict.INCONCLUSIVE, "run without --quick")})
-    nodes = tuple(quick if node.drv_hash == first.drv_hash else node for node in report.nodes)
-    assert f"{first.target} is to blame: its output changes with an axis that is not known yet." in said(
-        replace(report, nodes=nodes)
+
+
+def test_quick_knows_no_axis_and_says_how_to_find_it() -> None:
+    report = audits.sample()
+    guilty = next(node for node in report.nodes if node.target == "initramfs")
+    quick = replace(guilty, causes=(), cells={"clock": Cell(Verdict.INCONCLUSIVE, "without --quick it is told which")})
+    clean = audits.reproduced(report)
+    nodes = tuple(quick if node.drv_hash == guilty.drv_hash else node for node in clean.nodes)
+    html = render(replace(clean, nodes=nodes, explanations=report.explanations))
+    assert "initramfs is to blame: its output changes with an axis that is not known yet." in Page(html).text
+    assert "Find the axis: vzrepro audit initramfs" in Page(html).text
+    assert ">vzrepro audit initramfs</code>" in html
+    # What was seen in the bytes is told all the same.
+    assert html.count("write SOURCE_DATE_EPOCH as the modification time") == 2
+    assert '<span class="brief">with nothing varied' not in html
+
+
+def test_one_fix_for_two_axes_is_said_once() -> None:
+    report = audits.sample()
+    guess = audits.CPIO_TIMES.guesses[0]
+    causes = tuple(Cause(axis, replace(guess, evidence=axis), audits.CPIO_TIMES.id) for axis in ("clock", "time-zone"))
+    nodes = tuple(replace(node, causes=causes) if node.target == "initramfs" else node for node in report.nodes)
+    cards = render(replace(report, nodes=nodes)).partition("What to do")[2].partition("</ol>")[0]
+    assert cards.count(guess.fix) == 1
+    assert '<span class="seen">time-zone</span>' in cards
+
+
+def test_many_things_to_do_are_folded() -> None:
+    report = audits.large(30)
+    lost = tuple(
+        replace(node, verdict=Verdict.INCONCLUSIVE) if number < 25 else node for number, node in enumerate(report.nodes)
     )
+    assert "<summary>17 more</summary>" in render(replace(report, nodes=lost))
+    assert "more</summary>" not in render(report)
+
+
+def test_commands_to_copy_are_quoted_for_a_shell() -> None:
+    report = audits.sample()
+    nodes = tuple(replace(node, target="a; rm -rf ~") if node.target == "busybox" else node for node in report.nodes)
+    assert "vzrepro audit 'a; rm -rf ~' --axes memory --fresh" in Page(render(replace(report, nodes=nodes))).text
 
 
 @pytest.mark.parametrize("report", [audits.sample, audits.reproduced, audits.hostile], ids=lambda make: make.__name__)

@@ -1,7 +1,7 @@
 """Draws an audit report as one HTML page that needs nothing else: no network, no fonts; readable without its script.
 
-`view` arranges the report, `layout` places the graph; `verdict`, `drawing`, `matrix`, `evidence` and `surroundings`
-write the sections; `markup` is the only place that makes HTML of text. page.css and page.js lie beside this file.
+`view` arranges the report, `layout` places the graph; `verdict`, `remedies`, `drawing`, `matrix`, `evidence` and
+`surroundings` write the sections; `markup` is the only place that makes HTML of text. page.css and page.js lie beside.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vzrepro.audit.model import Report
 from vzrepro.audit.page import drawing, evidence, matrix, surroundings, verdict
 from vzrepro.audit.page.markup import Markup, join, tag
 from vzrepro.audit.page.view import View, arrange
-from vzrepro.audit.page.words import strokes, style_class, symbols
+from vzrepro.audit.page.words import command, strokes, style_class, symbols
 
 _ICON_COLOURS = {"ok": "#1a7f4b", "differs": "#b3261e", "failed": "#86226f", "unsure": "#8a5a00", "untested": "#5b6470"}
 
@@ -73,7 +73,7 @@ def _navigation(view: View) -> Markup:
 def _foot(view: View) -> Markup:
     return tag(
         "footer",
-        tag("p", "The same as data: ", tag("code", f"vzrepro audit show {view.report.id} --json", class_="command")),
+        tag("p", "The same as data: ", command("vzrepro", "audit", "show", view.report.id, "--json")),
     )
 
 

@@ -37,7 +37,7 @@ def graph(view: View) -> Markup:
             "Built from left to right. Every node is rebuilt on the registered outputs of its inputs, so a node that "
             "differs is itself to blame. ",
             tag("span", "Red lines lead to what is built with its output.", class_="carried")
-            if view.carriers
+            if any(view.users[node.drv_hash] for node in view.origins)
             else None,
             class_="soft",
         ),
@@ -136,6 +136,6 @@ def _box(view: View, node: AuditedNode, box: Box, layout: Layout) -> Markup:
 def _flag(right: float, top: float) -> Markup:
     """The mark of an origin, on the upper edge of its box."""
     return join(
-        tag("rect", x=right - 62, y=top - 9, width=56, height=16, rx=8, class_="flag"),
-        tag("text", "to blame", x=right - 34, y=top + 3, class_="flag-word", text_anchor="middle"),
+        tag("rect", x=right - 66, y=top - 9, width=60, height=16, rx=8, class_="flag"),
+        tag("text", "to blame", x=right - 36, y=top + 3, class_="flag-word", text_anchor="middle"),
     )

@@ -26,6 +26,7 @@ from vzrepro.audit.page.words import (
     cell_word,
     duration,
     glyph,
+    is_held,
     listed,
     moment,
     plural,
@@ -98,7 +99,7 @@ def _node(view: View, node: AuditedNode) -> Markup:
 def _brief(view: View, node: AuditedNode) -> str:
     if node.verdict is Verdict.DIFFERS:
         axes = view.blamed_axes(node)
-        return f"with {', '.join(axes)}" if axes and axes != (REPEAT,) else "with nothing varied"
+        return f"with {', '.join(axes)}" if axes and axes != (REPEAT,) else "with nothing varied" if axes else ""
     if node.verdict is Verdict.REPRODUCED:
         others = Counter(
             cell_word(cell) for _, cell in view.cells(node) if cell_class(cell) != style_class(Verdict.REPRODUCED)
@@ -227,14 +228,15 @@ def _cell(sheet: _Sheet, axis: AxisInfo, cell: Cell) -> Markup:
         for rebuild in rebuilds
         if rebuild.id in shared
     ]
-    missing = len(cell.rebuilds) - len(rebuilds)
     seen = next((rebuild.observed[axis.name] for rebuild in rebuilds if axis.name in rebuild.observed), None)
+    # What was seen tells most about a comparison; where there was none, why.
+    told = cell.verdict in {Verdict.REPRODUCED, Verdict.DIFFERS}
     summary = tag(
         "summary",
         glyph(cell_class(cell)),
         tag("span", axis.name, class_="axis-name"),
         tag("span", cell_word(cell), class_="word"),
-        tag("span", _seen(seen) if seen else cell.held or cell.reason, class_="brief"),
+        tag("span", _seen(seen) if seen and told else cell.held or cell.reason, class_="brief"),
         tag("span", duration(cell.milliseconds) if cell.milliseconds else "", class_="time"),
     )
     body = tag(
@@ -245,7 +247,6 @@ def _cell(sheet: _Sheet, axis: AxisInfo, cell: Cell) -> Markup:
                 ("seen inside", _seen(seen) if seen else None),
                 ("varied", tag("a", axis.about, href="#axes") if axis.about else None),
                 ("rests on", listed(elsewhere) if elsewhere else None),
-                ("also", f"{plural(missing, 'rebuild')} of an earlier audit" if missing else None),
             ]
         ),
         *(_rebuild(sheet, rebuild, axis.name) for rebuild in own),
@@ -258,7 +259,7 @@ def _cell(sheet: _Sheet, axis: AxisInfo, cell: Cell) -> Markup:
 
 def _verdict_words(cell: Cell) -> Markup:
     parts: list[str] = [WORDS[cell.verdict]]
-    if cell.held is not None:
+    if is_held(cell):
         parts.append(f"held constant by the recipe: {cell.held}")
     elif cell.reason:
         parts.append(cell.reason)
@@ -305,7 +306,7 @@ def _rebuild(sheet: _Sheet, rebuild: Rebuild, axis: str | None = None) -> Markup
         ("output", _output(rebuild.nar_hash, rebuild.nar_size, "as registered" if same else "")),
         ("registered", None if same else _output(sheet.node.nar_hash, sheet.node.nar_size)),
         ("started", join(moment(rebuild.started), f", took {duration(rebuild.milliseconds)}")),
-        ("round", str(rebuild.round) if sheet.view.report.rounds > 1 else None),
+        ("round", f"{rebuild.round + 1} of {sheet.view.report.rounds}" if sheet.view.report.rounds > 1 else None),
         ("statement", short(rebuild.statement) if rebuild.statement else None),
     ]
     log = None
@@ -346,8 +347,8 @@ def _identity(sheet: _Sheet) -> Markup:
         ("store path", tag("code", node.path)),
         ("drv hash", tag("code", node.drv_hash)),
         ("build key", tag("code", node.build_key) if node.build_key else None),
-        ("NAR hash", tag("code", node.nar_hash)),
-        ("size", size(node.nar_size)),
+        ("NAR hash", tag("code", node.nar_hash) if node.nar_hash else "not in the store"),
+        ("size", size(node.nar_size) if node.nar_hash else None),
         ("built from", listed(inputs) if inputs else None),
         ("used by", listed(users) if users else None),
     ]

@@ -23,6 +23,8 @@ class Markup(str):
 def text(value: str) -> Markup:
     """`value` to be read: escaped, without colours of terminals, other control characters and those that reorder or
     hide text written as `\\x1b` and `\\u202e`, and endless lines cut."""
+    if value.isascii() and value.isprintable() and len(value) <= _LONGEST_LINE:
+        return Markup(html.escape(value))
     value = _COLOUR.sub("", value.replace("\r\n", "\n"))
     value = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", value)
     value = _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", value)

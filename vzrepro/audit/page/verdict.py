@@ -1,16 +1,15 @@
-"""The head of the audit page: the verdict in a sentence, the counts, and what is to be done."""
+"""The head of the audit page: the verdict in a sentence, the counts, and what is to be done about it."""
 
 from __future__ import annotations
 
 from vzrepro.audit.model import REPEAT, AuditedNode, Verdict
 from vzrepro.audit.page.markup import Markup, join, tag
+from vzrepro.audit.page.remedies import blamed, remedies
 from vzrepro.audit.page.view import View
 from vzrepro.audit.page.words import (
     MEANINGS,
     ORDER,
     WORDS,
-    badge,
-    command,
     duration,
     glyph,
     listed,
@@ -27,17 +26,20 @@ _TITLES = {
     Verdict.UNTESTED: "Not fully tested",
 }
 _NAMED = 5  # nodes that a sentence names before it counts
+_LONG_TITLE = 70  # characters
 
 
 def head(view: View) -> Markup:
     """The whole head."""
     report = view.report
     verdict = view.verdict
-    spent = sum(rebuild.milliseconds for node in report.nodes for rebuild in node.rebuilds)
+    title = ", ".join(report.targets)
+    known = sum(len(node.rebuilds) for node in report.nodes)
+    spent = sum(rebuild.milliseconds for rebuild in view.made)
     facts = join(
         moment(report.finished),
-        plural(sum(len(node.rebuilds) for node in report.nodes), "rebuild"),
-        f"{duration(spent)} of building",
+        f"{plural(len(view.made), 'rebuild')} in {duration(spent)}",
+        f"{known - len(view.made):,} from earlier audits" if known > len(view.made) else None,
         "one axis per rebuild" if report.mode == "alone" else "all axes in one rebuild",
         join("audit ", tag("code", report.id)),
         by=" · ",
@@ -45,7 +47,7 @@ def head(view: View) -> Markup:
     return tag(
         "header",
         tag("p", "Reproducibility audit", class_="eyebrow"),
-        tag("h1", ", ".join(report.targets)),
+        tag("h1", title, class_="long" if len(title) > _LONG_TITLE else None),
         tag("p", facts, class_="soft"),
         tag(
             "div",
@@ -56,7 +58,7 @@ def head(view: View) -> Markup:
             class_=f"verdict {style_class(verdict)}",
         ),
         _tiles(view),
-        _to_do(view),
+        remedies(view),
     )
 
 
@@ -103,9 +105,9 @@ def _blame(view: View) -> Markup:
     """Who, on which axis, and what that means for the targets."""
     origins = view.origins
     if len(origins) == 1:
-        who = join(view.link(origins[0]), " is to blame: its output changes with ", _axes(view, origins[0]), ".")
+        who = join(view.link(origins[0]), " is to blame: its output changes with ", blamed(view, origins[0]), ".")
     else:
-        names = [join(view.link(node), " (", _axes(view, node), ")") for node in origins[:_NAMED]]
+        names = [join(view.link(node), " (", blamed(view, node), ")") for node in origins[:_NAMED]]
         more = [f"{len(origins) - _NAMED} more"] if len(origins) > _NAMED else []
         who = join(listed([*names, *more]), " are to blame.")
     targets = [
@@ -119,14 +121,6 @@ def _blame(view: View) -> Markup:
     it = "it" if len(origins) == 1 else "them"
     verb = "is" if len(targets) == 1 else "are"
     return join(who, " ", listed([node.target for node in targets]), f" {verb} built with {it}.")
-
-
-def _axes(view: View, node: AuditedNode) -> Markup:
-    """What an origin's output changes with, to be read after "with"."""
-    axes = view.blamed_axes(node)
-    names = {axis: "nothing varied" if axis == REPEAT else axis for axis in axes}
-    links = [tag("a", names[axis], href=f"#{view.cell_anchor(node, axis)}") for axis in axes]
-    return listed(links) if links else join("an axis that is not known yet")
 
 
 def _named(view: View, nodes: list[AuditedNode]) -> Markup:
@@ -157,98 +151,3 @@ def _tiles(view: View) -> Markup:
         for verdict in (Verdict.REPRODUCED, *ORDER[:-1])
     ]
     return tag("ul", *tiles, class_="tiles", aria_label="Nodes by verdict")
-
-
-def _to_do(view: View) -> Markup:
-    items = [_to_mend(view, node) for node in view.origins]
-    items += [
-        _to_look_at(view, node)
-        for verdict in (Verdict.BUILD_FAILED, Verdict.INCONCLUSIVE, Verdict.UNTESTED)
-        for node in view.built
-        if node.verdict is verdict
-    ]
-    if view.disagreements:
-        caches = sorted({each.cache for each in view.disagreements})
-        targets = " ".join(dict.fromkeys(view.report.targets))
-        items.append(
-            tag(
-                "li",
-                tag("p", tag("strong", "Ask who has built otherwise"), class_="what"),
-                tag("p", tag("a", "What the caches have", href="#against"), " · ", _challenge(targets, caches)),
-                class_="card differs",
-            )
-        )
-    if not items:
-        items = [
-            tag(
-                "li",
-                tag("p", tag("strong", "Nothing to mend."), class_="what"),
-                tag(
-                    "p",
-                    "Say so with your name: ",
-                    command(f"vzrepro attest {' '.join(view.report.targets)} --key FILE"),
-                ),
-                class_="card ok",
-            )
-        ]
-    return tag("section", tag("h2", "What to do"), tag("ol", *items, class_="cards"), aria_label="What to do")
-
-
-def _challenge(targets: str, caches: list[str]) -> Markup:
-    return command(f"vzrepro challenge {targets} --against {' '.join(caches)}")
-
-
-def _to_mend(view: View, node: AuditedNode) -> Markup:
-    guesses = [(cause.axis, cause.guess) for cause in node.causes if cause.guess is not None]
-    fixes = [
-        tag(
-            "p",
-            tag("span", guess.cause, class_="chip"),
-            " ",
-            tag("strong", guess.fix),
-            tag("span", f" {guess.evidence}", class_="soft"),
-        )
-        for _, guess in guesses
-    ]
-    axes = view.blamed_axes(node)
-    reasons = dict.fromkeys(node.cells[axis].reason for axis in axes if axis in node.cells)
-    varied = ",".join(axis for axis in axes if axis != REPEAT)
-    again = f" --axes {varied} --fresh" if varied else " --fresh" if axes else ""
-    unexplained = [
-        *(tag("p", reason) for reason in reasons if reason),
-        tag(
-            "p",
-            "See it again: " if axes else "Find the axis: ",
-            command(f"vzrepro audit {node.target}{again}"),
-            class_="soft",
-        ),
-    ]
-    return tag(
-        "li",
-        tag("p", badge(node.verdict), " ", view.link(node), " with ", _axes(view, node), class_="what"),
-        *(dict.fromkeys(fixes) or unexplained),
-        class_="card differs",
-    )
-
-
-def _to_look_at(view: View, node: AuditedNode) -> Markup:
-    cells = [(axis, cell) for axis, cell in view.cells(node) if cell.verdict is node.verdict and cell.reason]
-    axis, reason = (cells[0][0].name, cells[0][1].reason) if cells else (None, None)
-    where = tag("a", axis, href=f"#{view.cell_anchor(node, axis)}") if axis else None
-    again = f"vzrepro audit {node.target}{f' --axes {axis}' if axis and axis != REPEAT else ''} --fresh"
-    return tag(
-        "li",
-        tag(
-            "p",
-            badge(node.verdict),
-            " ",
-            view.link(node),
-            join(tag("span", " with "), where)
-            if axis != REPEAT and where and node.verdict is not Verdict.UNTESTED
-            else None,
-            class_="what",
-        ),
-        tag("p", reason) if reason else None,
-        tag("p", "Try it again: ", command(again), class_="soft"),
-        class_=f"card {style_class(node.verdict)}",
-    )

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vzrepro.audit.model import REPEAT, Against, AuditedNode, AxisInfo, Cell, Report, Verdict, worst
+from vzrepro.audit.model import REPEAT, Against, AuditedNode, AxisInfo, Cell, Rebuild, Report, Verdict, worst
 from vzrepro.audit.page import words
 from vzrepro.audit.page.markup import Markup, tag
 
@@ -44,6 +44,16 @@ class View:
     def disagreements(self) -> tuple[Against, ...]:
         """What other caches have otherwise."""
         return tuple(each for each in self.report.against if each.agrees is False)
+
+    @property
+    def made(self) -> tuple[Rebuild, ...]:
+        """The rebuilds that were made for this audit: all but those of an earlier one."""
+        return tuple(
+            rebuild
+            for node in self.report.nodes
+            for rebuild in node.rebuilds
+            if not any(cell.reused for cell in node.cells.values() if rebuild.id in cell.rebuilds)
+        )
 
     @property
     def verdict(self) -> Verdict:

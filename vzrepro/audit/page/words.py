@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 
 from vzrepro.audit.model import Cell, Verdict
@@ -68,18 +69,23 @@ def style_class(verdict: Verdict) -> str:
     return _CLASSES[verdict]
 
 
+def is_held(cell: Cell) -> bool:
+    """Whether the axis was not tried because the recipe keeps it constant. One that differs all the same is not."""
+    return cell.held is not None and cell.verdict is Verdict.UNTESTED
+
+
 def cell_class(cell: Cell | None) -> str:
     """As `style_class`, for a cell of the matrix."""
     if cell is None:
         return _CLASSES[Verdict.UNTESTED]
-    return HELD if cell.held is not None else _CLASSES[cell.verdict]
+    return HELD if is_held(cell) else _CLASSES[cell.verdict]
 
 
 def cell_word(cell: Cell | None) -> str:
     """What a cell says, in words."""
     if cell is None:
         return WORDS[Verdict.UNTESTED]
-    return "held constant" if cell.held is not None else WORDS[cell.verdict]
+    return "held constant" if is_held(cell) else WORDS[cell.verdict]
 
 
 def glyph(name: str, *, x: float | None = None, y: float | None = None, size: int = 16) -> Markup:
@@ -137,6 +143,6 @@ def short(digest: str) -> Markup:
     return tag("code", digest[:12], title=digest, class_="hash")
 
 
-def command(words: str) -> Markup:
-    """A command to copy."""
-    return tag("code", words, class_="command")
+def command(*words: str) -> Markup:
+    """A command to copy, quoted for a shell: nobody should run a node's name."""
+    return tag("code", shlex.join(words), class_="command")
