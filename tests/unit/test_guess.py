@@ -140,6 +140,18 @@ def test_bytes_without_anything_in_common() -> None:
     assert [each.cause for each in of_bytes(first + b"\0", second + b"\0")] == ["random"]
 
 
+def test_tables_of_addresses_tell_nothing() -> None:
+    diff = "-Entry point address: 0x00000000005995cc\n+Entry point address: 0x00000000004b945c"
+    for member, kind in ((("sections",), "metadata"), ((".text",), "ELF section")):
+        assert [each.cause for each in guesses([("out", Place(member, kind, None, None, diff))])] == ["unknown"]
+
+
+def test_a_hash_comes_last_since_it_follows() -> None:
+    found = of_bytes(b"layer %s\nat 12:00:00\n" % (b"0a" * 32), b"layer %s\nat 12:00:09\n" % (b"1b" * 32))
+    assert [each.cause for each in found] == ["timestamp", "random"]
+    assert found[1].evidence.endswith("which may be hashes of something else that differs")
+
+
 # --- what the audit knows
 
 

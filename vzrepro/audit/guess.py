@@ -69,6 +69,7 @@ AXIS_CAUSES: Mapping[str, str] = {
 }
 """Axis → what most probably leads from it to a difference, where the difference itself does not tell."""
 
+_DIGESTS = (32, 40, 56, 64, 96, 128)
 _ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
 _CERTAIN, _CLEAR, _LIKELY, _PERHAPS, _FOLLOWS = range(5)
 _SINCE, _UNTIL, _TWO_YEARS = 1_400_000_000, 2_200_000_000, 2 * 366 * 86400
@@ -121,6 +122,12 @@ _LISTED = re.compile(
     r"(?P<time>\d{4}-\d\d-\d\d \d\d:\d\d(?::\d\d(?:\.\d+)?)?)\s+(?P<name>.*)"
 )
 _HEX_LINE = re.compile(r"\s*(?:0x)?[0-9a-f]{4,16}:?\s+((?:[0-9a-f]{2,8} ){1,8})")
+
+# What readelf prints of a file's tables: addresses and sizes, which only follow from what is in the sections.
+_TABLES = tuple(
+    (name,)
+    for name in ("dyn-syms", "dynamic", "file-header", "program-header", "readelf", "relocs", "sections", "symbols")
+)
 
 # What a match of each pattern, in one version and not in the other, comes from; in order, since what one of them has
 # matched is no business of the later ones.
@@ -178,7 +185,9 @@ def _by_axis(axis: str, told: list[Guess], seen: str) -> list[Guess]:
 
 
 def _where(file: str, place: Place) -> str:
-    return " in ".join(reversed([file, *place.member]))
+    """The place in words, innermost first; the trees themselves, when they are files, need no name."""
+    parts = [*place.member] if file == "." and place.member else [file, *place.member]
+    return " in ".join(reversed(parts)) if parts != ["."] else "the file"
 
 
 def _first_change(file: str, place: Place) -> str:
@@ -224,8 +233,13 @@ def _hints(file: str, place: Place, context: Context) -> Iterator[_Hint]:
         before, after = (_decoded([line[1:] for line in lines if line[:1] in (sign, " ")]) for sign in "-+")
         yield from _binary(where, place, before, after, context)
         return
+    if place.member[-1:] in _TABLES:
+        return
+    addresses = place.kind == "ELF section"
     for one, other in _pairs(lines):
-        yield from _line(where, one, other, context)
+        for hint in _line(where, one, other, context):
+            if not (addresses and hint.cause == "random" and hint.rank >= _PERHAPS):
+                yield hint
     yield from _locale(where, old, new)
 
 
@@ -280,7 +294,9 @@ def _line(where: str, old: str, new: str, context: Context) -> Iterator[_Hint]:
         gone = [each for each in before if each not in after]
         come = [each for each in after if each not in before]
         if gone and come:
-            yield _Hint(cause, rank, f"{where}: {_change(gone[0], come[0])}")
+            follows = pattern is _HEX and len(gone[0]) == len(come[0]) and len(gone[0]) in _DIGESTS
+            note = ", which may be hashes of something else that differs" if follows else ""
+            yield _Hint(cause, _FOLLOWS if follows else rank, f"{where}: {_change(gone[0], come[0])}{note}")
         old, new = pattern.sub("\0", old), pattern.sub("\0", new)
         if old == new:
             return

@@ -20,7 +20,6 @@ from vzrepro.console import clean
 from vzrepro.errors import UsageError
 from vzrepro.events import Notice
 from vzrepro.model import NarHash, StorePath
-from vzrepro.realize import Realizer
 
 DIFFERENT = 1
 """The exit code for trees that differ, as diff(1) has it; trouble is 2."""
@@ -82,12 +81,12 @@ def diff(
         "excerpt_bytes": limit_excerpt,
     }
     limits = replace(LIMITS, **{name: value for name, value in asked.items() if value is not None})
-    realizer = _realizer(session)
-    if realizer is None and not plain:
+    known = _in_workspace(session)
+    if not known and not plain:
         session.console.report(Notice("info", "without diffoscope: its image is a target, and this is no workspace"))
-    deep = None if plain else realizer
+    deep = session.realizer() if known and not plain else None
     try:
-        with _scratch(session, realizer) as scratch:
+        with _scratch(session, known) as scratch:
             page = scratch / "page.html" if html else None
             found = explain(
                 sides[0].place,
@@ -129,7 +128,7 @@ def _side(session: Session, name: str) -> _Side:
         except OSError as error:
             raise UsageError(f"{name}: the symbolic link leads nowhere", reason=error.strerror) from error
         return _Side(name, place, _registered(session, place))
-    if _realizer(session) is None or (not _is_store_path(place) and len(place.parts) > 1):
+    if not _in_workspace(session) or (not _is_store_path(place) and len(place.parts) > 1):
         raise UsageError(f"{name}: no such file or directory")
     path = session.path(name)
     info = session.store.query(path)
@@ -149,7 +148,7 @@ def _is_store_path(place: Path) -> bool:
 
 def _registered(session: Session, place: Path) -> NarHash | None:
     """The hash of an object of this workspace's store."""
-    if not _is_store_path(place) or _realizer(session) is None or place.parent != session.config.store.resolve():
+    if not _is_store_path(place) or not _in_workspace(session) or place.parent != session.config.store.resolve():
         return None
     path = StorePath.parse(place.name)
     info = session.store.query(path)
@@ -163,18 +162,17 @@ def _known_equal(a: _Side, b: _Side) -> bool:
     return a.place == b.place or (a.nar_hash is not None and a.nar_hash == b.nar_hash)
 
 
-def _realizer(session: Session) -> Realizer | None:
-    """What makes and runs the image; None outside of a workspace."""
+def _in_workspace(session: Session) -> bool:
+    """Whether there are a store and recipes."""
     try:
-        _ = session.root
+        return bool(session.root)
     except UsageError:
-        return None
-    return session.realizer()
+        return False
 
 
 @contextmanager
-def _scratch(session: Session, realizer: Realizer | None) -> Iterator[Path]:
-    if realizer is not None:
+def _scratch(session: Session, known: bool) -> Iterator[Path]:
+    if known:
         with session.store.scratch("diff") as scratch:
             yield scratch
     else:
@@ -226,7 +224,8 @@ def _lines(a: _Side, b: _Side, found: Explanation) -> list[str]:
 
 
 def _heading(detail: Detail) -> str:
-    where = " › ".join(map(clean, (detail.file, *detail.member)))
+    parts = detail.member if detail.file == "." else (detail.file, *detail.member)
+    where = " › ".join(map(clean, parts)) or "the file"
     known = [detail.kind]
     if detail.count is not None:
         known.append(f"{detail.count} byte{'' if detail.count == 1 else 's'}")
