@@ -27,6 +27,9 @@ from vzrepro.audit.model import REPEAT, Verdict, worst
 _PAIR, _SURE = 2, 3
 """Rebuilds that must agree: to be suspected, to be believed."""
 
+_OTHER_VALUES = 4
+"""Other values that are looked at for an axis that does not take effect with those it was given."""
+
 _CONTROLS = 3
 """At most so many more rebuilds with nothing varied, however many axes are suspected."""
 
@@ -50,15 +53,15 @@ class Experiment:
     @property
     def label(self) -> str:
         """What a person calls it: `repeat`, `host-name`, `all axes, round 2`, `clock held, again`."""
-        if not self.builds:
-            return "look"
         varied = f"{len(self.axes)} axes" if len(self.axes) > 1 else "".join(self.axes)
         held = f"{len(self.held)} axes held" if len(self.held) > 1 else "".join(f"{name} held" for name in self.held)
-        parts = [part for part in (varied, held) if part] or [REPEAT]
+        parts = [part for part in (varied, held) if part] or ([REPEAT] if self.builds else [])
         if self.round:
             parts.append(f"round {self.round + 1}")
         if self.attempt:
             parts.append("again" if self.attempt == 1 else f"attempt {self.attempt + 1}")
+        if not self.builds:
+            parts.append("look")
         return ", ".join(parts)
 
 
@@ -168,13 +171,14 @@ class _Argument:
 
     def together(self) -> Judgement | None:
         names = tuple(axis.name for axis in self.case.axes if axis.testable)
-        runs = [Experiment(names, round=number) for number in range(self.case.rounds)]
-        seen, results = self.ask([LOOK]), self.ask(runs)
-        if seen is None:
-            self.missing = [LOOK]  # first: a rebuild's statement tells what its sandbox was like without
-        if seen is None or results is None:
+        seen = self.ask([LOOK])  # first: a rebuild's statement tells what its sandbox was like without
+        values = None if seen is None else self._best_values(names)
+        if seen is None or values is None:
             return None
-        (look,) = seen
+        runs = [Experiment(names, round=number) for number in values]
+        results = self.ask(runs)
+        if results is None:
+            return None
         count = len(names)
         verdict = _of_all([self._verdict(result, self.case.registered) for result in results])
         found = Finding(verdict, None, tuple(runs), count)
@@ -185,14 +189,29 @@ class _Argument:
             found = replace(found, reason=reason)
         findings = {REPEAT: found}
         for axis in self.case.axes:
-            findings[axis.name] = self._of_together(axis, found, look, results)
+            findings[axis.name] = self._of_together(axis, found, results)
         if verdict is not Verdict.REPRODUCED:
             reason = f"--quick rebuilds with nothing varied only by looking; {found.reason}"
             findings[REPEAT] = Finding(Verdict.UNTESTED, reason)
             return Judgement(verdict, findings)
         return Judgement(_overall(findings), findings)
 
-    def _of_together(self, axis: AxisPlan, found: Finding, look: Result, results: Sequence[Result]) -> Finding:
+    def _best_values(self, names: tuple[str, ...]) -> tuple[int, ...] | None:
+        """The rounds to make: the first ones; and of a single one, a value with which most axes take effect."""
+        rounds = tuple(range(self.case.rounds))
+        if len(rounds) > 1:
+            return rounds
+        effective: dict[int, int] = {}
+        for number in range(_OTHER_VALUES):
+            seen = self.ask([Experiment(names, round=number, builds=False)])
+            if seen is None:
+                return None
+            effective[number] = sum(self._why_not(name, seen[0]) is None for name in names)
+            if effective[number] == len(names):
+                break
+        return (max(effective, key=lambda number: (effective[number], -number)),)
+
+    def _of_together(self, axis: AxisPlan, found: Finding, results: Sequence[Result]) -> Finding:
         untested = self._not_tested(axis)
         if untested is not None:
             return untested
@@ -201,7 +220,7 @@ class _Argument:
             return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason)
         if not axis.varies:
             return found
-        return self._effective(axis.name, found, look, results)
+        return self._effective(axis.name, found, results)
 
     # --- one at a time --------------------------------------------------------------------------------------------
 
@@ -248,6 +267,8 @@ class _Argument:
         runs = {name: tuple(Experiment((name,), round=number) for number in range(self.case.rounds)) for name in tested}
         if self.ask([run for each in runs.values() for run in each]) is None:
             return None
+        if not self._try_other_values(runs, base):
+            return None
         suspects = {}
         for name, each in runs.items():
             differing = next((run for run in each if self._other(run, base)), None)
@@ -271,6 +292,28 @@ class _Argument:
             )
         return Judgement(_overall(findings), findings, tuple(suspects))
 
+    def _try_other_values(self, runs: dict[str, tuple[Experiment, ...]], base: str) -> bool:
+        """Add a run with another value for each axis that took no effect, if looking finds one that does.
+
+        False while experiments are missing.
+        """
+        for name, each in runs.items():
+            results = [self.done[run] for run in each]
+            if any(self._verdict(result, base) is not Verdict.REPRODUCED for result in results):
+                continue
+            if any(self._why_not(name, result) is None for result in results) or self.done[LOOK].observed is None:
+                continue
+            for number in range(self.case.rounds, self.case.rounds + _OTHER_VALUES):
+                look = self.ask([Experiment((name,), round=number, builds=False)])
+                if look is None:
+                    break
+                if self._why_not(name, look[0]) is None:
+                    other = Experiment((name,), round=number)
+                    self.ask([other])
+                    runs[name] = (*each, other)
+                    break
+        return not self.missing
+
     def _of_axis(self, name: str, runs: tuple[Experiment, ...], again: Experiment | None, base: str) -> Finding:
         results = [self.done[run] for run in runs]
         if again is not None:
@@ -285,7 +328,7 @@ class _Argument:
         if base != self.case.registered:
             reason = "varying it changes nothing, but rebuilds do not give the registered output"
             return replace(found, verdict=Verdict.INCONCLUSIVE, reason=reason)
-        return self._effective(name, found, self.done[LOOK], results)
+        return self._effective(name, found, results)
 
     def _by_itself(self, repeat: Finding) -> Finding:
         """An axis that is another in every rebuild without anybody's doing: the repeats have tested it."""
@@ -348,7 +391,7 @@ class _Argument:
             return untested
         if runs and all(self._verdict(self.done[run], self.case.registered) is Verdict.REPRODUCED for run in runs):
             found = Finding(Verdict.REPRODUCED, None, runs)
-            return self._effective(axis.name, found, self.done[LOOK], [self.done[run] for run in runs])
+            return self._effective(axis.name, found, [self.done[run] for run in runs])
         reason = "differs with nothing varied"
         if axis.holds:
             trials = _held((axis.name,), _PAIR)
@@ -384,16 +427,19 @@ class _Argument:
             return Finding(Verdict.INCONCLUSIVE, axis.excuse)
         return None
 
-    def _effective(self, name: str, found: Finding, without: Result, results: Sequence[Result]) -> Finding:
-        """`found`, unless the axis was not seen to take effect in every one of the rebuilds."""
-        for result in results:
-            if without.observed is None or result.observed is None:
-                why: str | None = "nothing was seen inside the sandbox"
-            else:
-                why = self.case.proof(name, without.observed, result.observed)
-            if why is not None:
-                return replace(found, verdict=Verdict.INCONCLUSIVE, reason=f"did not take effect: {why}")
+    def _effective(self, name: str, found: Finding, results: Sequence[Result]) -> Finding:
+        """`found`, unless the axis took effect in none of the rebuilds."""
+        whys = [self._why_not(name, result) for result in results]
+        if all(why is not None for why in whys):
+            return replace(found, verdict=Verdict.INCONCLUSIVE, reason=f"did not take effect: {whys[0]}")
         return found
+
+    def _why_not(self, name: str, result: Result) -> str | None:
+        """Why an axis did not take effect in a rebuild; None when it did."""
+        without = self.done[LOOK].observed
+        if without is None or result.observed is None:
+            return "nothing was seen inside the sandbox"
+        return self.case.proof(name, without, result.observed)
 
 
 def _attempts(first: Experiment, count: int) -> tuple[Experiment, ...]:

@@ -223,7 +223,7 @@ class Audit:
             return
         for experiment in list(subject.reused):
             record = subject.records[experiment]
-            if len(experiment.axes) != 1 or record.tools == look.tools or verdict_of(record) is not Verdict.REPRODUCED:
+            if not experiment.builds or len(experiment.axes) != 1 or record.tools == look.tools or verdict_of(record) is not Verdict.REPRODUCED:
                 continue
             if self._proof(experiment.axes[0], look.observed, record.observed or {}) is not None:
                 del subject.records[experiment]
