@@ -112,6 +112,7 @@ class Audit:
         """Realize what is needed, then audit. Raises VzreproError for what keeps it from beginning."""
         realizer = self.rebuilder.realizer
         sandbox.check()
+        sandbox.sweep()
         self._realize()
         subjects = [self._subject(node) for node in self._audited()]
         for subject in subjects:

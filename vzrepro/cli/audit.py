@@ -31,9 +31,10 @@ _SHORT = 160  # characters of a reason in a table
 
 @click.group(cls=DefaultVerb, default="run")
 def audit() -> None:
-    """Rebuild TARGETS beside the store and compare: audit TARGET…, see audit run --help.
+    """Rebuild TARGETS beside the store and compare with what is registered.
 
-    A target that is called history, show or run is audited by: vzrepro audit -- NAME
+    Every node is built on its registered inputs, so only a true origin is blamed. Exit code 104 when something differs,
+    100 when something could not be built, else 0. A target that is called like a command: vzrepro audit -- NAME
     """
 
 
@@ -125,10 +126,14 @@ def run(
         explanation=records.explanation,
     )
     report = make_report(request, found, realizer, around)
-    kept = records.keep_report(report, _document(report), page.render(report))
-    _print(session, report, kept)
-    if folder is not None:
-        _write_out(kept, folder)
+    try:
+        kept = records.keep_report(report, _document(report), page.render(report))
+        _print(session, report, kept)
+        if folder is not None:
+            _write_out(kept, folder)
+    except (VzreproError, OSError):
+        if found.error is None:
+            raise  # else what ended the audit, such as a full disk, has just met the report as well
     error = found.error or _failure(report)
     if error is not None:
         raise error

@@ -26,6 +26,16 @@ class DefaultVerb(click.Group):
             args = [self.default, *args]
         return super().parse_args(ctx, args)
 
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The default verb's, which is the one that is meant."""
+        words = self.commands[self.default].collect_usage_pieces(ctx)
+        formatter.write_usage(ctx.command_path, " ".join(words))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The default verb's options, and the verbs."""
+        self.commands[self.default].format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
 
 def json_option(function: F) -> F:
     """`--json`, which `cli.main` has already acted upon when the verb runs."""
