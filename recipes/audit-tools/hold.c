@@ -112,6 +112,11 @@ static const struct timespec *deadline(const struct timespec *asked, struct time
         struct timespec now;
         syscall(SYS_clock_gettime, CLOCK_REALTIME, &now);
         real->tv_sec += now.tv_sec - frozen;
+        real->tv_nsec += now.tv_nsec;
+        if (real->tv_nsec >= 1000000000) {
+            real->tv_nsec -= 1000000000;
+            real->tv_sec++;
+        }
     }
     return real;
 }

@@ -261,8 +261,10 @@ int main(int count, char **arguments) {
         fprintf(stderr, "usage: vary [--personality=N] [--pid=N] [--mkdir=PATH] [--look=PROGRAM] -- COMMAND...\n");
         return 125;
     }
-    if (pid > 0)
+    if (pid > 0) { /* its parent's, too */
+        move_on(pid - 1);
         move_on(pid);
+    }
     if (persona != 0 && personality(persona) < 0)
         perror("vary: personality");
     observe(look);

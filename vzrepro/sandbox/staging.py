@@ -113,8 +113,9 @@ def _finish_directory(directory: Path, mtime_ns: int) -> None:
 
 def discard(job: Job) -> None:
     """Remove the job's directories, whatever the builder left in them and whoever owns that."""
-    for parent, _, _ in os.walk(job.staged):
-        Path(parent).chmod(0o755)
+    for made in (job.staged, job.scratch / "files"):
+        for parent, _, _ in os.walk(made):
+            Path(parent).chmod(0o755)
     for directory in (job.build, job.out):
         try:
             shutil.rmtree(directory)
