@@ -18,6 +18,8 @@ import pytest
 
 from vzrepro import sandbox
 from vzrepro.errors import BuildFailed, VzreproError
+from vzrepro.sandbox import confine
+from vzrepro.sandbox import engine as engine_names
 
 IMAGE = "sha256:" + "ab" * 32
 STORE_PATH = re.compile(r"[0-9a-df-np-sv-z]{32}-")
@@ -83,6 +85,38 @@ def test_the_contract_is_asked_for(tmp_path: Path) -> None:
     assert Path(profile.removeprefix("seccomp=")).is_file()
     assert not {"--privileged", "--cap-add", "--device", "--volume", "-v", "--env", "-e"} & set(argv)
     assert "docker.sock" not in " ".join(argv)
+
+
+def test_a_build_is_started_with_exactly_these_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change here changes what builders see: surroundings are for audits, and without them all is as it was."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    job = make_job(tmp_path, memory_bytes=1 << 30, env={"X": "y"})
+    hidden = [
+        f"--tmpfs {path}:ro,nosuid,nodev,noexec,mode=555,size=4k"
+        for path in ("/sys", "/dev/shm", "/dev/mqueue", "/run", "/var/tmp")
+    ]
+    expected = f"""
+        run --name N --label vzrepro.host=H --label vzrepro.target=thing --log-driver none
+        --pull never --platform linux/amd64 --network none --hostname localhost --ipc private --cgroupns private
+        --read-only --cap-drop ALL --user 1000:1000 --workdir /build
+        --security-opt no-new-privileges --security-opt seccomp=P
+        --pids-limit 16384 --ulimit core=0:0 --ulimit nofile=16384:16384
+        --tmpfs /tmp:rw,exec,nosuid,nodev,mode=1777,size=4g {" ".join(hidden)}
+        --mount type=bind,src=S/build,dst=/build --mount type=bind,src=S/out,dst=/out
+        --mount type=bind,src=S/in,dst=/in,readonly --mount type=bind,src=S/etc/hosts,dst=/etc/hosts,readonly
+        --mount type=bind,src=S/etc/hostname,dst=/etc/hostname,readonly
+        --mount type=bind,src=S/etc/resolv.conf,dst=/etc/resolv.conf,readonly
+        --memory 1073741824 --memory-swap 1073741824 --cpus 1 --entrypoint sh {IMAGE} -c""".split()
+    expected += [
+        'umask 022; exec 2>&1 env -i sh -c "$0" sh "$@"',
+        'env -i "$@"; status=$?; exit "$status"',
+        *("PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/build", "SOURCE_DATE_EPOCH=42", "TZ=UTC", "LC_ALL=C.UTF-8"),
+        *("VZ_CORES=1", "X=y", "make", "all"),
+    ]
+    argv = [word.replace(str(job.scratch), "S") for word in confine.run_arguments(job, "N")]
+    argv = [word.replace(str(confine.SECCOMP), "P").replace(engine_names.host_name(), "H") for word in argv]
+    assert argv == expected
 
 
 def test_only_the_scratch_directory_is_mounted(tmp_path: Path) -> None:
