@@ -201,7 +201,7 @@ def remains() -> list[str]:
 
 def test_ctrl_c_leaves_nothing_behind(cli: Cli, sides: tuple[Path, Path]) -> None:
     for side, step in zip(sides, (1, 3), strict=True):
-        (side / "huge").write_bytes(b"".join(b"%d\0\n" % (number * step % 999_983) for number in range(9_000_000)))
+        (side / "huge").write_bytes(b"".join(b"%d\0\n" % (number * step % 999_983) for number in range(999_983)) * 12)
     process = cli.start("diff", *map(str, sides))
     for _ in range(1200):
         if any(name.startswith("vzrepro-") for name in remains()):

@@ -51,7 +51,7 @@ class Limits:
     files: int = 200
     details: int = 400
     excerpt_bytes: int = 4096
-    look_bytes: int = 256 << 20
+    look_bytes: int = 128 << 20
 
 
 LIMITS = Limits()

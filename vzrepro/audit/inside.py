@@ -28,7 +28,7 @@ _HEX_WIDTH = 16
 _HEX_LINES = 8
 _HEX_BEFORE = 2
 _TEXT_MIDDLE = 2000
-_TEXT_BYTES = 32 << 20
+_TEXT_BYTES = 8 << 20
 _MEMBERS = 200_000
 _CONFIG = re.compile(rb"(?:# )?(CONFIG_[A-Za-z0-9_]+)(?:=| is not set)")
 _GZIP_NAME, _GZIP_EXTRA = 8, 4
