@@ -10,6 +10,7 @@ import enum
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -250,16 +251,19 @@ class Report:
 
     def document(self) -> dict[str, Any]:
         """The report as plain data for JSON."""
-        document: dict[str, Any] = _REPORT.dump_python(self, mode="json")
+        document: dict[str, Any] = _adapter().dump_python(self, mode="json")
         return {**document, "verdict": self.verdict, "counts": {str(key): n for key, n in self.counts.items()}}
 
     @classmethod
     def parse(cls, data: bytes, place: str) -> Report:
         """Read what `document` gave. Raises UsageError naming `place` when it is something else."""
         try:
-            return _REPORT.validate_json(data)
+            return _adapter().validate_json(data)
         except ValidationError as error:
             raise UsageError(f"{place} is not an audit report", reason=str(error.errors()[0]["msg"])) from error
 
 
-_REPORT: TypeAdapter[Report] = TypeAdapter(Report)
+@cache
+def _adapter() -> TypeAdapter[Report]:
+    """Made when it is needed: that takes longer than most commands may."""
+    return TypeAdapter(Report)

@@ -14,8 +14,9 @@ import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -27,6 +28,8 @@ from vzrepro.model import FORMAT, FileHash, canonical_json
 
 ID_LENGTH = 12
 """Hex digits of a report's, a rebuild's and an explanation's id."""
+
+T = TypeVar("T")
 
 _MAX_RECORD = 16 << 20
 _LAST = 5  # rebuilds whose median time is expected
@@ -55,7 +58,7 @@ class Asked:
     @property
     def id(self) -> str:
         """The rebuild's id: the beginning of the sha256 of the canonical JSON."""
-        fields: dict[str, Any] = _ASKED.dump_python(self, mode="json")
+        fields: dict[str, Any] = _adapter(Asked).dump_python(self, mode="json")
         if not self.tools:
             del fields["tools"]
         return FileHash.of(canonical_json({"format": FORMAT, **fields})).hex[:ID_LENGTH]
@@ -95,10 +98,10 @@ class Record:
         return Result(self.ending, self.nar_hash, self.reason, self.observed)
 
 
-_ASKED: TypeAdapter[Asked] = TypeAdapter(Asked)
-_RECORD: TypeAdapter[Record] = TypeAdapter(Record)
-_PAST: TypeAdapter[PastAudit] = TypeAdapter(PastAudit)
-_EXPLANATION: TypeAdapter[Explanation] = TypeAdapter(Explanation)
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Made when it is needed: that takes longer than most commands may."""
+    return TypeAdapter(kind)
 
 
 class Records:
@@ -112,12 +115,12 @@ class Records:
 
     def rebuilds(self, drv_hash: str) -> list[Record]:
         """All rebuilds of this derivation, by whomever."""
-        return [record for file in _listed(self._folder(drv_hash)) if (record := self._read(file, _RECORD)) is not None]
+        return [record for file in _listed(self._folder(drv_hash)) if (record := self._read(file, Record)) is not None]
 
     def save(self, record: Record) -> None:
         """Keep a rebuild, in place of an earlier one of the same question. Raises VzreproError for a full disk."""
         file = self._folder(record.asked.drv_hash) / f"{record.asked.id}.json"
-        _write(file, _RECORD.dump_json(record))
+        _write(file, _adapter(Record).dump_json(record))
 
     def expected_secs(self, drv_hash: str) -> float | None:
         """The median time of the newest rebuilds of this derivation; None without any."""
@@ -144,12 +147,12 @@ class Records:
 
     def keep_explanation(self, explanation: Explanation) -> None:
         """Keep why two outputs differ, under its id."""
-        _write(self.root / "explanations" / f"{explanation.id}.json", _EXPLANATION.dump_json(explanation))
+        _write(self.root / "explanations" / f"{explanation.id}.json", _adapter(Explanation).dump_json(explanation))
 
     def explanation(self, explanation: str) -> Explanation | None:
         """The explanation of this id."""
         file = self.root / "explanations" / f"{explanation}.json"
-        return self._read(file, _EXPLANATION) if file.is_file() else None
+        return self._read(file, Explanation) if file.is_file() else None
 
     # --- reports
 
@@ -166,7 +169,7 @@ class Records:
         if page is not None:
             _write(folder / "index.html", page.encode())
         # Last: a report without it is not listed.
-        _write(folder / "summary.json", _PAST.dump_json(summary(report)))
+        _write(folder / "summary.json", _adapter(PastAudit).dump_json(summary(report)))
         return folder
 
     def history(self) -> list[PastAudit]:
@@ -174,7 +177,7 @@ class Records:
         found = [
             past
             for folder in _listed(self._reports)
-            if (file := folder / "summary.json").is_file() and (past := self._read(file, _PAST)) is not None
+            if (file := folder / "summary.json").is_file() and (past := self._read(file, PastAudit)) is not None
         ]
         return sorted(found, key=lambda past: (past.finished, past.id))
 
@@ -192,13 +195,13 @@ class Records:
     def _reports(self) -> Path:
         return self.root / "reports"
 
-    def _read(self, file: Path, kind: TypeAdapter[Any]) -> Any:
+    def _read(self, file: Path, kind: type[T]) -> T | None:
         try:
             with file.open("rb") as opened:
                 data = opened.read(_MAX_RECORD + 1)
             if len(data) > _MAX_RECORD:
                 raise ValueError("it is too large")
-            found = kind.validate_json(data)
+            found: T = _adapter(kind).validate_json(data)
             if isinstance(found, Record) and (found.format != FORMAT or found.asked.id != file.stem):
                 raise ValueError("it is of another format, or not what its name says")
         except (OSError, ValueError) as error:
