@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,8 +28,6 @@ from vzrepro.model import FORMAT, FileHash, canonical_json
 
 ID_LENGTH = 12
 """Hex digits of a report's, a rebuild's and an explanation's id."""
-
-T = TypeVar("T")
 
 _MAX_RECORD = 16 << 20
 _LAST = 5  # rebuilds whose median time is expected
@@ -152,7 +150,8 @@ class Records:
     def explanation(self, explanation: str) -> Explanation | None:
         """The explanation of this id."""
         file = self.root / "explanations" / f"{explanation}.json"
-        return self._read(file, Explanation) if file.is_file() else None
+        found: Explanation | None = self._read(file, Explanation) if file.is_file() else None
+        return found
 
     # --- reports
 
@@ -195,13 +194,14 @@ class Records:
     def _reports(self) -> Path:
         return self.root / "reports"
 
-    def _read(self, file: Path, kind: type[T]) -> T | None:
+    def _read(self, file: Path, kind: Any) -> Any:
+        """What `kind` is in a file; None, after a warning, when it is something else."""
         try:
             with file.open("rb") as opened:
                 data = opened.read(_MAX_RECORD + 1)
             if len(data) > _MAX_RECORD:
                 raise ValueError("it is too large")
-            found: T = _adapter(kind).validate_json(data)
+            found = _adapter(kind).validate_json(data)
             if isinstance(found, Record) and (found.format != FORMAT or found.asked.id != file.stem):
                 raise ValueError("it is of another format, or not what its name says")
         except (OSError, ValueError) as error:
