@@ -294,12 +294,16 @@ def _shared_rebuilds(sheet: _Sheet) -> Markup | None:
 
 def _rebuild(sheet: _Sheet, rebuild: Rebuild, axis: str | None = None) -> Markup:
     """One rebuild; `axis` is that of the cell it stands in."""
+    said = axis is not None and rebuild.verdict is Verdict.REPRODUCED  # by its cell
     same = rebuild.nar_hash == sheet.node.nar_hash
     alone = axis is not None and rebuild.axes in {(axis,), ()} and not rebuild.held
     explanation = rebuild.explanation if rebuild.explanation in sheet.view.report.explanations else None
     link = tag("a", "where and why", href=f"#{sheet.anchor}/difference/{explanation}") if explanation else None
     rows: Rows = [
-        ("result", join(badge(rebuild.verdict), join(" ", rebuild.reason) if rebuild.reason else None)),
+        (
+            "result",
+            None if said else join(badge(rebuild.verdict), join(" ", rebuild.reason) if rebuild.reason else None),
+        ),
         ("difference", link),
         ("varied", None if alone else ", ".join(rebuild.axes) or "nothing"),
         ("held constant", ", ".join(rebuild.held)),

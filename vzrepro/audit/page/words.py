@@ -91,7 +91,7 @@ def cell_word(cell: Cell | None) -> str:
 def glyph(name: str, *, x: float | None = None, y: float | None = None, size: int = 16) -> Markup:
     """The sign of a class; it says nothing to a screen reader, so a word must stand beside it."""
     use = tag("use", href=f"#g-{name}")
-    return tag("svg", use, class_="glyph", x=x, y=y, width=size, height=size, aria_hidden="true", focusable="false")
+    return tag("svg", use, class_="glyph", x=x, y=y, width=size, height=size, aria_hidden="true")
 
 
 def badge(verdict: Verdict) -> Markup:
