@@ -510,12 +510,13 @@ def test_without_docker(leaky: Cli) -> None:
 
 def test_a_full_disk_is_no_verdict(leaky: Cli, tmp_path: Path, mounted: Callable[[str], Path]) -> None:
     """The build meets it, and so its failure is not the recipe's."""
-    disk = mounted("size=400m")
+    disk = mounted("size=1500m")
     small = Cli(leaky.root, disk / "store", leaky.env)
     big = 'big = small("big", "head -c 60000000 /dev/zero > /out/x")'
     small.write(
         big=RECIPES.partition("DATA =")[0] + RECIPES.partition('local("data")')[2].partition("for name")[0] + big
     )
+    shutil.copytree(leaky.store, small.store, symlinks=True)
     small.realize("big", "audit-tools")
     free = shutil.disk_usage(disk).free
     (disk / "ballast").write_bytes(b"x" * (free - 30_000_000))

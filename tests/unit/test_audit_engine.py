@@ -13,7 +13,7 @@ import pytest
 from vzrepro.audit import blame
 from vzrepro.audit.blame import LOOK, AxisPlan, Case, Ending, Experiment, Judgement, Result
 from vzrepro.audit.model import REPEAT, Verdict
-from vzrepro.audit.records import Asked, Record, Records
+from vzrepro.audit.records import Asked, Record, Records, expected_secs
 from vzrepro.errors import UsageError
 
 PLAIN = ("host-name", "user", "umask")
@@ -345,13 +345,19 @@ def _record(**changes: object) -> Record:
 def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     records = Records(tmp_path / "audit", pytest.fail)
     assert records.rebuilds("d" * 64) == []
-    assert records.expected_secs("d" * 64) is None
     records.save(_record())
     assert records.rebuilds("d" * 64) == [_record()]
-    assert records.expected_secs("d" * 64) == 7.0
     assert _record().asked.experiment == Experiment(("user",))
     records.save(_record(milliseconds=9000))
     assert records.rebuilds("d" * 64) == [_record(milliseconds=9000)], "the same question has one answer"
+
+
+def test_the_newest_rebuilds_tell_how_long_it_takes() -> None:
+    assert expected_secs([]) is None
+    assert expected_secs([_record(ending=Ending.FAILED)]) is None
+    times = [1000, 90_000, 5000, 6000, 7000, 8000, 9000]
+    records = [_record(milliseconds=each, finished=f"2026-01-0{day}T00:00:00Z") for day, each in enumerate(times, 1)]
+    assert expected_secs(reversed(records)) == 7.0, "the median of the last five"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from vzrepro.audit.axes import Axis
 from vzrepro.audit.blame import AxisPlan, Case, Ending, Experiment, Judgement
 from vzrepro.audit.model import Verdict
 from vzrepro.audit.rebuild import Rebuilder
-from vzrepro.audit.records import Asked, Record, Records
+from vzrepro.audit.records import Asked, Record, Records, expected_secs
 from vzrepro.errors import HashMismatch, Interrupted, VzreproError
 from vzrepro.model import BuildKey, ObjectInfo, StorePath
 from vzrepro.recipe import Node
@@ -63,13 +63,17 @@ class Request:
 
 @dataclass(slots=True)
 class Subject:
-    """One node under audit: what is registered, what is asked of it, and the rebuilds there are so far."""
+    """One node under audit: what is registered, what is asked of it, and the rebuilds there are so far.
+
+    `earlier` is all that earlier audits, by whomever, have kept; `reused` are those of `records` that come from there.
+    """
 
     node: Node
     info: ObjectInfo
     key: BuildKey
     case: Case
     expected_secs: float | None
+    earlier: tuple[Record, ...]
     records: dict[Experiment, Record] = field(default_factory=dict)
     reused: set[Experiment] = field(default_factory=set)
     under_way: set[Experiment] = field(default_factory=set)
@@ -174,7 +178,8 @@ class Audit:
         realizer = self.rebuilder.realizer
         infos = realizer.store.query_many([node.path, *(realizer.graph.nodes[d].path for d in node.drv.dependencies())])
         inputs = {drv: infos[realizer.graph.nodes[drv].path].nar_hash for drv in node.drv.dependencies()}
-        expected = self.records.expected_secs(node.drv_hash.hex)
+        earlier = tuple(self.records.rebuilds(node.drv_hash.hex))
+        expected = expected_secs(earlier)
         if expected is None:
             verb = {"sandbox": "build", "image": "image"}.get(node.drv.builder, "fetch")
             expected = realizer.expected_secs(node.target, verb)
@@ -187,7 +192,7 @@ class Audit:
             self.request.rounds if node.drv.builder == "sandbox" else 1,
             _PATIENCE if expected is None or expected > _LONG_SECS else _MORE_PATIENCE,
         )
-        return Subject(node, infos[node.path], node.drv.build_key(inputs), case, expected)
+        return Subject(node, infos[node.path], node.drv.build_key(inputs), case, expected, earlier)
 
     def _plan(self, axis: Axis, node: Node) -> AxisPlan:
         job = self.rebuilder.job(node, self.rebuilder.realizer.store.root / ".vzrepro" / "tmp" / "none")
@@ -210,7 +215,7 @@ class Audit:
         """Take over what is known from earlier audits."""
         if self.request.fresh:
             return
-        for record in self.records.rebuilds(subject.node.drv_hash.hex):
+        for record in subject.earlier:
             experiment = record.asked.experiment
             if self._current(subject, record) and record.ending is not Ending.LOST:
                 subject.records[experiment] = record
@@ -224,7 +229,12 @@ class Audit:
             return
         for experiment in list(subject.reused):
             record = subject.records[experiment]
-            if not experiment.builds or len(experiment.axes) != 1 or record.tools == look.tools or verdict_of(record) is not Verdict.REPRODUCED:
+            if (
+                not experiment.builds
+                or len(experiment.axes) != 1
+                or record.tools == look.tools
+                or verdict_of(record) is not Verdict.REPRODUCED
+            ):
                 continue
             if self._proof(experiment.axes[0], look.observed, record.observed or {}) is not None:
                 del subject.records[experiment]

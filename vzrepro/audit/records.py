@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -120,12 +120,6 @@ class Records:
         file = self._folder(record.asked.drv_hash) / f"{record.asked.id}.json"
         _write(file, _adapter(Record).dump_json(record))
 
-    def expected_secs(self, drv_hash: str) -> float | None:
-        """The median time of the newest rebuilds of this derivation; None without any."""
-        newest = sorted((each for each in self.rebuilds(drv_hash) if each.asked.builds), key=lambda each: each.finished)
-        times = [each.milliseconds / 1000 for each in newest[-_LAST:] if each.ending is Ending.BUILT]
-        return statistics.median(times) if times else None
-
     def _folder(self, drv_hash: str) -> Path:
         return self.root / "rebuilds" / drv_hash
 
@@ -209,6 +203,13 @@ class Records:
             self._warn(f"{file} is damaged and not looked at: {why}")
             return None
         return found
+
+
+def expected_secs(rebuilds: Iterable[Record]) -> float | None:
+    """The median time of the newest of one node's rebuilds that gave an output; None without any."""
+    built = [each for each in rebuilds if each.asked.builds and each.ending is Ending.BUILT]
+    newest = sorted(built, key=lambda each: each.finished)[-_LAST:]
+    return statistics.median(each.milliseconds / 1000 for each in newest) if newest else None
 
 
 def summary(report: Report) -> PastAudit:
