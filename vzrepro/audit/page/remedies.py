@@ -5,7 +5,7 @@ from __future__ import annotations
 from vzrepro.audit.model import REPEAT, AuditedNode, Guess, Verdict
 from vzrepro.audit.page.markup import Markup, join, tag
 from vzrepro.audit.page.view import View
-from vzrepro.audit.page.words import badge, command, listed, plural, style_class
+from vzrepro.audit.page.words import badge, command, glyph, listed, plural, style_class
 
 _SHOWN = 8  # cards before the rest is folded
 
@@ -54,7 +54,7 @@ def _to_ask(view: View) -> Markup:
         "li",
         tag(
             "p",
-            tag("span", "Other bytes", class_="badge differs"),
+            tag("span", glyph("differs"), "other bytes", class_="badge differs"),
             f" for {plural(len(targets), 'node')} ",
             tag("a", "in other caches", href="#against"),
             class_="what",
