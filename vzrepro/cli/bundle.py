@@ -217,12 +217,12 @@ def export(session: Session, target: str, version: str, out: Path) -> None:
         )
         for each in made
     ]
-    session.console.print_table(("archive", "profile", "bytes", "sha256", "state", "attestations"), rows)
     if envelopes is None:
         message = f"no attestations were looked for: {directory} is no object of this workspace's store"
         session.console.report(Notice("info", message))
     elif not all(each.attestations for each in made):
         session.warn("there are archives without attestations beside them: nobody has attested these bundles")
+    session.console.print_table(("archive", "profile", "bytes", "sha256", "state", "attestations"), rows)
 
 
 def _attestations(session: Session, directory: Path) -> set[bytes] | None:
