@@ -171,6 +171,11 @@ def test_rebuilds_that_agree_but_not_with_the_registered_output() -> None:
     assert not any(each.held for each in made), "rebuilds agree: there is no noise to look for"
 
 
+def test_an_output_that_was_made_from_other_inputs_says_so() -> None:
+    judgement, _ = _audit(_case(other_inputs=True), _leaking(registered="other"))
+    assert "from other inputs" in (judgement.findings[REPEAT].reason or "")
+
+
 def test_an_axis_that_gives_the_registered_output_is_the_cause() -> None:
     """It was registered by a build whose host name was what the axis makes it."""
 

@@ -110,7 +110,8 @@ class AxisPlan:
 class Case:
     """One node to be judged. `registered` is its output's NAR hash (hex). `proof` says why an axis did not take
     effect, given what was seen without and with it; None when it did. `patience` is how many rebuilds may have to
-    agree with an axis held while another one is suspected, too: noise of few values agrees by chance."""
+    agree with an axis held while another one is suspected, too: noise of few values agrees by chance. `other_inputs`
+    tells that the registered output is said to have been made from other bytes of its inputs than those here."""
 
     registered: str
     axes: tuple[AxisPlan, ...]
@@ -118,6 +119,7 @@ class Case:
     quick: bool = False
     rounds: int = 1
     patience: int = 5
+    other_inputs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +246,8 @@ class _Argument:
         (base, *others) = {result.nar_hash for result in results}
         if others or base is None:
             return self._noisy(runs, {})
-        reason = (
-            f"{len(runs)} rebuilds gave one output, which is not the registered one: that was made under other "
-            "conditions, or not from these inputs"
+        reason = f"{len(runs)} rebuilds gave one output, which is not the registered one: that was made " + (
+            "from other inputs, as its build key tells" if self.case.other_inputs else "under other conditions"
         )
         return self._settled(Finding(Verdict.DIFFERS, reason, runs), base)
 

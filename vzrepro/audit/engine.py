@@ -184,6 +184,7 @@ class Audit:
             verb = {"sandbox": "build", "image": "image"}.get(node.drv.builder, "fetch")
             expected = realizer.expected_secs(node.target, verb)
         plans = tuple(self._plan(axis, node) for axis in self.request.axes) if node.drv.builder == "sandbox" else ()
+        key = node.drv.build_key(inputs)
         case = Case(
             infos[node.path].nar_hash.hex,
             plans,
@@ -191,8 +192,9 @@ class Audit:
             self.request.quick and node.drv.builder == "sandbox",
             self.request.rounds if node.drv.builder == "sandbox" else 1,
             _PATIENCE if expected is None or expected > _LONG_SECS else _MORE_PATIENCE,
+            infos[node.path].build_key not in (None, key),
         )
-        return Subject(node, infos[node.path], node.drv.build_key(inputs), case, expected, earlier)
+        return Subject(node, infos[node.path], key, case, expected, earlier)
 
     def _plan(self, axis: Axis, node: Node) -> AxisPlan:
         job = self.rebuilder.job(node, self.rebuilder.realizer.store.root / ".vzrepro" / "tmp" / "none")

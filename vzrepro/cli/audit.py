@@ -25,6 +25,7 @@ from vzrepro.cache.signing import SigningKey
 from vzrepro.cli.options import DefaultVerb, json_option
 from vzrepro.cli.session import Session
 from vzrepro.errors import BuildFailed, Interrupted, NotDeterministic, UsageError, VzreproError
+from vzrepro.recipe import Node
 
 _SHORT = 160  # characters of a reason in a table
 
@@ -83,6 +84,8 @@ def run(
     caches = [session.cache(url) for url in against]
     runtime = sandbox.check()
     request = Request(nodes, _chosen(names), quick=quick, deep=deep, rounds=rounds, fresh=fresh)
+    closure = session.graph.closure(nodes)
+    _warn_of_typos(session, closure)
     realizer = session.realizer()
     tools = session.graph.targets.get(TOOLS_TARGET)
     place = None
@@ -115,7 +118,6 @@ def run(
         world = World(runtime, place, session.config.build_cores(), in_memory)
         rebuilder = Rebuilder(realizer, world, axes)
         found = Audit(request, rebuilder, records, signing.public.id, explain, signer.sign).run()
-    closure = session.graph.closure(nodes)
     around = Around(
         id=records.new_id(),
         started=started,
@@ -200,6 +202,13 @@ def _chosen(names: str) -> tuple[Axis, ...]:
         if name not in known and name != REPEAT:
             raise UsageError(f"no axis is called {name!r}", hint=f"there are: {', '.join((REPEAT, *known))}")
     return tuple(axis for axis in AXES if axis.name in wanted)
+
+
+def _warn_of_typos(session: Session, nodes: Sequence[Node]) -> None:
+    known = {axis.name for axis in AXES}
+    for node in nodes:
+        for name in sorted(node.constant.keys() - known):
+            session.warn(f"{node.place}: constant: no axis is called {name!r}; there are: {', '.join(sorted(known))}")
 
 
 def _key(session: Session, file: Path | None) -> SigningKey:
