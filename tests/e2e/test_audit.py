@@ -30,7 +30,7 @@ LEAKS = {
     "user": ("user", "id -u > /out/x"),
     "user-tar": ("user", "touch f; tar -c --mtime=@0 --mode=644 f > /out/x"),
     "umask": ("umask", "touch f; tar -c --mtime=@0 --owner=0 --group=0 f > /out/x"),
-    "time-zone": ("time-zone", "date -d @0 > /out/x"),
+    "time-zone": ("time-zone", "date -d @0 +%z > /out/x"),
     "locale": ("locale", "printf 'a\\nB\\n' | sort > /out/x"),
     "home": ("home", "echo ~ > /out/x"),
     "path": ("path", "echo $PATH > /out/x"),
@@ -38,7 +38,7 @@ LEAKS = {
     "cores": ("cores", "echo -j$VZ_CORES > /out/x"),
     "memory": ("memory", "grep MemTotal /proc/meminfo > /out/x"),
     "file-system": ("file-system", "stat -f -c %T . > /out/x"),
-    "directory-order": ("directory-order", "ls -U /in/data > /out/x"),
+    "directory-order": ("directory-order", "ls -U /in/data/data > /out/x"),
     "kernel-version": ("kernel-version", "uname -r > /out/x"),
     "address-layout": ("address-layout", "grep stack /proc/self/maps | cut -d- -f1 > /out/x"),
     "day": ("clock", "date -u +%F > /out/x"),
@@ -79,7 +79,7 @@ def small(name, command, constant=None, image=TOOLS_IMAGE, **inputs):
 for name, command in LEAKS:
     small(f"leak-{name}", command, image=C_IMAGE if "gcc" in command else TOOLS_IMAGE, data=DATA)
 
-GOOD = small("good", "ls /in/data | LC_ALL=C sort > /out/x", data=DATA)
+GOOD = small("good", "ls /in/data/data | LC_ALL=C sort > /out/x", data=DATA)
 A = small("chain-a", "echo a > /out/x")
 B = small("chain-b", "cat /in/a/x > /out/x; uname -n >> /out/x", a=A)
 C = small("chain-c", "cat /in/b/x > /out/x", b=B)

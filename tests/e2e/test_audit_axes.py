@@ -152,10 +152,6 @@ def plain(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return bench.run(bench.job(FACTS))
 
 
-# An axis that cannot be had without another: files on another file system are copies and come in its order.
-ALSO = {"directory-order": {"input-topology"}}
-
-
 @pytest.mark.parametrize("name", [name for name in VARIED if name != "runtime"])
 def test_an_axis_changes_what_it_is_about_and_nothing_else(name: str, bench: Bench, plain: Run) -> None:
     axis = BY_NAME[name]
@@ -163,12 +159,12 @@ def test_an_axis_changes_what_it_is_about_and_nothing_else(name: str, bench: Ben
     assert axis.unavailable(bench.places.world, job) is None
     run = bench.run(bench.vary(name, job))
     before, after = facts(plain), facts(run)
-    assert {fact for fact in before if before[fact] != after[fact]} == {name, *ALSO.get(name, ())}
+    assert {fact for fact in before if before[fact] != after[fact]} == {name}
     assert run.seen is not None and plain.seen is not None
     assert axis.took_effect(plain.seen, run.seen), (axis.seen(plain.seen), axis.seen(run.seen))
     assert run.out == plain.out == {"result": f"{RESULT}\n".encode()}
     others = {other.name for other in AXES if other.vary is not None and other.took_effect(plain.seen, run.seen)}
-    assert others == {name, *ALSO.get(name, ())}
+    assert others == {name}
 
 
 def test_another_runtime(bench: Bench, plain: Run) -> None:

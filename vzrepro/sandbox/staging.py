@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -39,7 +40,9 @@ def prepare(job: Job) -> None:
     for name in ETC:
         _write(etc / name, _etc(name, around).encode())
     job.staged.mkdir()
-    staging = _Staging(around)
+    if around.inputs_at is not None:
+        _twins(job).mkdir(mode=0o700)
+    staging = _Staging(around, None if around.inputs_at is None else _twins(job))
     for name in staging.ordered(list(job.inputs)):
         staging.put(job.inputs[name], job.staged / name)
     _finish_directory(job.staged, mtime_ns=1_000_000_000)
@@ -78,8 +81,10 @@ def _write(path: Path, content: bytes) -> None:
 class _Staging:
     """Makes an input's files at another place: linked or copied, in the order that the surroundings ask for."""
 
-    def __init__(self, around: Surroundings) -> None:
+    def __init__(self, around: Surroundings, twins: Path | None = None) -> None:
+        self._twins = twins
         self._copy = around.staging == "copy"
+        self._count = itertools.count()
         self._random = None if around.order is None else random.Random(around.order)
 
     def ordered(self, names: list[str]) -> list[str]:
@@ -104,6 +109,14 @@ class _Staging:
                 os.link(source, target)
             except OSError:  # another file system, a file of another user, too many links
                 shutil.copy2(source, target)
+                if self._twins is not None:
+                    # Of the axes of an audit, another place is one and files without other links are one.
+                    os.link(target, self._twins / str(next(self._count)))
+
+
+def _twins(job: Job) -> Path:
+    """Where a second link to each input's file is, so that copies on another file system are links as well."""
+    return job.staged.with_name(f"{job.staged.name}-links")
 
 
 def _finish_directory(directory: Path, mtime_ns: int) -> None:
@@ -129,9 +142,10 @@ def discard(job: Job) -> None:
             flags += ["--mount", bind(directory, "/build"), "--entrypoint", "chmod"]
             engine.docker("run", *flags, job.image, "-R", "a+rwX", "/build", checked=False)
             shutil.rmtree(directory)
-    for elsewhere in (job.surroundings.build_at, job.surroundings.inputs_at):
+    inputs_at = job.surroundings.inputs_at
+    for elsewhere in (job.surroundings.build_at, inputs_at, None if inputs_at is None else _twins(job)):
         if elsewhere is not None:
             shutil.rmtree(elsewhere, ignore_errors=True)
-            with contextlib.suppress(OSError):  # the other one is still in it
+            with contextlib.suppress(OSError):  # another one is still in it
                 elsewhere.parent.rmdir()
     shutil.rmtree(job.scratch)
