@@ -185,6 +185,25 @@ def test_a_failed_object_is_not_reported_as_done() -> None:
     assert setup.err == "2026-01-01T00:00:00Z build kernel failed after 3.0s\n"
 
 
+def test_rebuilds_of_one_object_are_told_apart() -> None:
+    setup = Setup()
+    path = "/nix/store/b-kernel"
+    setup.at(0, Started("kernel", f"{path}#repeat", "audit", 60))
+    setup.at(1, Started("kernel", f"{path}#host-name, round 2", "audit"))
+    setup.at(62, LogLine("kernel", f"{path}#host-name, round 2", "CC main.o"))
+    setup.at(63, Finished("kernel", f"{path}#repeat", "audit", "REPRODUCED", 63, 23_100_000))
+    setup.at(64, Finished("kernel", f"{path}#host-name, round 2", "audit", "DIFFERS", 63, 23_100_000))
+    setup.at(65, Finished("cache", "https://cache/#1", "check", "done", 1))
+    assert [line.partition("Z ")[2] for line in setup.err.splitlines()] == [
+        "audit kernel (repeat) (expected 1m00s)",
+        "audit kernel (host-name, round 2)",
+        "audit kernel (host-name, round 2) still runs, 1m01s",
+        "audit kernel (repeat) REPRODUCED in 1m03s, 23.1 MB",
+        "audit kernel (host-name, round 2) DIFFERS in 1m03s, 23.1 MB",
+        "check cache done in 1.0s",
+    ]
+
+
 def test_tables_are_aligned_and_numbers_go_right() -> None:
     setup = Setup()
     setup.console.print_table(("target", "bytes", "path"), [("kernel", 5, None), ("initramfs-x", 1200, "/p")])
