@@ -55,7 +55,8 @@ def test_a_module_says_its_job_and_has_a_telling_name(module: Path) -> None:
 def test_only_the_console_and_the_no_op_path_print() -> None:
     printing = re.compile(r"\bprint\(|\bsys\.(?:stdout|stderr)\.write\b")
     found = {str(module.relative_to(ROOT)) for module in MODULES if printing.search(module.read_text())}
-    assert found <= {"vzrepro/console.py", "vzrepro/__main__.py"}
+    in_a_sandbox = {"vzrepro/audit/looker.py"}  # a program that is put into one, never imported
+    assert found <= {"vzrepro/console.py", "vzrepro/__main__.py", *in_a_sandbox}
 
 
 def locked(name: str) -> dict[str, str]:

@@ -143,16 +143,21 @@ def test_equal_provenance_is_equal_bytes(shop: Shop) -> None:
     assert read == Provenance(built.path, built.nar_hash, shop.drv_hash, built.build_key, "2027-01-15T08:00:00Z")
 
 
-@pytest.mark.parametrize("outcome", [Outcome.SUBSTITUTED, Outcome.COPIED, Outcome.FETCHED])
+@pytest.mark.parametrize("outcome", [Outcome.SUBSTITUTED, Outcome.FETCHED])
 def test_what_was_not_built_here_has_no_provenance(shop: Shop, outcome: Outcome) -> None:
     with pytest.raises(NotBuiltHere):
         build_of(shop.store, replace(shop.built, outcome=outcome))
     assert pushed_along(shop.store, replace(shop.built, outcome=outcome))(KEY) is None
 
 
-def test_what_somebody_vouches_for_has_no_provenance(shop: Shop) -> None:
+def test_a_copy_of_what_was_built_here_counts_as_built(shop: Shop) -> None:
+    assert build_of(shop.store, replace(shop.built, outcome=Outcome.COPIED)) == build_of(shop.store, shop.built)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.BUILT, Outcome.COPIED])
+def test_what_somebody_vouches_for_has_no_provenance(shop: Shop, outcome: Outcome) -> None:
     with pytest.raises(NotBuiltHere):
-        build_of(shop.store, replace(shop.built, voucher=b"StorePath: x"))
+        build_of(shop.store, replace(shop.built, outcome=outcome, voucher=b"StorePath: x"))
 
 
 def test_inputs_that_are_gone_or_others_give_no_provenance(shop: Shop, tmp_path: Path) -> None:

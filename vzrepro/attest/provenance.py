@@ -1,8 +1,9 @@
 """SLSA provenance, version 1: what was built here, of what, and what came out (https://slsa.dev/spec/v1.0/provenance).
 
-It is told only of what this machine has built itself: a substituted or copied output is somebody else's word. The
-inputs are named with the content that was really fed in; that it is those is proved by the build key, which is computed
-from them once more.
+It is told only of what this machine has built itself: a substituted output is somebody else's word. A copy of an equal
+object (early cutoff) that was built here counts as built: the same command was run on the same bytes. The inputs
+are named with the content that was really fed in; that it is those is proved by the build key, which is computed from
+them once more.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ BUILD_TYPE = "urn:vzrepro:build:v1"
 
 UNSIGNED = "urn:vzrepro:unsigned"
 """The builder of provenance that nobody has signed."""
+
+
+_MADE = (Outcome.BUILT, Outcome.COPIED)
 
 
 class NotBuiltHere(VzreproError):
@@ -144,7 +148,7 @@ def build_of(store: LocalStore, info: ObjectInfo) -> Build:
     Raises NotBuiltHere: it came from elsewhere, its derivation or its inputs are not in the store any more, or they
     are not what it was built from.
     """
-    if info.outcome is not Outcome.BUILT or info.voucher is not None:
+    if info.outcome not in _MADE or info.voucher is not None:
         raise NotBuiltHere(f"{info.path.name} was not built here", reason=_ORIGINS.get(info.outcome, "it is not known"))
     canonical = None if info.drv_hash is None else store.derivation(info.drv_hash)
     if info.drv_hash is None or info.build_key is None or canonical is None:
@@ -168,7 +172,7 @@ def build_of(store: LocalStore, info: ObjectInfo) -> Build:
 
 _ORIGINS = {
     Outcome.SUBSTITUTED: "it was taken from a cache",
-    Outcome.COPIED: "it was copied from an object of the same build key",
+    Outcome.COPIED: "it was copied from an object that came from elsewhere",
     Outcome.FETCHED: "it was downloaded, or is local files",
 }
 

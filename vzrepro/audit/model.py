@@ -105,7 +105,8 @@ class Detail:
 
     `file` is relative to the output; `member` the path inside archives and files (`etc/passwd`, `.text`,
     `CONFIG_HZ`), outermost first; `kind` what was compared there (bytes, ELF section, cpio member, tar member,
-    compression, text line, metadata, listing). `offset` and `count` are of differing bytes where known. `excerpt` is a cut unified diff.
+    compression, text line, metadata, listing). `offset` and `count` are of differing bytes where known. `excerpt` is a
+    cut unified diff.
     """
 
     file: str

@@ -42,7 +42,7 @@ def attest() -> None:
 def sign(session: Session, targets: tuple[str, ...], file: Path, url: str | None) -> None:
     """Sign the provenance of TARGETs and of all that they were made from, as far as it was built here.
 
-    What was substituted or copied is somebody else's to attest, and is skipped. The attestations are kept beside the
+    What was substituted is somebody else's to attest, and is skipped. The attestations are kept beside the
     store; signing again changes nothing.
     """
     key = SigningKey.load(file)
