@@ -22,11 +22,10 @@ from vzrepro.audit.model import (
     PastAudit,
     Rebuild,
     Report,
-    Seed,
-    SeedImage,
     Verdict,
 )
 from vzrepro.evaluate import evaluate
+from vzrepro.sbom.seed import Seed, SeedImage
 
 PROJECT = Path(__file__).resolve().parents[1]
 

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vzrepro.errors import UsageError
 from vzrepro.model import FORMAT
+from vzrepro.sbom.seed import Seed
 
 REPEAT = "repeat"
 """The first column of every matrix: a rebuild with nothing varied on purpose."""
@@ -170,24 +171,6 @@ class AxisInfo:
     about: str
     applied: str
     proof: str
-
-
-@dataclass(frozen=True, slots=True)
-class SeedImage:
-    """A toolchain image's part of the trusted binary seed."""
-
-    target: str
-    packages: int
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Seed:
-    """The binaries that everything rests on and that no audit rebuilds: the pinned .debs, each counted once."""
-
-    packages: int
-    bytes: int
-    images: tuple[SeedImage, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,15 +23,12 @@ from vzrepro.audit.model import (
     PastAudit,
     Rebuild,
     Report,
-    Seed,
-    SeedImage,
     Verdict,
 )
 from vzrepro.audit.records import Record
 from vzrepro.cache.binary import BinaryCache
 from vzrepro.cache.signing import PublicKey
 from vzrepro.errors import RemoteError
-from vzrepro.evaluate import DrvGraph
 from vzrepro.model import NarHash
 from vzrepro.realize import Realizer
 from vzrepro.recipe import Node
@@ -109,7 +106,7 @@ def make_report(request: Request, found: Found, realizer: Realizer, around: Arou
         builder=around.builder,
         axes=tuple(AxisInfo(axis.name, axis.about, axis.applied, axis.proof) for axis in request.axes),
         nodes=tuple(_with_guesses(node, explanations) for node in nodes),
-        seed=_seed(graph, request.targets),
+        seed=seed(graph, request.targets),
         against=around.against,
         explanations=explanations,
         history=around.history[-HISTORY:],
@@ -197,12 +194,6 @@ def _with_guesses(node: AuditedNode, explanations: Mapping[str, Explanation]) ->
             guess = Guess(known, guess.evidence, FIXES[known])
         causes.append(Cause(cause.axis, guess, cause.explanation))
     return replace(node, causes=tuple(causes))
-
-
-def _seed(graph: DrvGraph, targets: Sequence[Node]) -> Seed:
-    found = seed(graph, targets)
-    images = tuple(SeedImage(image.target, image.packages, image.bytes) for image in found.images)
-    return Seed(found.packages, found.bytes, images)
 
 
 def compare_with_caches(
