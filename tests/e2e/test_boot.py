@@ -42,7 +42,8 @@ def test_the_bundle_boots_and_its_agent_answers() -> None:
     assert phases == ["init", "agent", "ready", "answer", "off"]
     secs = [line["secs"] for line in lines if line.get("event") == "phase"]
     assert secs == sorted(secs)
-    assert lines[-1]["agent_version"] is not None
+    # On a busy host the agent may answer a question before its own message has come; only that tells its version.
+    assert (lines[-1]["agent_version"] is not None) == lines[-1]["pushed"]
     assert lines[-1]["system"]["agent_protocol_revision"] == 1
 
 
