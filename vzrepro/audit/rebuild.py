@@ -145,9 +145,9 @@ class Rebuilder:
         except Interrupted:
             raise
         except VzreproError as error:
+            self._check_space()  # a full disk is met in many places, the log among them, and said in one way
             if not (asked.axes or asked.held):
                 raise
-            self._check_space()
             sandbox.check()  # if the engine is gone, it says so better
             return Ending.LOST, f"{error.message}: {error.reason}" if error.reason else error.message
         return Ending.BUILT, None
