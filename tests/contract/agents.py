@@ -178,6 +178,12 @@ class Side:
         """The agent's process id."""
         return int(self.text("echo $PPID"))
 
+    def kill_agent(self) -> None:
+        """Kill the agent, see that it is gone, and wait until it is back."""
+        with pytest.raises(AgentError):
+            self.shell("kill -KILL $PPID").whole()
+        self.client.ping(LIMIT_SECS)
+
     def resident_kib(self) -> int:
         """The agent's resident memory."""
         return int(self.text("sed -n 's/^VmRSS:[^0-9]*\\([0-9]*\\) kB/\\1/p' /proc/$PPID/status"))

@@ -143,16 +143,10 @@ def test_a_command_ends_with_its_host_process(agent: Side) -> None:
 def test_an_agent_that_goes_away_is_an_error(agent: Side) -> None:
     with start(agent, "echo up; exec sleep 1000") as process:
         assert line(process) == b"up\n"
-        kill_agent(agent)
+        agent.kill_agent()
         _, err = process.communicate(timeout=LIMIT_SECS)
         assert process.returncode == 1
         assert b"the guest agent's Exec failed" in err
-
-
-def kill_agent(agent: Side) -> None:
-    with contextlib.suppress(VzreproError):
-        agent.shell("kill -KILL $PPID").whole()
-    agent.client.ping(LIMIT_SECS)
 
 
 # --- Terminals ---------------------------------------------------------------------------------------------------
@@ -240,7 +234,7 @@ def test_a_terminal_is_put_right_however_it_ends(
             process.terminate()
             assert process.wait(LIMIT_SECS) == 128 + signal.SIGTERM
         case "the agent":
-            kill_agent(agent)
+            agent.kill_agent()
             assert process.wait(LIMIT_SECS) == 1
         case "two SIGTERM":
             process.terminate()

@@ -8,8 +8,7 @@ import uuid
 
 import pytest
 
-from tests.contract.agents import LIMIT_SECS, Side, eventually, refused
-from vzrepro.vm.agent import AgentError
+from tests.contract.agents import Side, eventually, refused
 
 _JOB = "set -m; sh -c 'echo $$ up; exec sleep 1000'; echo after"
 
@@ -38,7 +37,7 @@ def test_a_client_that_vanishes_takes_the_foreground_along(agent: Side) -> None:
 
 def test_an_id_is_not_given_out_again_by_an_agent_that_was_started_again(agent: Side) -> None:
     old = agent.exec("sleep", ["1000"]).started()
-    _kill(agent)
+    agent.kill_agent()
     new = [agent.exec("sleep", ["1000"]).started() for _ in range(20)]
     assert old.exec_id not in [command.exec_id for command in new]
     with refused("not_found"):
@@ -60,12 +59,5 @@ def test_what_a_command_left_behind_is_reaped_in_the_end(agent: Side) -> None:
 @pytest.mark.parametrize("wrong", [31_536_000, 4_000_000_000])
 def test_an_agent_that_starts_sets_a_clock_that_is_off(agent: Side, wrong: int) -> None:
     assert abs(int(agent.text(f"date -s @{wrong} > /dev/null; date +%s")) - wrong) < 60
-    _kill(agent)
+    agent.kill_agent()
     eventually(lambda: abs(int(agent.text("date +%s")) - time.time()) < 10, "the host's time in the guest")
-
-
-def _kill(agent: Side) -> None:
-    """Kill the agent, and wait until it is back."""
-    with pytest.raises(AgentError):
-        agent.shell("kill -KILL $PPID").whole()
-    agent.client.ping(LIMIT_SECS)
