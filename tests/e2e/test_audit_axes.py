@@ -18,7 +18,10 @@ import pytest
 
 from tests.e2e.conftest import Cli
 from vzrepro import image, sandbox
-from vzrepro.audit.axes import AXES, Axis, Observed, World, baseline, observed
+from vzrepro.audit import observed
+from vzrepro.audit.axes import AXES, Axis
+from vzrepro.audit.changes import World, baseline
+from vzrepro.audit.observed import Observed
 from vzrepro.errors import BuildFailed
 
 EPOCH = 1767225600
@@ -103,8 +106,8 @@ class Bench:
             out = {path.name: path.read_bytes() for path in job.out.iterdir() if path.is_file()}
         finally:
             sandbox.discard(job)
-        found = [seen for line in lines if (seen := observed(line)) is not None]
-        return Run(found[0] if found else None, [line for line in lines if observed(line) is None], out)
+        found = [seen for line in lines if (seen := observed.parse(line)) is not None]
+        return Run(found[0] if found else None, [line for line in lines if observed.parse(line) is None], out)
 
 
 @pytest.fixture

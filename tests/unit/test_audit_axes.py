@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from vzrepro import sandbox
-from vzrepro.audit.axes import AXES, World, baseline, observed
+from vzrepro.audit import observed
+from vzrepro.audit.axes import AXES
+from vzrepro.audit.changes import World, baseline
 from vzrepro.sandbox.confine import run_arguments
 
 IMAGE = "sha256:" + "ab" * 32
@@ -338,9 +340,9 @@ SEEN = {
 
 
 def test_only_the_observers_line_is_read() -> None:
-    assert observed(f"vzrepro-observed {json.dumps(SEEN)}") == SEEN
+    assert observed.parse(f"vzrepro-observed {json.dumps(SEEN)}") == SEEN
     for line in ("", "make: nothing to be done", "vzrepro-observed", "vzrepro-observed {", "vzrepro-observed [1]"):
-        assert observed(line) is None
+        assert observed.parse(line) is None
 
 
 @pytest.mark.parametrize(

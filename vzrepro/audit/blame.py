@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from vzrepro.audit.model import REPEAT, Verdict, worst
+from vzrepro.audit.observed import Observed
 
 _PAIR, _SURE = 2, 3
 """Rebuilds that must agree: to be suspected, to be believed."""
@@ -32,9 +33,6 @@ _OTHER_VALUES = 4
 
 _CONTROLS = 3
 """At most so many more rebuilds with nothing varied, however many axes are suspected."""
-
-Observed = Mapping[str, str]
-"""What was seen inside the sandbox: `axes.Observed`, as plain data."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -22,6 +22,7 @@ from vzrepro.audit import blame
 from vzrepro.audit.axes import Axis
 from vzrepro.audit.blame import AxisPlan, Case, Ending, Experiment, Judgement
 from vzrepro.audit.model import Verdict
+from vzrepro.audit.observed import Observed
 from vzrepro.audit.rebuild import Rebuilder
 from vzrepro.audit.records import Asked, Record, Records, expected_secs
 from vzrepro.errors import HashMismatch, Interrupted, VzreproError
@@ -206,7 +207,7 @@ class Audit:
             holds=axis.hold is not None,
         )
 
-    def _proof(self, name: str, without: blame.Observed, seen: blame.Observed) -> str | None:
+    def _proof(self, name: str, without: Observed, seen: Observed) -> str | None:
         axis = self.rebuilder.axes[name]
         if axis.took_effect(without, seen):
             return None
@@ -326,7 +327,7 @@ class Audit:
         asked = self._asked(subject, experiment)
         node = subject.node
 
-        def compare(tree: Path, scratch: Path, seen: blame.Observed | None) -> str | None:
+        def compare(tree: Path, scratch: Path, seen: Observed | None) -> str | None:
             self._verify_inputs(subject)
             if experiment.attempt or experiment.held or subject.explained >= _EXPLAINED:
                 return None
@@ -390,7 +391,7 @@ def verdict_of(record: Record) -> Verdict:
 
 
 def observed(
-    varied: Iterable[str], without: Record | None, within: blame.Observed | None, axes: Mapping[str, Axis]
+    varied: Iterable[str], without: Record | None, within: Observed | None, axes: Mapping[str, Axis]
 ) -> dict[str, tuple[str, str]]:
     """For each axis varied in a rebuild: what was seen of it without and with it; nothing where nothing was seen."""
     if within is None or without is None or without.observed is None:

@@ -20,9 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vzrepro import disk, fetch, image, nar, sandbox
-from vzrepro.audit import axes as known
-from vzrepro.audit.axes import Axis, World
-from vzrepro.audit.blame import Ending, Observed
+from vzrepro.audit import changes, observed
+from vzrepro.audit.axes import PROCESS_IDS, Axis
+from vzrepro.audit.blame import Ending
+from vzrepro.audit.changes import World
+from vzrepro.audit.observed import Observed
 from vzrepro.audit.records import Asked, Record
 from vzrepro.errors import BuildFailed, HashMismatch, Interrupted, RemoteError, TimedOut, VzreproError
 from vzrepro.model import ObjectInfo
@@ -60,9 +62,9 @@ class Rebuilder:
     def job(self, node: Node, scratch: Path, asked: Asked | None = None) -> sandbox.Job:
         """The node's job with what is asked of it; `scratch` need not exist."""
         pid = None
-        if asked is not None and known.PROCESS_IDS not in (*asked.axes, *asked.held):
+        if asked is not None and PROCESS_IDS not in (*asked.axes, *asked.held):
             pid = _FIRST_PID + _PIDS_APART * asked.attempt
-        job = known.baseline(self.realizer.job(node, scratch), self.world, pid)
+        job = changes.baseline(self.realizer.job(node, scratch), self.world, pid)
         if job.timeout_secs is not None:
             job = replace(job, timeout_secs=job.timeout_secs * _PATIENCE)
         if asked is not None:
@@ -221,7 +223,7 @@ class _Output:
         self._say = say
 
     def line(self, text: str) -> None:
-        if self.observed is None and (seen := known.observed(text)) is not None:
+        if self.observed is None and (seen := observed.parse(text)) is not None:
             self.observed = seen
             return
         self.tail.append(text)

@@ -13,7 +13,8 @@ import click
 
 from vzrepro import console, sandbox
 from vzrepro.audit import diff, diffoscope, page
-from vzrepro.audit.axes import AXES, TOOLS_TARGET, Axis, World
+from vzrepro.audit.axes import AXES, TOOLS_TARGET, Axis
+from vzrepro.audit.changes import World
 from vzrepro.audit.engine import Audit, Request
 from vzrepro.audit.model import REPEAT, AuditedNode, Cell, Report, Verdict
 from vzrepro.audit.rebuild import Rebuilder, memory_directory
