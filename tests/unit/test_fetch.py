@@ -670,6 +670,22 @@ def test_stopping_all_downloads_does_not_wait_for_a_silent_server(site: Site, tm
         release.set()
 
 
+def test_what_was_being_downloaded_when_all_were_stopped_is_not_there(tmp_path: Path) -> None:
+    """The last ones leave nothing waiting, and end as soon as they are told to."""
+    (tmp_path / "source").write_bytes(DATA)
+    cancel = threading.Event()
+
+    def stop(_done: int, _total: int | None) -> None:
+        cancel.set()
+        threading.Event().wait(0.3)
+
+    with pytest.raises(Interrupted):
+        download_all(
+            [Download(((tmp_path / "source").as_uri(),), tmp_path / "f", SHA, len(DATA))], report=stop, cancel=cancel
+        )
+    assert not (tmp_path / "f").exists()
+
+
 def test_served_asks_without_reading(site: Site, tmp_path: Path) -> None:
     there, gone = site.serve("there", good()), site.serve("gone", status(404))
     assert served([gone, there])

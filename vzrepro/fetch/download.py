@@ -542,12 +542,14 @@ class _Crew:
     changed: threading.Condition = field(default_factory=threading.Condition)
     error: BaseException | None = None
     running: int = 0
+    unfinished: int = 0
 
     def run(self) -> None:
         waiting = deque(enumerate(self.items))
         done = [0] * len(self.items)
         sizes = [item.size for item in self.items]
         self.running = min(self.jobs, len(self.items))
+        self.unfinished = len(self.items)
         # Daemons: one that waits for a silent server must not keep the process from ending.
         for number in range(self.running):
             threading.Thread(
@@ -563,7 +565,7 @@ class _Crew:
                 self.changed.wait_for(lambda: not self.running, timeout=_GRACE_SECS)
         if self.error is not None:
             raise self.error
-        if self.cancel.is_set() and (waiting or self.running):
+        if self.unfinished:
             raise Interrupted("the downloads were stopped", hint="run the same command again: it goes on where it was")
 
     def _work(self, waiting: deque[tuple[int, Download]], done: list[int], sizes: list[int | None]) -> None:
@@ -583,6 +585,8 @@ class _Crew:
                     patience=self.patience,
                     http=self.http,
                 )
+                with self.changed:
+                    self.unfinished -= 1
         except BaseException as error:
             with self.changed:
                 self.error = self.error or (None if self.stop.is_set() else error)
