@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from vzrepro.audit import diffoscope
 from vzrepro.audit.diffoscope import parse
 from vzrepro.audit.inside import Place
+from vzrepro.errors import Interrupted
+from vzrepro.realize import Realizer
+from vzrepro.sandbox import Job
 
 
 def node(source: str, diff: str | None = None, *details: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -79,3 +87,31 @@ def test_anything_else_is_nothing(data: bytes) -> None:
 def test_there_is_a_limit_of_places() -> None:
     document = node("x", None, *(node(f"m{number}", "-a\n+b\n") for number in range(1000)))
     assert len(parse(json.dumps(document).encode())) == 200
+
+
+def test_an_interrupt_is_no_lack_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_job: Job, on_line: Callable[[str], None], stop: threading.Event) -> None:
+        on_line("tool diffoscope 297")
+        raise Interrupted("interrupted while the comparison was being built")
+
+    discarded: list[Job] = []
+    for name, instead in (("check", None), ("load_image", None), ("run", run), ("discard", discarded.append)):
+        monkeypatch.setattr(diffoscope.sandbox, name, instead or (lambda *_: None))
+    monkeypatch.setattr(diffoscope.image, "image_id", lambda _archive: "sha256:" + "ab" * 32)
+    realizer = SimpleNamespace(
+        graph=SimpleNamespace(find=lambda _name: SimpleNamespace(drv=SimpleNamespace(platform="linux/amd64"))),
+        realize=lambda _nodes: [SimpleNamespace(path=None)],
+        store=SimpleNamespace(location=lambda _path: tmp_path),
+        config=SimpleNamespace(build_cores=lambda: 1, memory_bytes=lambda limit: limit),
+        stop=threading.Event(),
+    )
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(Interrupted):
+        diffoscope.look(
+            {"": (tmp_path / "a", tmp_path / "b")},
+            realizer=cast(Realizer, realizer),
+            scratch=tmp_path / "look",
+            limits=diffoscope.LIMITS,
+        )
+    assert len(discarded) == 1

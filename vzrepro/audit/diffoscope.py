@@ -17,7 +17,7 @@ from typing import Any
 
 from vzrepro import image, sandbox
 from vzrepro.audit.inside import Place
-from vzrepro.errors import TimedOut, VzreproError
+from vzrepro.errors import Interrupted, TimedOut, VzreproError
 from vzrepro.realize import Realizer
 
 IMAGE = "image-diffoscope"
@@ -132,6 +132,8 @@ def look(
             sandbox.run(job, on_line=heard.line, stop=realizer.stop)
         except TimedOut:
             heard.ended = f"after {limits.seconds:.0f} s"
+        except Interrupted:
+            raise
         except VzreproError:
             if not heard.tool:  # it did not even start
                 raise
