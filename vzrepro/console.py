@@ -49,6 +49,8 @@ _OUTCOME_STYLES = {"DIFFERS": "red", "BUILD_FAILED": "red", "INCONCLUSIVE": "yel
 _SGR = {"": "", "bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36", "bold red": "1;31"}
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_LINE_BREAK = re.compile(r"[\t\n\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""What would make more than one cell of a cell: line breaks, tabs, and marks that turn the direction of writing."""
 
 _FRAME_SECS = 0.125
 _PROGRESS_SECS = 10.0
@@ -466,7 +468,7 @@ def _text(pieces: Pieces) -> Text:
 
 def aligned(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
     """A table's lines: the columns' names, then a line for each row."""
-    shown = [["-" if cell is None else clean(str(cell)) for cell in row] for row in rows]
+    shown = [["-" if cell is None else _LINE_BREAK.sub(" ", clean(str(cell))) for cell in row] for row in rows]
     number = [all(isinstance(row[i], int | float | None) for row in rows) and rows != [] for i in range(len(columns))]
     widths = [max(len(line[i]) for line in (columns, *shown)) for i in range(len(columns))]
     return [

@@ -8,7 +8,9 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import json
+import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -123,8 +125,14 @@ def read(directory: Path) -> Metadata:
     """The metadata of the bundle in `directory`. Raises UsageError as `parse`, or when there is none; OSError."""
     path = directory / VERSION_FILE
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # never waits for who writes into a fifo
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise IsADirectoryError(path)
+            with open(fd, "rb", closefd=False) as file:
+                content = file.read(MAX_BYTES + 1)
+        finally:
+            os.close(fd)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise UsageError(
             f"{directory} is not a boot bundle",

@@ -63,7 +63,8 @@ class Digest:
     hex: str
 
     def __post_init__(self) -> None:
-        if len(self.hex) != 64 or not set(self.hex) <= set("0123456789abcdef"):
+        # Of JSON that others wrote anything may come, also 64 digits in a list.
+        if not isinstance(self.hex, str) or len(self.hex) != 64 or not set(self.hex) <= set("0123456789abcdef"):
             raise ValueError(f"{self.hex!r} is not a sha256 in lower-case hex")
 
     @classmethod

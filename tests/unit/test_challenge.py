@@ -81,6 +81,14 @@ def test_who_has_nothing_of_a_node_is_absent_there() -> None:
     ]
 
 
+def test_a_stranger_is_a_row_only_where_it_has_something() -> None:
+    """Else a hostile cache's thousands of names are multiplied by the nodes of a target."""
+    strangers = [said(f"s{number} (unknown)", A) for number in range(9)]
+    found = compare({"m": [said("x", A), *strangers], "n": [said(HERE, A, Way.STORE), said("y (unknown)", A)]}, {})
+    assert [row.builder for row in found.rows if row.node == "m"] == [HERE, *(each.builder for each in strangers), "x"]
+    assert [row.builder for row in found.rows if row.node == "n"] == [HERE, "x", "y (unknown)"]
+
+
 def test_what_nobody_has_is_one_row() -> None:
     found = compare({"m": [], "n": [said("x", A), said("y", A)]}, {})
     assert [(row.builder, row.state) for row in found.rows if row.node == "m"] == [("nobody", State.ABSENT)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import sys
 import tomllib
@@ -136,6 +137,10 @@ def test_reading_a_directory(tmp_path: Path) -> None:
     assert metadata.read(tmp_path) == parse(DOCUMENT)
     (tmp_path / "version.json").write_bytes(b" " * (metadata.MAX_BYTES + 1))
     with pytest.raises(UsageError, match="larger than"):
+        metadata.read(tmp_path)
+    (tmp_path / "version.json").unlink()
+    os.mkfifo(tmp_path / "version.json")  # which must not be waited for
+    with pytest.raises(UsageError, match="is not a boot bundle"):
         metadata.read(tmp_path)
 
 

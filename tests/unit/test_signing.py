@@ -130,3 +130,34 @@ def test_nothing_is_trusted_without_keys(key: SigningKey) -> None:
 def test_a_malformed_signature_is_refused(key: SigningKey, text: str) -> None:
     with pytest.raises(UsageError):
         TrustedKeys([key.public]).signers(b"m", [text])
+
+
+WEAK = [
+    "00" * 32,
+    "01" + "00" * 31,
+    "01" + "00" * 30 + "80",
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03fa",
+    "ec" + "ff" * 30 + "7f",
+    "ed" + "ff" * 31,
+    "ee" + "ff" * 30 + "7f",
+]
+
+
+@pytest.mark.parametrize("encoded", WEAK)
+def test_a_key_that_anybody_can_sign_for_is_refused(encoded: str) -> None:
+    """A placeholder of zeros in a policy, say. No secret is needed: R is the neutral element, S is 0."""
+    key = PublicKey("weak", bytes.fromhex(encoded))
+    without_secret = b"\x01" + bytes(63)
+    assert not any(key.has_signed(b"%d" % number, without_secret) for number in range(100))
+    with pytest.raises(UsageError, match="worth nothing"):
+        PublicKey.parse(str(key))
+
+
+def test_a_signature_has_one_form(key: SigningKey) -> None:
+    """S + L is S modulo the group's order L, and yet no second signature of the same message."""
+    order = 2**252 + 27742317777372353535851937790883648493
+    raw = key.sign_raw(b"m")
+    twin = raw[:32] + (int.from_bytes(raw[32:], "little") + order).to_bytes(32, "little")
+    assert key.public.has_signed(b"m", raw)
+    assert not key.public.has_signed(b"m", twin)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from vzrepro.attest.statement import subjects_of
 from vzrepro.attest.votes import Kind, Vote
 from vzrepro.audit.verify import Asked, Tree, Verified, statements_in, verify
 from vzrepro.cache.signing import PublicKey
-from vzrepro.errors import HashMismatch, NotDeterministic, Untrusted, UsageError
+from vzrepro.errors import HashMismatch, NotDeterministic, Untrusted, UsageError, VzreproError
 from vzrepro.model import DrvHash, NarHash, store_path
 
 NOW = dt.datetime(2026, 6, 1, tzinfo=dt.UTC)
@@ -70,6 +73,70 @@ def test_what_lies_beside_a_bundle_is_left_out_at_the_top_only(tree: Path) -> No
     (tree / "sub" / "y.sha256").write_text("")
     assert Tree(tree, "thing", bare=True).nar_hash != before
     assert "sub/y.sha256" in named(tree)
+
+
+@pytest.mark.parametrize("name", ["evil.sha256", "evil.intoto.jsonl"])
+def test_only_files_lie_beside_a_bundle(tree: Path, name: str) -> None:
+    """A directory, a link or a fifo of that name is something else than a checksum, and would not be looked into."""
+    right, files = nar.nar_hash(tree)[0], named(tree)
+    votes = vote("a", right, files), vote("b", right, files)
+    (tree / name).mkdir()
+    (tree / name / "payload").write_bytes(b"anything")
+    assert f"{name}/payload is not part of it" in str(judged(tree, *votes).error)
+    (tree / name / "payload").unlink()
+    assert isinstance(judged(tree, *votes).error, HashMismatch), "an empty directory is not what was built, either"
+    (tree / name).rmdir()
+    (tree / name).symlink_to("program")
+    assert isinstance(judged(tree, *votes).error, HashMismatch)
+    (tree / name).unlink()
+    os.mkfifo(tree / name)
+    with pytest.raises(VzreproError, match="cannot be part"):
+        judged(tree, *votes)
+    (tree / name).unlink()
+    assert judged(tree, *votes).error is None
+
+
+def test_an_empty_directory_more_is_no_lost_mode(tree: Path) -> None:
+    right, files = nar.nar_hash(tree)[0], named(tree)
+    (tree / "sub" / "empty").mkdir()
+    done = judged(tree, vote("a", right, files), vote("b", right, files))
+    assert isinstance(done.error, HashMismatch)
+    assert "empty directories differ" in str(done.error)
+
+
+def test_a_link_to_a_bundle_is_that_bundle(tree: Path, tmp_path: Path) -> None:
+    right, files = nar.nar_hash(tree)[0], named(tree)
+    link = tmp_path / "current"
+    link.symlink_to(tree)
+    done = judged(link, vote("a", right, files), vote("b", right, files))
+    assert (done.error, done.lost) == (None, False)
+
+
+def test_a_summary_is_about_what_was_verified(tree: Path) -> None:
+    right = nar.nar_hash(tree)[0]
+    done = judged(tree, vote("a", right), vote("b", right))
+    assert done.subjects() == Tree(tree, "thing", bare=True).subjects(store_path(ONE, "thing"))
+    (tree / "program").write_bytes(b"evil\n")
+    with pytest.raises(HashMismatch, match="changed while"):
+        done.subjects()
+
+
+def test_a_name_that_is_no_text_can_be_told_of(tree: Path) -> None:
+    """Signed statements are UTF-8; that file is still covered by the hash of the whole."""
+    Path(os.fsdecode(os.fsencode(tree) + b"/\xff")).write_bytes(b"")
+    done = judged(tree, vote("a", NarHash("f" * 64)), vote("b", NarHash("f" * 64)))
+    assert isinstance(done.error, HashMismatch)
+    [whole] = done.subjects()
+    assert whole.digest == {"narSha256": nar.nar_hash(tree)[0].hex}
+
+
+def test_a_voter_cannot_have_another_name_verified(tree: Path) -> None:
+    """The path in a statement is of its derivation and of any name; only the one that was asked for counts."""
+    right = nar.nar_hash(tree)[0]
+    renamed = replace(vote("a", right), path=store_path(ONE, "another"))
+    assert "too few votes" in str(judged(tree, renamed, vote("b", right), drv=ONE).error)
+    done = judged(tree, renamed, vote("b", right), vote("c", right))
+    assert (done.error, done.path, done.voters) == (None, store_path(ONE, "thing"), ("b", "c"))
 
 
 def test_enough_votes_for_the_whole_are_enough(tree: Path) -> None:
@@ -177,8 +244,21 @@ def test_a_line_without_end_takes_no_memory(tmp_path: Path) -> None:
                for each in read(found, policy()).refused)  # fmt: skip
 
 
-def test_too_large_a_file_is_refused(tmp_path: Path) -> None:
-    with (tmp_path / "a.intoto.jsonl").open("wb") as file:
-        file.truncate((256 << 20) + 1)
+@pytest.mark.parametrize("sizes", [((256 << 20) + 1,), (1, 256 << 20)])
+def test_too_many_bytes_are_refused(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    for number, size in enumerate(sizes):
+        with (tmp_path / f"{number}.intoto.jsonl").open("wb") as file:
+            file.truncate(size)
     with pytest.raises(UsageError, match="too large"):
+        statements_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to("nowhere")],
+)
+def test_what_is_no_file_of_statements_is_not_waited_for(tmp_path: Path, plant: Callable[[Path], None]) -> None:
+    """Whoever made the directory would have the verifier wait, or read, for ever."""
+    plant(tmp_path / "a.intoto.jsonl")
+    with pytest.raises(UsageError, match=r"a\.intoto\.jsonl"):
         statements_in(tmp_path)

@@ -27,6 +27,7 @@ from vzrepro.cache.signing import PublicKey, TrustedKeys, parse_signature
 from vzrepro.errors import NotDeterministic, RemoteError, VzreproError
 from vzrepro.model import BuildKey, NarHash, ObjectInfo, Outcome
 from vzrepro.recipe import Node
+from vzrepro.wire import printable
 
 _WORKERS = 8  # nodes and caches that are asked about at once: each asks for several entries
 _SHOWN = 5
@@ -201,9 +202,8 @@ def challenge(
 
 def compare(evidence: Mapping[str, Sequence[Evidence]], silent: Mapping[str, str]) -> Challenge:
     """Turn evidence, by node, into a table and its differences."""
-    builders = sorted(
-        {each.builder for its in evidence.values() for each in its}, key=lambda name: (name != HERE, name)
-    )
+    # A stranger is no row where it has nothing: strangers may be as many as somebody likes to write.
+    everywhere = {each.builder for its in evidence.values() for each in its if each.known or each.builder == HERE}
     rows, splits = [], []
     for node, its in evidence.items():
         by_builder: defaultdict[str, list[Evidence]] = defaultdict(list)
@@ -215,11 +215,15 @@ def compare(evidence: Mapping[str, Sequence[Evidence]], silent: Mapping[str, str
             for nar_hash in hashes:
                 supporters[nar_hash].add(name)
         common = _common(supporters, {each.builder for each in its if each.known})
-        for name in builders if its else [NOBODY]:
+        for name in sorted(everywhere | set(by_builder), key=_place_of) if its else [NOBODY]:
             rows.append(_row(node, name, by_builder.get(name, []), results.get(name, ()), supporters, common))
         if len(supporters) > 1:
             splits.append(_split(node, supporters, its))
     return Challenge(tuple(rows), tuple(splits), dict(silent))
+
+
+def _place_of(builder: str) -> tuple[bool, str]:
+    return builder != HERE, builder
 
 
 def _results(its: Sequence[Evidence]) -> tuple[NarHash, ...]:
@@ -325,7 +329,7 @@ class _Keys:
 
 
 def _stranger(name: str) -> str:
-    return f"{name[:64]} (unknown)"
+    return f"{printable(name[:64])} (unknown)"
 
 
 def _forged(name: str) -> str:

@@ -10,7 +10,7 @@ import datetime as dt
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,15 +21,15 @@ from vzrepro.attest import dsse
 from vzrepro.attest.ballots import Ballots, Found
 from vzrepro.attest.policy import Policy
 from vzrepro.attest.statement import MAX_FILES, NAR_DIGEST, Subject
-from vzrepro.attest.votes import Decision, Tally, count, decide
+from vzrepro.attest.votes import Decision, Tally, Vote, count, decide
 from vzrepro.errors import HashMismatch, NotDeterministic, Untrusted, UsageError, VzreproError
-from vzrepro.model import DrvHash, NarHash, StorePath
+from vzrepro.model import DrvHash, NarHash, StorePath, store_path
 
 STATEMENTS = ".intoto.jsonl"
 """How the names of files with envelopes end, one in each line."""
 
 _BESIDE = (STATEMENTS, ".sha256")
-_MAX_FILE = 256 << 20
+_MAX_STATEMENTS = 256 << 20
 _SHOWN = 5
 
 
@@ -51,14 +51,14 @@ class Tree:
     """Files on the disk. Reading raises OSError, or VzreproError for what no store object can hold."""
 
     def __init__(self, place: Path, name: str, *, bare: bool) -> None:
-        self._place = place
+        self._place = place.resolve() if bare else place  # a store object may itself be a link
         self._name = name
         self._bare = bare
 
     @cached_property
     def nar_hash(self) -> NarHash:
         """The hash of the tree's NAR."""
-        return nar.nar_hash(self._place, without=_is_beside if self._bare else None)[0]
+        return nar.nar_hash(self._place, without=self._is_beside if self._bare else None)[0]
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -68,14 +68,20 @@ class Tree:
 
     @cached_property
     def others(self) -> tuple[str, ...]:
-        """The names of what is neither file nor directory."""
+        """The names of what no list of files has: what is neither file nor directory, and empty directories."""
         return tuple(name for name, path in self._walk() if not stat.S_ISREG(path.lstat().st_mode))
 
     def subjects(self, path: StorePath | None) -> tuple[Subject, ...]:
         """The tree as the subject of a statement, by the store path or, if there is none, the name."""
         whole = Subject(str(path or self._name), {NAR_DIGEST: self.nar_hash.hex})
-        named = self.files if len(self.files) <= MAX_FILES else {}
+        named = self.files if len(self.files) <= MAX_FILES and all(map(_is_text, self.files)) else {}
         return whole, *(Subject(name, {"sha256": digest}) for name, digest in named.items())
+
+    def _is_beside(self, name: bytes) -> bool:
+        """Whether this entry of the tree is a file that belongs beside a bundle, not a part of it."""
+        if not os.fsdecode(name).endswith(_BESIDE):
+            return False
+        return stat.S_ISREG((self._place / os.fsdecode(name)).lstat().st_mode)
 
     def _walk(self) -> list[tuple[str, Path]]:
         if not self._place.is_dir():
@@ -84,10 +90,13 @@ class Tree:
         for folder, folders, files in os.walk(self._place, onerror=_raise):
             below = Path(folder)
             links = [name for name in folders if (below / name).is_symlink()]
-            for name in (*files, *links):
-                path = below / name
-                if not (self._bare and below == self._place and _is_beside(os.fsencode(name))):
-                    found.append((path.relative_to(self._place).as_posix(), path))
+            paths = [
+                below / name
+                for name in (*files, *links)
+                if not (self._bare and below == self._place and self._is_beside(os.fsencode(name)))
+            ]
+            paths += [] if files or folders or below == self._place else [below]
+            found += [(path.relative_to(self._place).as_posix(), path) for path in paths]
         return sorted(found)
 
 
@@ -110,11 +119,19 @@ class Verified:
     @property
     def path(self) -> StorePath | None:
         """The store path that it was judged by."""
-        if self.tally is None:
-            return None
-        votes = (vote for each in self.tally.standings for voter in each.voters.values() for vote in voter)
-        void = (vote for each in self.tally.void for vote in each.votes)
-        return next((vote.path for vote in (*votes, *void)), None)
+        return None if self.tally is None else store_path(self.tally.drv_hash, self.asked.name)
+
+    def subjects(self) -> tuple[Subject, ...]:
+        """What a summary of this is about. Raises HashMismatch when the tree is not what was verified any more."""
+        tree = Tree(self.asked.tree, self.asked.name, bare=self.asked.bare)
+        _ = tree.files  # read before the whole is hashed once more, so that both are of the same tree
+        if tree.nar_hash != self.nar_hash:
+            raise HashMismatch(
+                f"{self.asked.shown} was changed while it was verified",
+                reason=f"before: {self.nar_hash.nix}\nnow:    {tree.nar_hash.nix}",
+                hint="verify it once more when nobody writes to it",
+            )
+        return tree.subjects(self.path)
 
     @property
     def voters(self) -> tuple[str, ...]:
@@ -145,9 +162,9 @@ def verify(asked: Asked, ballots: Ballots, policy: Policy, now: dt.datetime) -> 
     VzreproError for a tree that cannot be read."""
     tree = Tree(asked.tree, asked.name, bare=asked.bare)
     nar_hash = tree.nar_hash
-    about = {vote.drv_hash for vote in ballots.votes if vote.path.name == asked.name}
-    candidates = [asked.drv_hash] if asked.drv_hash is not None else sorted(about)
-    judged = [_judged(asked, ballots, policy, now, tree, drv_hash) for drv_hash in candidates]
+    about = [vote for vote in ballots.votes if vote.path.name == asked.name]
+    candidates = [asked.drv_hash] if asked.drv_hash is not None else sorted({vote.drv_hash for vote in about})
+    judged = [_judged(asked, ballots, about, policy, now, tree, drv_hash) for drv_hash in candidates]
     if not judged:
         error = Untrusted(
             f"nobody who may vote has signed that they built {asked.name}",
@@ -159,9 +176,15 @@ def verify(asked: Asked, ballots: Ballots, policy: Policy, now: dt.datetime) -> 
 
 
 def _judged(
-    asked: Asked, ballots: Ballots, policy: Policy, now: dt.datetime, tree: Tree, drv_hash: DrvHash
+    asked: Asked,
+    ballots: Ballots,
+    votes: Sequence[Vote],
+    policy: Policy,
+    now: dt.datetime,
+    tree: Tree,
+    drv_hash: DrvHash,
 ) -> Verified:
-    tally = count(ballots.votes, policy, asked.target, drv_hash)
+    tally = count(votes, policy, asked.target, drv_hash)
     decision, lost = None, False
     try:
         decision = decide(tally, policy, now)
@@ -235,31 +258,56 @@ def _whose(tree: Tree, tally: Tally) -> str:
 def statements_in(directory: Path) -> list[Found]:
     """The envelopes in the `*.intoto.jsonl` files of a directory, each line one; what is in them is not looked at.
 
-    Raises UsageError when the directory or a file cannot be read, or a file is larger than 256 MiB.
+    Raises UsageError when the directory or a file cannot be read, is no regular file, or they are larger than 256 MiB.
     """
+    found: list[Found] = []
+    left = _MAX_STATEMENTS
     try:
-        files = sorted(path for path in directory.iterdir() if path.name.endswith(STATEMENTS))
-        return [found for file in files for found in _lines(file)]
+        for file in sorted(path for path in directory.iterdir() if path.name.endswith(STATEMENTS)):
+            left = _read_lines(file, left, found)
+        return found
     except OSError as error:
         raise UsageError(
             f"the statements in {directory} cannot be read", reason=f"{error.filename}: {error.strerror}"
         ) from error
 
 
-def _lines(file: Path) -> Iterator[Found]:
-    if file.stat().st_size > _MAX_FILE:
-        raise UsageError(f"{file} is too large", reason=f"statements are read from at most {_MAX_FILE >> 20} MiB")
-    with file.open("rb") as opened:
-        number = 0
-        # One byte more than an envelope may have, so that what is cut here is refused as too large.
-        while line := opened.readline(dsse.MAX_ENVELOPE + 2):
-            number += 1
-            if line.strip():
-                yield Found(f"{file.name}:{number}", line.strip())
+def _read_lines(file: Path, left: int, found: list[Found]) -> int:
+    """Add a file's lines to `found`; how many of the `left` bytes may still be read then."""
+    fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # never waits for who writes into a fifo
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"{file} is no file", reason=f"what is called *{STATEMENTS} is read for statements")
+        if status.st_size > left:
+            raise _too_large(file.parent)
+        with open(fd, "rb", closefd=False) as opened:
+            number = 0
+            # One byte more than an envelope may have, so that what is cut here is refused as too large.
+            while line := opened.readline(dsse.MAX_ENVELOPE + 2):
+                number += 1
+                left -= len(line)
+                if left < 0:
+                    raise _too_large(file.parent)
+                if line.strip():
+                    found.append(Found(f"{file.name}:{number}", line.strip()))
+    finally:
+        os.close(fd)
+    return left
 
 
-def _is_beside(name: bytes) -> bool:
-    return os.fsdecode(name).endswith(_BESIDE)
+def _too_large(directory: Path) -> UsageError:
+    return UsageError(
+        f"the statements in {directory} are too large", reason=f"at most {_MAX_STATEMENTS >> 20} MiB are read"
+    )
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _sha256(path: Path) -> str:

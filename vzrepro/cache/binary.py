@@ -322,7 +322,7 @@ class BinaryCache:
     def differences(self, info: NarInfo) -> list[Difference]:
         """Who has told this cache that the object's derivation gave other bytes. Raises RemoteError."""
         subject = info.drv_hash.hex if info.drv_hash is not None else info.path.hash_part
-        found = (read_difference(data, self.trusted) for data in self._statements(subject))
+        found = (read_difference(data, info.path, self.trusted) for data in self._statements(subject))
         return [each for each in found if each is not None]
 
     def attestations(self, drv_hash: DrvHash) -> list[bytes]:

@@ -76,9 +76,9 @@ class BuildRecord:
             realization = Realization(
                 build_key=BuildKey(made["build_key"]),
                 drv_hash=DrvHash(made["drv_hash"]),
-                path=StorePath.parse(made["path"]),
+                path=StorePath.parse(str(made["path"])),
                 nar_hash=NarHash(made["nar_hash"]),
-                nar_size=int(made["nar_size"]),
+                nar_size=_size(made["nar_size"]),
             )
             signatures = tuple(str(text) for text in document["signatures"])
             for text in signatures:
@@ -127,12 +127,13 @@ def signed_difference(info: ObjectInfo, existing: NarInfo, signer: SigningKey) -
     return f"{prefix}{signer.public.id}/{FileHash.of(record)}.json", record
 
 
-def read_difference(data: bytes, trusted: TrustedKeys) -> Difference | None:
-    """Read an `attest/` record; None when it is another kind of record, or malformed."""
+def read_difference(data: bytes, path: StorePath, trusted: TrustedKeys) -> Difference | None:
+    """Read an `attest/` record; None when it is another kind of record, malformed, or about another object than `path`,
+    as one is that somebody has copied here."""
     try:
         document = json.loads(data)
         statement, signatures = document["statement"], [str(text) for text in document["signatures"]]
-        if statement["type"] != "not-deterministic":
+        if statement["type"] != "not-deterministic" or statement["path"] != str(path):
             return None
         kept, found = NarHash(statement["kept"]["nar_hash"]), NarHash(statement["found"]["nar_hash"])
         by = ", ".join(sorted({parse_signature(text)[0] for text in signatures}))
@@ -185,6 +186,12 @@ def read_index(data: bytes) -> list[str]:
 def is_intact(key: str, data: bytes) -> bool:
     """Whether an `attest/` entry has the content that its name says."""
     return key.endswith(f"/{FileHash.of(data)}.json")
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a size")
+    return value
 
 
 def _realization_message(realization: Realization) -> bytes:

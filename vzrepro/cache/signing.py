@@ -22,6 +22,21 @@ from vzrepro.errors import Untrusted, UsageError
 _NAME = re.compile(r"[!-9;-~]{1,128}")  # other people's keys are called what they like
 _MAX_KEY_FILE = 4096
 
+_SMALL_ORDER = frozenset(
+    bytes.fromhex(text)
+    for text in (
+        "00" * 32,
+        "01" + "00" * 31,
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        "ec" + "ff" * 30 + "7f",
+        "ed" + "ff" * 30 + "7f",
+        "ee" + "ff" * 30 + "7f",
+    )
+)
+"""The y coordinates of the points of order 1, 2, 4 and 8 in all their encodings (RFC 8032, 5.1.3). Under such a key
+signatures are made without any secret. Nix refuses them through libsodium, OpenSSL does not."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class PublicKey:
@@ -32,8 +47,19 @@ class PublicKey:
 
     @classmethod
     def parse(cls, text: str) -> PublicKey:
-        """Read `name:base64`. Raises UsageError when it is something else."""
-        return cls(*_parsed(text, 32, "public key"))
+        """Read `name:base64`. Raises UsageError when it is something else, or a key that anybody can sign for."""
+        key = cls(*_parsed(text, 32, "public key"))
+        if key.is_weak:
+            raise UsageError(
+                f"the public key {key.name} is worth nothing",
+                reason="it is a point of small order: anybody can make signatures that it verifies",
+            )
+        return key
+
+    @property
+    def is_weak(self) -> bool:
+        """Whether these bytes are no key that a secret belongs to, but a point for which anybody can sign."""
+        return self.raw[:31] + bytes(byte & 0x7F for byte in self.raw[31:]) in _SMALL_ORDER
 
     @property
     def id(self) -> str:
@@ -41,7 +67,10 @@ class PublicKey:
         return hashlib.sha256(self.raw).hexdigest()[:16]
 
     def has_signed(self, message: bytes, signature: bytes) -> bool:
-        """Whether these 64 bytes are this key's signature of `message`; what has another length is not."""
+        """Whether these 64 bytes are this key's signature of `message`; what has another length is not, and a weak key
+        has signed nothing."""
+        if self.is_weak:
+            return False
         try:
             Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, message)
         except (InvalidSignature, ValueError):

@@ -18,7 +18,7 @@ from vzrepro.attest.policy import Policy, PolicyMemory
 from vzrepro.attest.shelf import Shelf, gather
 from vzrepro.attest.votes import SHORT, Vote
 from vzrepro.attest.vsa import Summary, summary_statement
-from vzrepro.audit.verify import Asked, Tree, Verified, statements_in, verify
+from vzrepro.audit.verify import Asked, Verified, statements_in, verify
 from vzrepro.cache.signing import PublicKey, SigningKey
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
@@ -234,8 +234,7 @@ def _write_summary(file: Path, done: Verified, rules: _Rules, signer: SigningKey
         policy=rules.file,
         inputs=tuple(done.ballots.envelopes[each] for each in sorted(counted)),
     )
-    tree = Tree(done.asked.tree, done.asked.name, bare=done.asked.bare)
-    envelope = summary_statement(summary, tree.subjects(done.path), signer.public).signed(signer)
+    envelope = summary_statement(summary, done.subjects(), signer.public).signed(signer)
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     try:
         temporary.write_bytes(envelope + b"\n")
