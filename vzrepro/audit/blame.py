@@ -7,7 +7,8 @@ The order of the argument (docs/audit.md tells it to people):
 
 1. Rebuild with nothing varied. If that gives the registered output, rebuild once per axis: one that gives another
    output is a cause. Before it is called one, the same is done again: a cause gives its output a second time, while
-   a build that differs by itself shows up in a second rebuild with nothing varied.
+   a build that differs by itself shows up in a second rebuild with nothing varied. If the second time gives yet
+   another output, many more rebuilds with nothing varied must agree: then the axis lets in something random.
 2. If rebuilds differ from each other with nothing varied, something that is never the same twice gets in. Each axis
    that can be held constant is held, alone: when rebuilds then agree, it is the cause. If none helps alone, all are
    held, and released one at a time.
@@ -147,10 +148,14 @@ def judge(case: Case, done: Mapping[Experiment, Result]) -> Judgement | tuple[Ex
     return tuple(dict.fromkeys(argument.missing)) if judgement is None else judgement
 
 
-def first_experiments(case: Case) -> int:
-    """How many rebuilds a node takes that reproduces on every axis."""
-    tested = sum(axis.testable for axis in case.axes)
-    return case.rounds if case.quick else case.rounds * (1 + tested)
+def first_experiments(case: Case) -> tuple[Experiment, ...]:
+    """The rebuilds that a node takes which reproduces on every axis."""
+    names = tuple(axis.name for axis in case.axes if axis.testable)
+    rounds = range(case.rounds)
+    if case.quick:
+        return tuple(Experiment(names, round=number) for number in rounds)
+    varied = (Experiment((name,), round=number) for name in names for number in rounds)
+    return (*_attempts(Experiment(), case.rounds), *varied)
 
 
 @dataclass(slots=True)
@@ -278,18 +283,37 @@ class _Argument:
         controls = _attempts(Experiment(), known + min(len(suspects), _CONTROLS))
         if self.ask([*controls, *again.values()]) is None:
             return None
-        unsteady = any(self._other(run, base) for run in controls) or any(
-            self._other(again[name], self.done[run].nar_hash) for name, run in suspects.items()
-        )
-        if unsteady:
+        unsteady = [name for name, run in suspects.items() if self._other(again[name], self.done[run].nar_hash)]
+        if unsteady and not any(self._other(run, base) for run in controls):
+            # It differs by itself, but rarely; or the axis lets in something that is never the same twice.
+            controls = _attempts(Experiment(), len(controls) + self.case.patience)
+            if self.ask(controls) is None:
+                return None
+        if any(self._other(run, base) for run in controls):
             return self._noisy(controls, runs)
-        findings = {REPEAT: replace(repeat, experiments=controls)}
+        broken = [self.done[run] for run in controls if self.done[run].ending is not Ending.BUILT]
+        doubts = {}
+        for name, run in again.items():
+            if self.done[run].ending is Ending.BUILT and not self._other(run, base):
+                doubts[name] = "but was not the second time"
+            for lacking in (self.done[run], *broken):
+                if lacking.ending is not Ending.BUILT:
+                    doubts[name] = f"but what was to confirm it gave none: {lacking.reason}"
+        repeat = replace(
+            repeat,
+            verdict=_of_all([repeat.verdict, *(self._verdict(result, base) for result in broken)]),
+            reason=repeat.reason or next((result.reason for result in broken), None),
+            experiments=controls,
+        )
+        findings = {REPEAT: repeat}
         for axis in self.case.axes:
             name = axis.name
             findings[name] = self._not_tested(axis) or (
-                self._of_axis(name, runs[name], again.get(name), base) if axis.varies else self._by_itself(repeat)
+                self._of_axis(name, runs[name], again.get(name), doubts.get(name), base)
+                if axis.varies
+                else self._by_itself(repeat)
             )
-        return Judgement(_overall(findings), findings, tuple(suspects))
+        return Judgement(_overall(findings), findings, tuple(name for name in suspects if name not in doubts))
 
     def _try_other_values(self, runs: dict[str, tuple[Experiment, ...]], base: str) -> bool:
         """Add a run with another value for each axis that took no effect, if looking finds one that does.
@@ -313,11 +337,17 @@ class _Argument:
                     break
         return not self.missing
 
-    def _of_axis(self, name: str, runs: tuple[Experiment, ...], again: Experiment | None, base: str) -> Finding:
+    def _of_axis(
+        self, name: str, runs: tuple[Experiment, ...], again: Experiment | None, doubt: str | None, base: str
+    ) -> Finding:
         results = [self.done[run] for run in runs]
         if again is not None:
             reason = "its output is another one when this is varied"
-            if self.done[again].nar_hash == self.case.registered:
+            if doubt is not None:
+                reason += f", {doubt}"
+            elif self._other(again, next(self.done[run].nar_hash for run in runs if self._other(run, base))):
+                reason += ", and not the same one twice"
+            elif self.done[again].nar_hash == self.case.registered:
                 reason = "with this varied the output is the registered one, and else it is not"
             return Finding(Verdict.DIFFERS, reason, (*runs, again))
         verdict = _of_all([self._verdict(result, base) for result in results])
@@ -333,7 +363,9 @@ class _Argument:
         """An axis that is another in every rebuild without anybody's doing: the repeats have tested it."""
         if repeat.verdict is Verdict.REPRODUCED:
             return repeat
-        reason = "it is another in every rebuild; these agree with each other, but not with the registered output"
+        reason = repeat.reason
+        if repeat.verdict is Verdict.DIFFERS:
+            reason = "it is another in every rebuild; these agree with each other, but not with the registered output"
         return replace(repeat, verdict=Verdict.INCONCLUSIVE, reason=reason)
 
     # --- what is never the same twice -----------------------------------------------------------------------------
@@ -388,9 +420,12 @@ class _Argument:
         untested = self._not_tested(axis)
         if untested is not None:
             return untested
-        if runs and all(self._verdict(self.done[run], self.case.registered) is Verdict.REPRODUCED for run in runs):
-            found = Finding(Verdict.REPRODUCED, None, runs)
-            return self._effective(axis.name, found, [self.done[run] for run in runs])
+        results = [self.done[run] for run in runs]
+        if runs and all(self._verdict(result, self.case.registered) is Verdict.REPRODUCED for result in results):
+            return self._effective(axis.name, Finding(Verdict.REPRODUCED, None, runs), results)
+        broken = next((result for result in results if result.ending is Ending.FAILED), None)
+        if broken is not None:
+            return Finding(Verdict.BUILD_FAILED, broken.reason, runs)
         reason = "differs with nothing varied"
         if axis.holds:
             trials = _held((axis.name,), _PAIR)

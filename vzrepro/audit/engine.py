@@ -133,22 +133,30 @@ class Audit:
                         self._start(pool)
                     if not self._running:
                         break
-                    subject, experiment, future = self._ended.get()
-                    self._running -= 1
-                    subject.under_way.discard(experiment)
-                    error = future.exception()
-                    if error is not None:
-                        errors.append(error)
-                        continue
-                    subject.records[experiment] = future.result()
-                    if experiment == blame.LOOK:
-                        self._doubt(subject)
-                    self._advance(subject)
-            except KeyboardInterrupt as error:
+                    self._take(errors)
+            except BaseException as error:
                 realizer.stop.set()  # leaving the pool waits for what runs, and that ends soon
+                if not isinstance(error, KeyboardInterrupt):
+                    raise
                 errors.append(Interrupted("interrupted; what was found until then is kept"))
                 errors[-1].__cause__ = error
+        while not self._ended.empty():  # what had ended before it could be interrupted
+            self._take(errors)
         return Found(tuple(subjects), _worst(errors))
+
+    def _take(self, errors: list[BaseException]) -> None:
+        """Wait for a rebuild to end, and go on from what came of it."""
+        subject, experiment, future = self._ended.get()
+        self._running -= 1
+        subject.under_way.discard(experiment)
+        error = future.exception()
+        if error is not None:
+            errors.append(error)
+            return
+        subject.records[experiment] = future.result()
+        if experiment == blame.LOOK:
+            self._doubt(subject)
+        self._advance(subject)
 
     # --- before ---------------------------------------------------------------------------------------------------
 
@@ -268,7 +276,7 @@ class Audit:
     def _announce(self, subjects: Sequence[Subject]) -> None:
         count, secs = 0, 0.0
         for subject in subjects:
-            missing = max(blame.first_experiments(subject.case) - len(subject.records), 0)
+            missing = sum(experiment not in subject.records for experiment in blame.first_experiments(subject.case))
             count += missing
             secs += missing * (subject.expected_secs or 0.0)
         at_once = max(1, min(count, self.rebuilder.realizer.config.build_jobs()))
@@ -335,27 +343,19 @@ class Audit:
             pairs = observed(experiment.axes, subject.without, seen, self.rebuilder.axes)
             return self.explain(self.rebuilder.realizer.store.location(node.path), tree, scratch, pairs)
 
-        if node.drv.builder == "sandbox":
-            record = self.rebuilder.build(
-                node,
-                asked,
-                say=lambda line: self.rebuilder.realizer.report(events.LogLine(node.target, path, line)),
-                keep_log=lambda log: self.records.keep_log(asked.id, log),
-                compare=compare,
-            )
-            if record.ending is Ending.FAILED:
-                self._verify_inputs(subject)
-        else:
-            record = self.rebuilder.remake(node, asked, self._debs(node), compare=compare)
+        record = self.rebuilder.build(
+            node,
+            asked,
+            say=lambda line: self.rebuilder.realizer.report(events.LogLine(node.target, path, line)),
+            keep_log=lambda log: self.records.keep_log(asked.id, log),
+            compare=compare,
+        )
+        if record.ending is Ending.FAILED:
+            self._verify_inputs(subject)
         if asked.builds:
             record = replace(record, statement=self.sign(subject, record))
         self.records.save(record)
         return record
-
-    def _debs(self, node: Node) -> ObjectInfo | None:
-        realizer = self.rebuilder.realizer
-        drv = node.drv.inputs.get("debs")
-        return None if drv is None else realizer.store.query(realizer.graph.nodes[drv].path)
 
     def _verify_inputs(self, subject: Subject) -> None:
         """Before a node is blamed: its inputs and its output are what is registered. Raises HashMismatch."""
@@ -366,6 +366,8 @@ class Audit:
             for path, info in infos.items():
                 if path in self._verified:
                     continue
+                if realizer.stop.is_set():
+                    raise Interrupted(f"interrupted while the inputs of {subject.node.target} were being hashed")
                 # Hashed only: the store's own check minds hard links, and a sandbox that runs has some.
                 if nar.nar_hash(realizer.store.location(path))[0] != info.nar_hash:
                     raise HashMismatch(

@@ -26,8 +26,7 @@ from vzrepro.audit.blame import Ending
 from vzrepro.audit.changes import World
 from vzrepro.audit.observed import Observed
 from vzrepro.audit.records import Asked, Record
-from vzrepro.errors import BuildFailed, HashMismatch, Interrupted, RemoteError, TimedOut, VzreproError
-from vzrepro.model import ObjectInfo
+from vzrepro.errors import BuildFailed, HashMismatch, Interrupted, RemoteError, TimedOut, UsageError, VzreproError
 from vzrepro.realize import Realizer
 from vzrepro.recipe import Node
 
@@ -43,6 +42,7 @@ _BALLAST = 128
 _FIRST_PID, _PIDS_APART = 40, 20
 _FULL = "No space left on device"
 _LEAST_FREE = 64 << 20
+_TOO_LITTLE_MEMORY = ("ran out of memory", "most likely for its memory limit")  # as `sandbox.run` says it
 
 Compare = Callable[[Path, Path, Observed | None], str | None]
 """Gets a rebuilt output that differs, in canonical form, a directory for work, and what was seen inside the sandbox;
@@ -89,48 +89,65 @@ class Rebuilder:
     ) -> Record:
         """Make the rebuild and say what came of it. `say` gets the builder's lines.
 
+        A toolchain image is written again from its .debs, a download fetched again: that is what `--deep` does.
+
         Raises Interrupted, and VzreproError when no rebuild can work here now: no space, no container engine.
         """
-        self.realizer.load_image(node)
+        sandboxed = node.drv.builder == "sandbox"
+        if sandboxed:
+            self.realizer.load_image(node)
         clock = _Clock()
-        with self.realizer.store.scratch(node.target) as scratch:
-            _occupy_inodes(scratch / "ballast")
-            job = replace(self.job(node, scratch / "sandbox", asked), log=scratch / "log")
-            if not asked.builds:
-                job = replace(job, command=("sh", "-c", ":"))
-            job.scratch.mkdir(mode=0o700)
-            output = _Output(say)
-            nar_hash = nar_size = explanation = None
-            try:
-                ending, reason = self._run(job, asked, output)
-                if ending is Ending.BUILT and asked.builds:
-                    try:
-                        found, nar_size = nar.nar_hash(job.out)
-                    except VzreproError as error:  # a socket or a device was left in it
-                        ending, reason = Ending.FAILED, str(error)
-                    else:
-                        nar_hash = found.hex
-                        if nar_hash != asked.registered:
-                            explanation = _compared(job.out, scratch, output.observed, compare)
-                milliseconds = clock.milliseconds()
-                if asked.builds and nar_hash != asked.registered:
-                    keep_log(job.log)
-            finally:
-                sandbox.discard(job)
+        output = _Output(say)
+        nar_hash = nar_size = explanation = None
+        with (
+            self.realizer.store.scratch(node.target) as scratch,
+            (
+                self._sandbox(node, asked, scratch, output)
+                if sandboxed
+                else contextlib.nullcontext(self._again(node, scratch / "tree"))
+            ) as made,
+        ):
+            ending, reason = made.ending, made.reason
+            if ending is Ending.BUILT and asked.builds:
+                try:
+                    found, nar_size = nar.nar_hash(made.tree)
+                except VzreproError as error:  # a socket or a device was left in it
+                    ending, reason = Ending.FAILED, str(error)
+                else:
+                    nar_hash = found.hex
+            milliseconds, finished = clock.milliseconds(), clock.now()
+            if nar_hash is not None and nar_hash != asked.registered:
+                explanation = _compared(made.tree, scratch, output.observed, compare)
+            if made.log is not None and asked.builds and nar_hash != asked.registered:
+                keep_log(made.log)
         return Record(
             asked=asked,
             ending=ending,
             nar_hash=nar_hash,
             nar_size=nar_size,
             started=clock.started,
-            finished=clock.now(),
+            finished=finished,
             milliseconds=milliseconds,
             reason=reason,
             observed=output.observed,
             log=tuple(output.tail),
             explanation=explanation,
-            tools=self.world.tools.name if self.world.tools is not None else "",
+            tools=self.world.tools.name if sandboxed and self.world.tools is not None else "",
         )
+
+    @contextlib.contextmanager
+    def _sandbox(self, node: Node, asked: Asked, scratch: Path, output: _Output) -> Iterator[_Made]:
+        """The node's job run in the sandbox; removed again afterwards."""
+        _occupy_inodes(scratch / "ballast")
+        job = replace(self.job(node, scratch / "sandbox", asked), log=scratch / "log")
+        if not asked.builds:
+            job = replace(job, command=("sh", "-c", ":"))
+        job.scratch.mkdir(mode=0o700)
+        try:
+            ending, reason = self._run(job, asked, output)
+            yield _Made(ending, reason, job.out, job.log)
+        finally:
+            sandbox.discard(job)
 
     def _run(self, job: sandbox.Job, asked: Asked, output: _Output) -> tuple[Ending, str | None]:
         try:
@@ -139,7 +156,7 @@ class Rebuilder:
             if any(_FULL in line for line in output.tail):
                 self._check_space()
                 return Ending.LOST, "a file system of the sandbox was too small for the build"
-            if "out of memory" in error.message and (asked.axes or asked.held):
+            if (asked.axes or asked.held) and any(words in error.message for words in _TOO_LITTLE_MEMORY):
                 return Ending.LOST, error.message
             return Ending.FAILED, error.message
         except TimedOut as error:
@@ -161,41 +178,20 @@ class Rebuilder:
 
     # --- what is made without a sandbox
 
-    def remake(self, node: Node, asked: Asked, debs: ObjectInfo | None, *, compare: Compare) -> Record:
-        """Write a toolchain image again from its `debs`, or fetch a download again: what `--deep` does."""
-        clock = _Clock()
-        nar_hash = nar_size = explanation = reason = None
-        ending = Ending.BUILT
-        with self.realizer.store.scratch(node.target) as scratch:
-            tree = scratch / "tree"
-            try:
-                if node.drv.builder == "image":
-                    assert debs is not None
-                    packages = [(deb.name, deb) for deb in self.realizer.store.location(debs.path).iterdir()]
-                    image.write_image(packages, tree, platform=node.drv.platform or "", stop=self.realizer.stop)
-                else:
-                    self._fetch(node, tree)
-            except RemoteError as error:
-                ending, reason = Ending.LOST, error.message
-            except HashMismatch as error:
-                ending, reason = Ending.FAILED, error.message
+    def _again(self, node: Node, tree: Path) -> _Made:
+        """A toolchain image or a download made again."""
+        try:
+            if node.drv.builder == "image":
+                debs = self.realizer.graph.nodes[node.drv.inputs["debs"]]
+                packages = [(deb.name, deb) for deb in self.realizer.store.location(debs.path).iterdir()]
+                image.write_image(packages, tree, platform=node.drv.platform or "", stop=self.realizer.stop)
             else:
-                found, nar_size = nar.nar_hash(tree)
-                nar_hash = found.hex
-                if nar_hash != asked.registered:
-                    explanation = _compared(tree, scratch, None, compare)
-            milliseconds = clock.milliseconds()
-        return Record(
-            asked=asked,
-            ending=ending,
-            nar_hash=nar_hash,
-            nar_size=nar_size,
-            started=clock.started,
-            finished=clock.now(),
-            milliseconds=milliseconds,
-            reason=reason,
-            explanation=explanation,
-        )
+                self._fetch(node, tree)
+        except RemoteError as error:
+            return _Made(Ending.LOST, error.message, tree)
+        except (HashMismatch, UsageError) as error:  # other bytes than were pinned; an unsound package
+            return _Made(Ending.FAILED, error.message, tree)
+        return _Made(Ending.BUILT, None, tree)
 
     def _fetch(self, node: Node, tree: Path) -> None:
         if "" not in node.files:
@@ -212,6 +208,16 @@ class Rebuilder:
             ],
             cancel=self.realizer.stop,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What a rebuild came to: its output is at `tree`, if there is one, the sandbox's whole log at `log`."""
+
+    ending: Ending
+    reason: str | None
+    tree: Path
+    log: Path | None = None
 
 
 class _Output:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -27,7 +27,7 @@ from vzrepro.errors import UsageError, VzreproError
 from vzrepro.model import FORMAT, FileHash, canonical_json
 
 ID_LENGTH = 12
-"""Hex digits of a report's, a rebuild's and an explanation's id."""
+"""Hex digits of a report's and a rebuild's id."""
 
 _MAX_RECORD = 16 << 20
 _LAST = 5  # rebuilds whose median time is expected
@@ -128,10 +128,8 @@ class Records:
     def keep_log(self, rebuild: str, log: Path) -> None:
         """Keep a rebuild's whole log."""
         if log.is_file():
-            target = self.log(rebuild)
-            with _explained(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(log, target)
+            with _whole(self.log(rebuild)) as writer, log.open("rb") as reader:
+                shutil.copyfileobj(reader, writer)
 
     def log(self, rebuild: str) -> Path:
         """Where a rebuild's whole log is, if it was kept: of those that did not reproduce."""
@@ -226,13 +224,19 @@ def _listed(directory: Path) -> list[Path]:
 
 
 def _write(file: Path, data: bytes) -> None:
-    """Write a file that is there as a whole or not at all, whenever the machine stops."""
+    with _whole(file) as opened:
+        opened.write(data)
+
+
+@contextlib.contextmanager
+def _whole(file: Path) -> Iterator[BinaryIO]:
+    """Write a file that is there as a whole or not at all, whenever the machine stops, whoever else writes it."""
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     with _explained(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as opened:
-                opened.write(data)
+                yield opened
                 opened.flush()
                 os.fsync(opened.fileno())
             temporary.replace(file)

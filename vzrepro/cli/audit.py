@@ -125,7 +125,8 @@ def run(
         finished=_now(),
         builder=described,
         history=tuple(past for past in records.history() if set(past.targets) & {node.target for node in nodes}),
-        against=compare_with_caches(closure, caches, realizer, session.warn),
+        # Once work is to end, no cache answers any more.
+        against=() if session.stop.is_set() else compare_with_caches(closure, caches, realizer, session.warn),
         explanation=records.explanation,
     )
     report = make_report(request, found, realizer, around)
@@ -199,6 +200,8 @@ def _chosen(names: str) -> tuple[Axis, ...]:
         return AXES
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     known = [axis.name for axis in AXES]
+    if not wanted:
+        raise UsageError("--axes names no axis", hint="with nothing varied: --axes repeat")
     for name in wanted:
         if name not in known and name != REPEAT:
             raise UsageError(f"no axis is called {name!r}", hint=f"there are: {', '.join((REPEAT, *known))}")

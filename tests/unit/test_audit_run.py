@@ -1,0 +1,379 @@
+"""An audit from start to end on a store of its own, with sandboxes that are functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from vzrepro import events, nar, sandbox
+from vzrepro.audit import blame, rebuild
+from vzrepro.audit.axes import AXES, Axis
+from vzrepro.audit.blame import Ending
+from vzrepro.audit.changes import World
+from vzrepro.audit.engine import Audit, Found, Request
+from vzrepro.audit.model import Verdict
+from vzrepro.audit.rebuild import Rebuilder
+from vzrepro.audit.records import Record, Records
+from vzrepro.errors import BuildFailed, HashMismatch, Interrupted, RemoteError, TimedOut, UsageError, VzreproError
+from vzrepro.model import Derivation, ObjectInfo, store_path
+from vzrepro.realize import Realizer
+from vzrepro.recipe import Node
+from vzrepro.store import LocalStore
+
+HOST, UMASK = (axis for axis in AXES if axis.name in ("host-name", "umask"))
+
+Build = Callable[[str, sandbox.Job], None]
+"""Gets what is rebuilt (`repeat`, `umask`, `host-name`), and writes /out."""
+
+
+def _node(name: str, drv: Derivation) -> Node:
+    drv_hash = drv.drv_hash()
+    return Node(name, cast(Any, "build"), "recipes/thing.py:1", "", drv, drv_hash, store_path(drv_hash, name))
+
+
+def _write(tree: Path, content: str) -> None:
+    tree.mkdir()
+    (tree / "x").write_text(content)
+
+
+class Lab:
+    """A store with the node `thing`, which is made from `source`, and audits of it."""
+
+    def __init__(self, place: Path) -> None:
+        self.store = LocalStore(place / "store")
+        self.source = _node("source", Derivation("source", "local"))
+        self.thing = _node("thing", self._drv("sandbox"))
+        tools = place / "tools"
+        tools.mkdir()
+        runtime = sandbox.Runtime("docker", "docker", "28", "28", 2, "overlay2", False, 2, 8 << 30)
+        self.world = World(runtime, tools, 1, None)
+        self.axes: tuple[Axis, ...] = (HOST, UMASK)
+        self.fresh = False
+        self.builder = "0123456789abcdef"
+        self.explain: Callable[..., str | None] = lambda *_: None
+        self.made: list[str] = []
+        self.warnings: list[str] = []
+        self.build: Build = self.good
+        self.put(self.source, "source")
+        self.put(self.thing, "from source")
+
+    def _drv(self, builder: Any) -> Derivation:
+        return Derivation(
+            "thing", builder, platform="linux/amd64", inputs={"debs": self.source.drv_hash}, command=("make",)
+        )
+
+    def put(self, node: Node, content: str) -> None:
+        with self.store.scratch(node.target) as scratch:
+            _write(scratch / "made", content)
+            nar_hash, size, _ = nar.canonical_copy(scratch / "made", scratch / "tree")
+            self.store.add(scratch / "tree", ObjectInfo(node.path, nar_hash, size, drv_hash=node.drv_hash))
+
+    def corrupt(self, node: Node) -> None:
+        file = self.store.location(node.path) / "x"
+        file.chmod(0o644)
+        file.write_text("something else")
+
+    def good(self, _what: str, job: sandbox.Job) -> None:
+        _write(job.out, f"from {(self.store.location(self.source.path) / 'x').read_text()}")
+
+    def run_sandbox(self, job: sandbox.Job, *, on_line: Callable[[str], None], stop: threading.Event) -> None:
+        around = job.surroundings
+        varied = [HOST.name] * (around.hostname != "localhost") + [UMASK.name] * (around.umask != 0o022)
+        seen = {"umask": f"{around.umask:03o}", "host": around.hostname, "domain": str(around.domainname)}
+        on_line(f"vzrepro-observed {json.dumps(seen)}")
+        job.log.write_text("a log\n")
+        if job.command == ("make",):
+            what = varied[0] if varied else "repeat"
+            self.made.append(what)
+            self.build(what, job)
+
+    def realizer(self) -> Realizer:
+        nodes = {node.drv_hash: node for node in (self.source, self.thing)}
+        made = SimpleNamespace(
+            graph=SimpleNamespace(nodes=nodes, closure=lambda _targets: list(nodes.values())),
+            store=self.store,
+            config=SimpleNamespace(build_jobs=lambda: 2),
+            mirrors=None,
+            snapshot=None,
+            stop=threading.Event(),
+            report=events.ignore,
+            have=self.store.query_many,
+            realize=lambda nodes: nodes,
+            expected_secs=lambda _target, _verb: None,
+            load_image=lambda _node: None,
+            job=self.job,
+        )
+        return cast(Realizer, made)
+
+    def job(self, _node: Node, scratch: Path) -> sandbox.Job:
+        return sandbox.Job("thing", "sha256:0", ("make",), scratch, scratch / "log", 0, 1)
+
+    def audit(self) -> Audit:
+        axes = {axis.name: axis for axis in self.axes}
+        return Audit(
+            Request((self.thing,), self.axes, fresh=self.fresh, deep=self.thing.drv.builder != "sandbox"),
+            Rebuilder(self.realizer(), self.world, axes),
+            self.records,
+            self.builder,
+            self.explain,
+            lambda _subject, _record: "0" * 64,
+        )
+
+    @property
+    def records(self) -> Records:
+        return Records(self.store.root / ".vzrepro" / "audit", self.warnings.append)
+
+    def run(self) -> Found:
+        self.made.clear()
+        return self.audit().run()
+
+
+def verdicts(found: Found) -> Mapping[str, str]:
+    judgement = found.subjects[0].judgement
+    assert judgement is not None
+    return {name: finding.verdict.value for name, finding in judgement.findings.items()}
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    lab = Lab(tmp_path)
+    monkeypatch.setattr(sandbox, "check", lambda: None)
+    monkeypatch.setattr(sandbox, "sweep", list)
+    monkeypatch.setattr(sandbox, "run", lab.run_sandbox)
+    return lab
+
+
+GOOD = {"repeat": "REPRODUCED", "host-name": "REPRODUCED", "umask": "REPRODUCED"}
+
+
+def test_what_was_found_is_taken_over(lab: Lab) -> None:
+    assert verdicts(lab.run()) == GOOD
+    assert sorted(lab.made) == ["host-name", "repeat", "umask"]
+    again = lab.run()
+    assert verdicts(again) == GOOD
+    assert lab.made == []
+    assert len(again.subjects[0].reused) == 4, "three rebuilds and a look"
+    assert lab.warnings == []
+    assert not list((lab.store.root / ".vzrepro" / "tmp").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "made"),
+    [
+        (lambda lab: setattr(lab, "fresh", True), ["host-name", "repeat", "umask"]),
+        (lambda lab: setattr(lab, "builder", "f" * 16), ["host-name", "repeat", "umask"]),
+        (lambda lab: setattr(lab, "axes", (HOST, dataclasses.replace(UMASK, version=2))), ["umask"]),
+    ],
+)
+def test_but_only_when_everything_is_equal(lab: Lab, change: Callable[[Lab], None], made: list[str]) -> None:
+    lab.run()
+    change(lab)
+    lab.run()
+    assert sorted(lab.made) == made
+
+
+def test_another_input_or_another_output_is_another_question(lab: Lab, tmp_path: Path) -> None:
+    lab.run()
+    root = lab.store.root
+    for name, source, thing in (("input", "sources", "from sources"), ("output", "source", "from elsewhere")):
+        lab.store = LocalStore(tmp_path / name)
+        lab.put(lab.source, source)
+        lab.put(lab.thing, thing)
+        (lab.store.root / ".vzrepro" / "audit").symlink_to(root / ".vzrepro" / "audit")
+        lab.run()
+        assert "repeat" in lab.made, name
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimedOut("it took too long"),
+        VzreproError("the container engine failed"),
+        BuildFailed("building thing ran out of memory: it needs more than 1 MiB (exit code 1)"),
+        BuildFailed("building thing failed: it was killed (exit code 137), most likely for its memory limit of 1 MiB"),
+    ],
+)
+def test_what_tells_nothing_is_tried_again_next_time(lab: Lab, error: VzreproError) -> None:
+    def build(what: str, job: sandbox.Job) -> None:
+        if what == "umask":
+            raise error
+        lab.good(what, job)
+
+    lab.build = build
+    found = lab.run()
+    assert verdicts(found) == {**GOOD, "umask": "INCONCLUSIVE"}
+    assert found.error is None
+    lab.build = lab.good
+    assert verdicts(lab.run()) == GOOD
+    assert lab.made == ["umask"]
+
+
+def test_a_corrupt_input_blames_nobody(lab: Lab) -> None:
+    lab.corrupt(lab.source)
+    found = lab.run()
+    assert isinstance(found.error, HashMismatch)
+    assert "source is corrupt" in found.error.message
+    assert found.subjects[0].judgement is None
+    assert all(not record.asked.builds for record in lab.records.rebuilds(lab.thing.drv_hash.hex))
+
+
+def test_a_failure_with_a_corrupt_input_blames_nobody(lab: Lab) -> None:
+    def build(_what: str, _job: sandbox.Job) -> None:
+        raise BuildFailed("exit code 1")
+
+    lab.build = build
+    assert verdicts(lab.run())["repeat"] == "BUILD_FAILED"
+    lab.corrupt(lab.source)
+    lab.fresh = True
+    assert isinstance(lab.run().error, HashMismatch)
+
+
+def test_what_is_registered_counts_not_what_became_of_it(lab: Lab) -> None:
+    lab.corrupt(lab.thing)
+    assert verdicts(lab.run()) == GOOD
+
+
+def test_an_interrupt_keeps_what_was_found(lab: Lab) -> None:
+    """What ends by itself after Ctrl-C counts as well."""
+    realizers: list[Realizer] = []
+
+    def build(what: str, job: sandbox.Job) -> None:
+        if what == "umask":
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            assert realizers[0].stop.wait(10)
+        if what == "host-name":
+            assert realizers[0].stop.wait(10)
+            raise Interrupted("interrupted")
+        lab.good(what, job)
+
+    lab.build = build
+    audit = lab.audit()
+    realizers.append(audit.rebuilder.realizer)
+    found = audit.run()
+    assert isinstance(found.error, Interrupted)
+    assert {record.asked.experiment.label for record in found.subjects[0].records.values()} >= {"look", "umask"}
+    lab.build = lab.good
+    assert verdicts(lab.run()) == GOOD
+    assert lab.made == ["host-name"]
+    assert not list((lab.store.root / ".vzrepro" / "tmp").iterdir())
+
+
+def test_an_interrupt_stops_hashing(lab: Lab) -> None:
+    def build(_what: str, job: sandbox.Job) -> None:
+        _write(job.out, "something else")
+        audit.rebuilder.realizer.stop.set()
+
+    lab.build = build
+    audit = lab.audit()
+    assert isinstance(audit.run().error, Interrupted)
+
+
+def test_a_bug_does_not_wait_for_hours(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def judge(_case: object, done: object) -> object:
+        if done:
+            raise AssertionError("a bug")
+        return (blame.LOOK, blame.Experiment())
+
+    def build(_what: str, _job: sandbox.Job) -> None:
+        stopped.append(audit.rebuilder.realizer.stop.wait(10))
+        raise Interrupted("interrupted")
+
+    stopped: list[bool] = []
+    monkeypatch.setattr(blame, "judge", judge)
+    lab.build = build
+    audit = lab.audit()
+    with pytest.raises(AssertionError, match="a bug"):
+        audit.run()
+    assert stopped == [True]
+
+
+def test_two_audits_at_once(lab: Lab) -> None:
+    both = threading.Barrier(2)
+
+    def build(what: str, job: sandbox.Job) -> None:
+        both.wait(10)
+        lab.good(what, job)
+
+    lab.build = build
+    audits = [lab.audit(), lab.audit()]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda audit: audit.run(), audits))
+    assert [verdicts(each) for each in found] == [GOOD, GOOD]
+    assert len(lab.made) == 6
+    lab.build = lab.good
+    lab.run()
+    assert lab.made == []
+    assert lab.warnings == []
+
+
+def test_the_time_of_a_rebuild_is_without_its_explanation(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0]
+
+    def build(what: str, job: sandbox.Job) -> None:
+        now[0] += 2_000_000_000
+        _write(job.out, what)
+
+    def explain(*_anything: object) -> None:
+        now[0] += 600_000_000_000
+
+    monkeypatch.setattr(rebuild, "time", SimpleNamespace(monotonic_ns=lambda: now[0]))
+    lab.build, lab.explain, lab.axes = build, explain, ()
+    found = lab.run()
+    assert now[0] > 600_000_000_000
+    assert found.subjects[0].records[blame.Experiment()].milliseconds < 600_000
+
+
+# --- what is made without a sandbox
+
+
+@pytest.fixture
+def image(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    """`thing` is an image: made by `lab.build` where the real one reads .debs."""
+    lab.thing = _node("thing", lab._drv("image"))
+    lab.put(lab.thing, "from source")
+
+    def write(_debs: object, tree: Path, **_options: object) -> None:
+        lab.made.append("image")
+        lab.build("image", cast(sandbox.Job, SimpleNamespace(out=tree)))
+
+    monkeypatch.setattr(rebuild.image, "write_image", write)
+    return lab
+
+
+def test_an_image_is_made_again(image: Lab) -> None:
+    assert verdicts(image.run()) == {"repeat": "REPRODUCED"}
+    (record,) = image.records.rebuilds(image.thing.drv_hash.hex)
+    assert (record.ending, record.observed, record.tools) == (Ending.BUILT, None, "")
+    image.run()
+    assert image.made == []
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        (RemoteError("no mirror answers"), Verdict.INCONCLUSIVE),
+        (HashMismatch("other bytes"), Verdict.BUILD_FAILED),
+        (UsageError("a package is unsound"), Verdict.BUILD_FAILED),
+    ],
+)
+def test_what_cannot_be_made_again(
+    image: Lab, error: VzreproError, verdict: Verdict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_what: str, _job: sandbox.Job) -> None:
+        raise error
+
+    checked: list[Record] = []
+    monkeypatch.setattr(Audit, "_verify_inputs", lambda _audit, subject: checked.append(subject))
+    image.build = fail
+    found = image.run()
+    assert verdicts(found) == {"repeat": verdict.value}
+    assert bool(checked) == (verdict is Verdict.BUILD_FAILED), "before a package is blamed, it is looked at"
