@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -125,12 +127,32 @@ def program(name: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports on the loopback that nobody has, until somebody takes them."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports on the loopback that nobody has, until somebody asks for them by their numbers.
+
+    None of them is one that the kernel gives to connections, or to who binds port 0: the other tests' are many.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(10_000, max(20_000, _first_ephemeral_port()))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found += [] if port in found else [port]
+    return found
+
+
+@contextmanager
+def refusing() -> Iterator[int]:
+    """A port on the loopback where connections are refused meanwhile: it is bound, so nobody else gets it."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+def _first_ephemeral_port() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except FileNotFoundError:
+        return 49_152  # IANA's, which others than Linux have
 
 
 @contextmanager
@@ -148,6 +170,7 @@ def _running(command: Sequence[str], log: Path, environ: dict[str, str], url: st
             assert process.poll() is None, f"{command[0]} has ended:\n{log.read_text()[-2000:]}"
             assert time.monotonic() < until, f"{command[0]} does not answer:\n{log.read_text()[-2000:]}"
             time.sleep(0.05)
+        assert process.poll() is None, f"somebody else answers in {command[0]}'s place:\n{log.read_text()[-2000:]}"
         yield
     finally:
         # Asked politely, SeaweedFS takes ten seconds to end, and nobody needs its data any more.

@@ -188,7 +188,9 @@ def test_the_clock_is_the_one_that_entries_are_dated_by(backend: Backend) -> Non
     backend.put("a", b"")
     entry = backend.head("a")
     assert entry is not None
-    assert before - 2 <= entry.mtime <= backend.now() + 2
+    # Some places count in seconds, and an answer that tells the time is as old as it was slow; another clock would be
+    # off by a time zone, or by years.
+    assert before - 30 <= entry.mtime <= backend.now() + 30
 
 
 def test_the_lock_is_granted_to_many_writers(backend: Backend) -> None:
@@ -293,5 +295,5 @@ def test_one_that_trims_waits_for_the_writers(directory: DirectoryBackend, tmp_p
     with directory.lock(exclusive=False):
         other.start()
         assert not trims.wait(0.05)
-    assert trims.wait(10)
+    assert trims.wait(60)
     other.join()

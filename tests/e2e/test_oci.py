@@ -27,6 +27,7 @@ import pytest
 from tests import trixie
 from tests.e2e.conftest import PROJECT
 from tests.guests import LIMIT_SECS, descendants
+from tests.servers import free_ports
 from vzrepro.vm.rootfs import image_root
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
@@ -116,12 +117,6 @@ def fetched(port: int, process: subprocess.Popen[bytes] | None = None) -> str:
             time.sleep(0.1)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def until(what: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LIMIT_SECS
     while not what():
@@ -192,7 +187,7 @@ def test_a_root_directory_is_not_changed_and_a_signal_is_128_and_its_number(
 def test_nginx_answers_on_the_host_and_leaves_nothing_behind(
     oci: Oci, image: str, site: Path, number: signal.Signals
 ) -> None:
-    port = free_port()
+    [port] = free_ports(1)
     wishes = ["--mount", f"{site}:/srv/www:ro", "--publish", f"{port}:80"]
     with oci.start("run", *wishes, image, "--", "nginx", "-c", "/srv/www/nginx.conf") as process:
         try:
@@ -272,7 +267,7 @@ def container(oci: Oci) -> Iterator[str]:
 
 
 def test_the_life_of_a_container(oci: Oci, image: str, site: Path, container: str) -> None:
-    port = free_port()
+    [port] = free_ports(1)
     wishes = ["--mount", f"{site}:/srv/www:ro", "--publish", f"{port}:80", "--env", "A=1"]
     command = ["nginx", "-c", "/srv/www/nginx.conf"]
     assert oci("create", *wishes, container, image, "--", *command).stdout == f"{container}\n"

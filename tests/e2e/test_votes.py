@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import shutil
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 
 from tests.bundles import make_bundle
 from tests.e2e.conftest import Cli, make_small
-from tests.servers import CREDENTIALS, S3Server
+from tests.servers import CREDENTIALS, S3Server, refusing
 from vzrepro import nar
 from vzrepro.attest import dsse
 from vzrepro.attest.statement import Statement, Subject, subjects_of
@@ -147,9 +146,9 @@ class serving:
 
 @pytest.fixture
 def user(crew: Crew, tmp_path: Path) -> Cli:
-    """Somebody who has `high` from alice, and a store where no policy was ever seen."""
+    """Somebody who has `high` from alice, and has never seen a policy."""
     cli = crew.cli("user", crew.urls["alice"], crew.urls["bob"], crew.urls["eve"], trusts=("alice",))
-    cli = replace(cli, store=tmp_path / "store")
+    cli = replace(cli, store=tmp_path / "store", env={**cli.env, "VZREPRO_KEY_DIR": str(tmp_path / "user" / "keys")})
     cli.run("cache", "pull", "high")
     return cli
 
@@ -244,10 +243,13 @@ def test_an_older_policy_is_refused(crew: Crew, user: Cli, tmp_path: Path) -> No
     twin = str(crew.policy(tmp_path / "twin.toml", "alice", "eve", version=2))
     user.run("verify", "high", "--policy", new)
     refused = user.run("verify", "high", "--policy", old, code=103)
-    hint = re.search(r"rm (\S+)", refused.stderr)
+    hint = re.search(r"rm (\S+) (\S+)", refused.stderr)
     assert hint is not None
     assert "two policies crew of version 2" in user.run("verify", "high", "--policy", twin, code=103).stderr
-    Path(hint[1]).unlink()
+    elsewhere = replace(user, root=tmp_path, store=tmp_path / "another")
+    assert "is an old one" in elsewhere.run("verify", ".", "--policy", old, code=103).stderr
+    for file in hint.groups():
+        Path(file).unlink()
     assert user.run("verify", "high", "--policy", old, code=104)
 
 
@@ -277,20 +279,21 @@ def test_without_a_policy_the_trusted_keys_vote(crew: Crew, user: Cli) -> None:
     assert document(user, "verify", "high", "--threshold", "2", *keys)["voters"] == ["alice-1", "bob-1"]
 
 
-def test_a_cache_that_is_gone_is_told_of_and_the_others_are_asked(crew: Crew, user: Cli, tmp_path: Path) -> None:
+def test_a_cache_that_is_gone_is_told_of_and_the_others_are_asked(
+    crew: Crew, user: Cli, gone: str, tmp_path: Path
+) -> None:
     policy = str(crew.policy(tmp_path / "p.toml", "alice", "bob"))
-    gone = f"http://127.0.0.1:{free_port()}"
     urls = ("--against", gone, "--against", crew.urls["alice"])
     done = user.run("verify", "high", "--policy", policy, *urls, code=103)
     assert f"{gone} could not be asked" in done.stderr
     assert user.run("verify", "high", "--policy", policy, *urls, "--against", crew.urls["bob"])
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+@pytest.fixture
+def gone() -> Iterator[str]:
+    """The URL of a server that is not there."""
+    with refusing() as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 # --- verify: directories ----------------------------------------------------------------------------------------------
@@ -500,8 +503,7 @@ def test_strangers_are_shown_as_strangers(crew: Crew, user: Cli) -> None:
     assert len(found["splits"]) == 1
 
 
-def test_a_cache_that_does_not_answer_is_a_row(crew: Crew, user: Cli) -> None:
-    gone = f"http://127.0.0.1:{free_port()}"
+def test_a_cache_that_does_not_answer_is_a_row(crew: Crew, user: Cli, gone: str) -> None:
     rows, found = table(user, "high", "--against", gone, crew.urls["alice"])
     assert rows["-", "-"] == "unreachable"
     assert list(found["silent"]) == [gone]

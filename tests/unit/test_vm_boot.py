@@ -180,7 +180,7 @@ def test_an_agent_that_pushes_nothing_is_asked(world: World, agent_server: threa
 def test_a_guest_that_never_gets_ready_shows_its_console_and_what_was_missing(world: World) -> None:
     script = [f"say line {number}" for number in range(50)]
     with pytest.raises(TimedOut) as error:
-        world.boot([*script, "say vz-init: start", "hang"], timeout_secs=1.5)
+        world.boot([*script, "say vz-init: start", "hang"], timeout_secs=5)
     reason = error.value.reason
     assert reason is not None
     assert "waited for: init to start the agent" in reason

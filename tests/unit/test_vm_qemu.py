@@ -154,8 +154,11 @@ def test_a_signal_is_a_negative_code() -> None:
 
 
 def test_leaving_ends_a_child_that_ignores_sigterm() -> None:
-    with qemu.Child("/bin/sh", ["-c", "trap '' TERM; echo up; while :; do sleep 1; done"]) as child:
+    seen: queue.SimpleQueue[object] = queue.SimpleQueue()
+    script = "trap '' TERM; echo up; while :; do sleep 1; done"
+    with qemu.Child("/bin/sh", ["-c", script], on_line=seen.put) as child:
         pid = child.pid
+        assert seen.get(timeout=30) == "up"
         assert child.wait(0.2) is None
     assert child.wait(30) == -signal.SIGKILL
     with pytest.raises(ProcessLookupError):
