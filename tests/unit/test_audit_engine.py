@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import os
 import random
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -12,9 +15,10 @@ import pytest
 
 from vzrepro.audit import blame
 from vzrepro.audit.blame import LOOK, AxisPlan, Case, Ending, Experiment, Judgement, Result
-from vzrepro.audit.model import REPEAT, Verdict
-from vzrepro.audit.records import Asked, Record, Records, expected_secs
+from vzrepro.audit.model import REPEAT, Explanation, Verdict
+from vzrepro.audit.records import Asked, Collected, Record, Records, expected_secs
 from vzrepro.errors import UsageError
+from vzrepro.store import OLD_SECS
 
 PLAIN = ("host-name", "user", "umask")
 NOISE = ("clock", "randomness")
@@ -474,3 +478,77 @@ def test_a_report_is_found_by_the_beginning_of_its_id(tmp_path: Path) -> None:
     for wrong in ("cc", ""):
         with pytest.raises(UsageError, match="no audit"):
             records.find(wrong)
+
+
+# --- what is removed --------------------------------------------------------------------------------------------------
+
+
+def _kept(tmp_path: Path) -> Records:
+    """Records of an audit of which a rebuild differed, all of it old: the derivation `d…`."""
+    records = Records(tmp_path / "audit", pytest.fail)
+    record = _record(nar_hash="b" * 64, explanation="e" * 16)
+    records.save(record)
+    records.keep_explanation(Explanation("e" * 16, "bytes", (), ()))
+    (tmp_path / "log").write_text("a log")
+    records.keep_log(record.asked.id, tmp_path / "log")
+    return _aged(records)
+
+
+def _aged(records: Records) -> Records:
+    for file in records.root.rglob("*"):
+        os.utime(file, (1, 1))
+    return records
+
+
+def _names(records: Records) -> list[str]:
+    return sorted(str(file.relative_to(records.root)) for file in records.root.rglob("*") if file.is_file())
+
+
+def test_what_belongs_to_no_object_is_removed(tmp_path: Path) -> None:
+    records = _kept(tmp_path)
+    names = _names(records)
+    assert len(names) == 3
+    sizes = sum((records.root / name).stat().st_size for name in names)
+    assert records.collect({"d" * 64}) == Collected((), 0)
+    assert records.collect(set(), dry_run=True) == Collected(tuple(names), sizes)
+    assert _names(records) == names
+    assert records.collect(set()) == Collected(tuple(names), sizes)
+    assert _names(records) == []
+    assert not (records.root / "rebuilds" / ("d" * 64)).exists()
+    assert Records(tmp_path / "nothing", pytest.fail).collect(set()) == Collected((), 0)
+
+
+def test_what_is_young_stays_and_what_it_names(tmp_path: Path) -> None:
+    """An audit that runs writes the explanation first, then the log, then the record."""
+    records = _kept(tmp_path)
+    (file,) = (records.root / "rebuilds" / ("d" * 64)).iterdir()
+    os.utime(file)
+    names = _names(records)
+    records.collect(set())
+    assert _names(records) == names
+    assert records.collect(set(), now=time.time() + OLD_SECS + 10).files == tuple(names)
+
+
+def test_what_a_report_names_stays(tmp_path: Path) -> None:
+    records = _kept(tmp_path)
+    rebuild = next((records.root / "logs").iterdir()).stem
+    for name, finished in (("whole", True), ("half", False)):
+        folder = records.root / "reports" / name
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps({"rebuilds": [{"id": rebuild}]}))
+        if finished:
+            (folder / "summary.json").write_text("{}")
+    _aged(records)
+    records.collect(set())
+    assert _names(records) == [f"logs/{rebuild}.log", "reports/whole/report.json", "reports/whole/summary.json"]
+
+
+def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
+    records = _kept(tmp_path)
+    names = _names(records)
+    left = [records.root / name for name in (f"rebuilds/{'d' * 64}/.a.json.1234", "logs/.b.log.1", "explanations/.c.1")]
+    for file in left:
+        file.write_text("{")
+    _aged(records)
+    assert len(records.collect({"d" * 64}).files) == 3
+    assert _names(records) == names

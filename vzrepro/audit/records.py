@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,11 +27,13 @@ from vzrepro.audit.blame import Ending, Experiment, Result
 from vzrepro.audit.model import Explanation, PastAudit, Report
 from vzrepro.errors import UsageError, VzreproError
 from vzrepro.model import FORMAT, FileHash, canonical_json
+from vzrepro.store import OLD_SECS, LocalStore
 
 ID_LENGTH = 12
 """Hex digits of a report's and a rebuild's id."""
 
 _MAX_RECORD = 16 << 20
+_ID = re.compile(rb'"([0-9a-f]{12,16})"')  # of a rebuild or an explanation, in JSON
 _LAST = 5  # rebuilds whose median time is expected
 
 
@@ -96,6 +100,14 @@ class Record:
         return Result(self.ending, self.nar_hash, self.reason, self.observed)
 
 
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What `Records.collect` has removed, or would: files relative to its directory, and the sum of their bytes."""
+
+    files: tuple[str, ...]
+    freed: int
+
+
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     """Made when it is needed: that takes longer than most commands may."""
@@ -108,6 +120,11 @@ class Records:
     def __init__(self, root: Path, warn: Callable[[str], None]) -> None:
         self.root = root
         self._warn = warn
+
+    @classmethod
+    def beside(cls, store: LocalStore, warn: Callable[[str], None]) -> Records:
+        """The records that are kept with `store`."""
+        return cls(store.root / ".vzrepro" / "audit", warn)
 
     # --- rebuilds
 
@@ -186,6 +203,44 @@ class Records:
     def _reports(self) -> Path:
         return self.root / "reports"
 
+    # --- cleaning
+
+    def collect(self, drv_hashes: Collection[str], *, dry_run: bool = False, now: float | None = None) -> Collected:
+        """Remove what nobody needs any more and is older than `OLD_SECS`; safe beside audits. `now` is for tests.
+
+        Reports stay. Rebuilds stay while `drv_hashes`, those of the store's objects, have theirs; logs and
+        explanations while a rebuild or a report names them. What killed writers have left goes.
+        """
+        before = (time.time() if now is None else now) - OLD_SECS
+        gone: dict[Path, int] = {}
+        named: set[bytes] = set()
+
+        def look(folder: Path, is_kept: bool) -> None:
+            """Have the old files of a folder go, or else what those that stay name be kept."""
+            files = _with_status(folder)
+            is_kept = is_kept or any(status.st_mtime >= before for status in files.values())
+            for file, status in files.items():
+                if status.st_mtime < before and (not is_kept or file.name.startswith(".")):
+                    gone[file] = status.st_size
+                elif file.suffix == ".json":
+                    named.add(file.stem.encode())
+                    with contextlib.suppress(FileNotFoundError):
+                        named.update(_ID.findall(file.read_bytes()))
+
+        for folder in _listed(self.root / "rebuilds"):
+            look(folder, folder.name in drv_hashes)
+        for folder in _listed(self._reports):
+            look(folder, (folder / "summary.json").exists())
+        for folder in (self.root / "logs", self.root / "explanations"):
+            for file, status in _with_status(folder).items():
+                if status.st_mtime < before and file.stem.encode() not in named:
+                    gone[file] = status.st_size
+        for file in () if dry_run else gone:
+            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there are others in it
+                file.parent.rmdir()
+        return Collected(tuple(sorted(str(file.relative_to(self.root)) for file in gone)), sum(gone.values()))
+
     def _read(self, file: Path, kind: Any) -> Any:
         """What `kind` is in a file; None, after a warning, when it is something else."""
         try:
@@ -214,6 +269,15 @@ def summary(report: Report) -> PastAudit:
     """A report's row of the history."""
     nodes = {str(verdict): count for verdict, count in report.counts.items()}
     return PastAudit(report.id, report.finished, report.targets, report.mode, report.verdict, nodes)
+
+
+def _with_status(directory: Path) -> dict[Path, os.stat_result]:
+    """All entries of a directory, unfinished ones as well; none without it."""
+    found = {}
+    for file in directory.iterdir() if directory.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):
+            found[file] = file.lstat()
+    return found
 
 
 def _listed(directory: Path) -> list[Path]:

@@ -188,7 +188,7 @@ def show(session: Session, audit_id: str, cells: bool, folder: Path | None) -> N
 
 
 def _records(session: Session) -> Records:
-    return Records(session.store.root / ".vzrepro" / "audit", session.warn)
+    return Records.beside(session.store, session.warn)
 
 
 def _now() -> str:

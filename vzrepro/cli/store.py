@@ -7,6 +7,7 @@ import time
 import click
 
 from vzrepro import console
+from vzrepro.audit.records import Records
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
 from vzrepro.errors import UsageError, VzreproError
@@ -142,16 +143,23 @@ def roots(session: Session) -> None:
 @json_option
 @click.pass_obj
 def gc(session: Session, dry_run: bool, keep_days: float | None) -> None:
-    """Delete every object that no root keeps."""
+    """Delete every object that no root keeps, and what is left of old audits that nobody needs."""
     newer = None if keep_days is None else time.time() - keep_days * 86400
     report = session.store.gc(dry_run=dry_run, keep_newer_than=newer)
+    deleted = set(report.deleted)
+    left = [each for each in session.store.objects() if each.path not in deleted and each.drv_hash is not None]
+    audits = Records.beside(session.store, session.warn).collect({str(each.drv_hash) for each in left}, dry_run=dry_run)
     document = {
         "deleted": [str(found) for found in report.deleted],
         "freed_bytes": report.freed,
         "kept": report.kept,
+        "audit_files": list(audits.files),
+        "audit_bytes": audits.freed,
         "dry_run": dry_run,
     }
     verb = "would delete" if dry_run else "deleted"
     kept = ", ".join(f"{count} {reason}" for reason, count in sorted(report.kept.items()))
     lines = [*map(str, report.deleted), f"{verb} {len(report.deleted)} objects, {console.size(report.freed)}"]
+    if audits.files:
+        lines.append(f"{verb} {len(audits.files)} files of old audits, {console.size(audits.freed)}")
     session.console.print_text("\n".join([*lines, f"kept: {kept}"] if kept else lines), document)
