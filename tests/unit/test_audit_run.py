@@ -22,7 +22,7 @@ from vzrepro.audit.changes import World
 from vzrepro.audit.engine import Audit, Found, Request
 from vzrepro.audit.model import Verdict
 from vzrepro.audit.rebuild import Rebuilder
-from vzrepro.audit.records import Record, Records
+from vzrepro.audit.records import Asked, Record, Records
 from vzrepro.errors import BuildFailed, HashMismatch, Interrupted, RemoteError, TimedOut, UsageError, VzreproError
 from vzrepro.model import Derivation, ObjectInfo, store_path
 from vzrepro.realize import Realizer
@@ -61,6 +61,7 @@ class Lab:
         self.builder = "0123456789abcdef"
         self.explain: Callable[..., str | None] = lambda *_: None
         self.made: list[str] = []
+        self.loaded: list[str] = []
         self.warnings: list[str] = []
         self.build: Build = self.good
         self.put(self.source, "source")
@@ -68,7 +69,12 @@ class Lab:
 
     def _drv(self, builder: Any) -> Derivation:
         return Derivation(
-            "thing", builder, platform="linux/amd64", inputs={"debs": self.source.drv_hash}, command=("make",)
+            "thing",
+            builder,
+            platform="linux/amd64",
+            image=self.source.drv_hash if builder == "sandbox" else None,
+            inputs={"debs": self.source.drv_hash},
+            command=("make",),
         )
 
     def put(self, node: Node, content: str) -> None:
@@ -109,7 +115,7 @@ class Lab:
             have=self.store.query_many,
             realize=lambda nodes: nodes,
             expected_secs=lambda _target, _verb: None,
-            load_image=lambda _node: None,
+            load_image=lambda node: self.loaded.append(node.target),
             job=self.job,
         )
         return cast(Realizer, made)
@@ -141,6 +147,10 @@ def verdicts(found: Found) -> Mapping[str, str]:
     judgement = found.subjects[0].judgement
     assert judgement is not None
     return {name: finding.verdict.value for name, finding in judgement.findings.items()}
+
+
+def _registered(lab: Lab) -> str:
+    return lab.store.query_many([lab.thing.path])[lab.thing.path].nar_hash.hex
 
 
 @pytest.fixture
@@ -325,11 +335,32 @@ def test_the_time_of_a_rebuild_is_without_its_explanation(lab: Lab, monkeypatch:
     def explain(*_anything: object) -> None:
         now[0] += 600_000_000_000
 
-    monkeypatch.setattr(rebuild, "time", SimpleNamespace(monotonic_ns=lambda: now[0]))
+    monkeypatch.setattr(rebuild, "time", SimpleNamespace(monotonic=lambda: 0.0, monotonic_ns=lambda: now[0]))
     lab.build, lab.explain, lab.axes = build, explain, ()
     found = lab.run()
     assert now[0] > 600_000_000_000
     assert found.subjects[0].records[blame.Experiment()].milliseconds < 600_000
+
+
+def test_the_engine_is_asked_for_an_image_now_and_then(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [7.0]
+    monkeypatch.setattr(rebuild, "time", SimpleNamespace(monotonic=lambda: now[0], monotonic_ns=lambda: 0))
+
+    def build(what: str, job: sandbox.Job) -> None:
+        if what == "host-name":
+            raise VzreproError("the toolchain image vanished from Docker")
+        now[0] += 61.0 * (what == "repeat")
+        lab.good(what, job)
+
+    lab.build = build
+    rebuilder, records = lab.audit().rebuilder, []
+    for axes in ((), (), ("umask",), ("umask",), ("host-name",), ("umask",)):
+        asked = Asked("d" * 64, "", _registered(lab), "", dict.fromkeys(axes, 1), {}, 0, 0)
+        before = len(lab.loaded)
+        record = rebuilder.build(lab.thing, asked, say=lambda _: None, keep_log=lambda _: None, compare=lambda *_: None)
+        records.append((record.ending, len(lab.loaded) - before))
+    built, lost = Ending.BUILT, Ending.LOST
+    assert records == [(built, 1), (built, 1), (built, 1), (built, 0), (lost, 0), (built, 1)]
 
 
 # --- what is made without a sandbox

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import errno
+import math
 import os
 import shutil
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vzrepro import disk, fetch, image, nar, sandbox
@@ -27,6 +28,7 @@ from vzrepro.audit.changes import World
 from vzrepro.audit.observed import Observed
 from vzrepro.audit.records import Asked, Record
 from vzrepro.errors import BuildFailed, HashMismatch, Interrupted, RemoteError, TimedOut, UsageError, VzreproError
+from vzrepro.model import DrvHash
 from vzrepro.realize import Realizer
 from vzrepro.recipe import Node
 
@@ -35,6 +37,8 @@ LOG_LINES = 30
 
 _PATIENCE = 2
 """A rebuild may take so many times the recipe's limit: some axes make it slower, and it is not what is tested."""
+
+_IMAGE_SECS = 60.0  # so long an image that was in the container engine is taken to be there still
 
 _BALLAST = 128
 # Of what comes out the same by chance it would not be seen that it leaks: an engine's process ids are a few numbers,
@@ -58,6 +62,7 @@ class Rebuilder:
     realizer: Realizer
     world: World
     axes: Mapping[str, Axis]
+    _loaded: dict[DrvHash, float] = field(default_factory=dict)
 
     def job(self, node: Node, scratch: Path, asked: Asked | None = None) -> sandbox.Job:
         """The node's job with what is asked of it; `scratch` need not exist."""
@@ -95,7 +100,7 @@ class Rebuilder:
         """
         sandboxed = node.drv.builder == "sandbox"
         if sandboxed:
-            self.realizer.load_image(node)
+            self._load_image(node)
         clock = _Clock()
         output = _Output(say)
         nar_hash = nar_size = explanation = None
@@ -135,6 +140,14 @@ class Rebuilder:
             tools=self.world.tools.name if sandboxed and self.world.tools is not None else "",
         )
 
+    def _load_image(self, node: Node) -> None:
+        """Have the node's image in the engine. It is not asked all the time: that would be much of a short build."""
+        assert node.drv.image is not None
+        now = time.monotonic()
+        if now >= self._loaded.get(node.drv.image, -math.inf) + _IMAGE_SECS:
+            self.realizer.load_image(node)
+            self._loaded[node.drv.image] = now
+
     @contextlib.contextmanager
     def _sandbox(self, node: Node, asked: Asked, scratch: Path, output: _Output) -> Iterator[_Made]:
         """The node's job run in the sandbox; removed again afterwards."""
@@ -164,6 +177,7 @@ class Rebuilder:
         except Interrupted:
             raise
         except VzreproError as error:
+            self._loaded.clear()
             self._check_space()  # a full disk is met in many places, the log among them, and said in one way
             if not (asked.axes or asked.held):
                 raise
@@ -288,4 +302,4 @@ def _occupy_inodes(ballast: Path) -> None:
     ballast.mkdir()
     with contextlib.suppress(OSError):
         for number in range(_BALLAST):
-            (ballast / str(number)).touch()
+            os.close(os.open(f"{ballast}/{number}", os.O_CREAT | os.O_WRONLY))
