@@ -217,7 +217,12 @@ class Realizer:
         return self.realize([by_path[path] for path in paths])
 
     def _clear_downloads(self) -> None:
-        """Files are kept during a run, since images share packages; afterwards the store objects hold them."""
+        """Files are kept during a run, since images share packages; afterwards the store objects hold them.
+
+        Of several runs at once, the last one to end removes them: the others may be in the middle of some.
+        """
+        if self.store.is_shared():
+            return
         shutil.rmtree(self._downloads, ignore_errors=True)
 
     def execute(self, plan: Plan) -> None:

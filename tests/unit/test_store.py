@@ -14,11 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from vzrepro import disk, nar
+from vzrepro.config import Config
 from vzrepro.errors import HashMismatch, Interrupted, NotDeterministic, UsageError, VzreproError
+from vzrepro.evaluate import DrvGraph
+from vzrepro.fetch import Mirrors
 from vzrepro.model import (
     BuildKey,
     Derivation,
@@ -30,6 +34,7 @@ from vzrepro.model import (
     canonical_json,
     store_path,
 )
+from vzrepro.realize import Realizer
 from vzrepro.store import OLD_SECS, LocalStore
 
 NOW = 1_800_000_000
@@ -609,6 +614,31 @@ def test_what_a_running_process_holds_stays(store: LocalStore) -> None:
         assert store.gc().kept == {"in use": 2}
     assert store.roots() == []
     assert set(store.gc().deleted) == {info.path, base.path}
+
+
+def test_what_others_download_is_left_alone(store: LocalStore) -> None:
+    """Each process holds what it wants before it downloads that."""
+    realizer = Realizer(
+        graph=cast(DrvGraph, None),
+        store=store,
+        caches=[],
+        config=cast(Config, None),
+        mirrors=cast(Mirrors, None),
+        snapshot=None,
+    )
+    part = store.root / ".vzrepro" / "downloads" / "file.part"
+    store.hold([path_of("ours")])
+    part.parent.mkdir()
+    part.touch()
+    with LocalStore(store.root) as other:
+        assert not store.is_shared()
+        other.hold([path_of("theirs")])
+        assert store.is_shared()
+        realizer._clear_downloads()
+        assert part.exists()
+    assert not store.is_shared()
+    realizer._clear_downloads()
+    assert not part.parent.exists()
 
 
 def test_temp_roots_of_a_dead_process_do_not_count(store: LocalStore) -> None:

@@ -428,6 +428,12 @@ class LocalStore:
                 for path in paths:
                     run("INSERT OR IGNORE INTO temp_roots VALUES (?, ?, ?)", owner, os.getpid(), path.base)
 
+    def is_shared(self) -> bool:
+        """Whether another running process holds objects: it makes or uses some."""
+        own = None if self._owner is None else self._owner[0]
+        owners = [owner for (owner,) in self._db.rows("SELECT DISTINCT owner FROM temp_roots")]
+        return any(owner != own and self._alive(owner) for owner in owners)
+
     def add_root(self, link: Path, path: StorePath) -> None:
         """Make the symbolic link `link` to the object, which is kept for as long as the link stays and points there.
 
