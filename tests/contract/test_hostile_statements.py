@@ -12,10 +12,11 @@ import pytest
 
 from tests.contract.memory import MemoryBackend
 from tests.contract.test_binary_cache import KEY, STRANGER, Warnings, make
+from vzrepro.attest import dsse
 from vzrepro.attest.provenance import BUILD_TYPE, PREDICATE_TYPE
 from vzrepro.attest.statement import PAYLOAD_TYPE, STATEMENT_TYPE
-from vzrepro.audit.challenge import Challenge, challenge
-from vzrepro.cache import BinaryCache, TrustedKeys
+from vzrepro.audit.challenge import Challenge, State, challenge
+from vzrepro.cache import BinaryCache, PublicKey, TrustedKeys
 from vzrepro.cache.records import attestation_key, build_key_record, differences_prefix
 from vzrepro.console import aligned
 from vzrepro.model import BuildKey, Derivation, DrvHash, FileHash
@@ -47,11 +48,12 @@ class Place:
     def cache(self, warnings: Warnings | None = None) -> BinaryCache:
         return BinaryCache(self.backend, TrustedKeys([KEY.public, STRANGER.public]), warn=warnings or Warnings())
 
-    def compared(self) -> Challenge:
+    def compared(self, *revoked: PublicKey) -> Challenge:
         """A challenge of the object. The honest builder's row must be there, whatever else is."""
         drv = Derivation(name="hello", builder="sandbox")
         node = Node("hello", "build", "recipes/x.py:1", "", drv, self.drv_hash, self.made.info.path)
-        found = challenge([node], [self.cache()], [KEY.public, STRANGER.public], {}, lambda _node: None)
+        known = [KEY.public, STRANGER.public]
+        found = challenge([node], [self.cache()], known, {}, lambda _node: None, revoked)
         assert any(row.builder == KEY.name for row in found.rows)
         return found
 
@@ -133,6 +135,15 @@ def test_a_difference_of_another_object_is_not_about_this_one(place: Place) -> N
     found = place.compared()
     assert found.splits == ()
     assert [row.builder for row in found.rows] == [KEY.name]
+
+
+def test_what_a_revoked_key_has_signed_is_shown_and_no_majority(place: Place) -> None:
+    envelope = dsse.sign(PAYLOAD_TYPE, json.dumps(place.provenance()).encode(), STRANGER)
+    place.backend.put(attestation_key(place.drv_hash, envelope), envelope)
+    assert {row.state for row in place.compared().rows} == {State.DIFFERENT}, "between two builders it is a tie"
+    found = place.compared(PublicKey("another name", STRANGER.public.raw))
+    rows = {row.builder: row.state for row in found.rows}
+    assert rows == {KEY.name: State.SAME, f"{STRANGER.name} (revoked)": State.DIFFERENT}
 
 
 def test_a_stranger_cannot_write_rows_of_the_table(place: Place) -> None:

@@ -384,6 +384,18 @@ def test_a_statement_about_something_else_is_told(shop: Shop, tmp_path: Path) ->
     seen = review(provenance(other).signed(TEAM), KEYS, shop.built)
     assert seen.kind is None
     assert seen.wrong is not None and "something else" in seen.wrong
+    # Also where we do not have the output: else another's provenance, which is signed, would be shown as its own.
+    assert review(provenance(other).signed(TEAM), KEYS, None, shop.built.path).kind is None
+    assert review(provenance(shop).signed(TEAM), KEYS, None, shop.built.path).kind == "provenance"
+
+
+def test_a_summary_of_something_else_is_told(shop: Shop, tmp_path: Path) -> None:
+    other = open_shop(tmp_path / "other", name="other-1.0")
+    passed = Summary(resource=str(other.built.path), passed=True, verified="2026-11-24T20:00:00Z")
+    data = summary_statement(passed, subjects(other), TEAM.public).signed(TEAM)
+    assert review(data, KEYS, other.built).detail == "PASSED"
+    seen = review(data, KEYS, shop.built)
+    assert (seen.kind, seen.detail) == (None, None)
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", dsse.sign("text/plain", b"hello", TEAM)])

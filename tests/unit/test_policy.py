@@ -121,6 +121,8 @@ EXCEPTION = f'[[exceptions]]\ntarget = "a"\naccept = "{ACCEPT}"\nreason = "r"\nu
         (one_key("from = 2026-01-01T00:00:00"), "no time zone"),
         (one_key("until = 12:00:00"), "wanted a date"),
         (one_key("until = 9999-12-31"), "too far away"),
+        (one_key("until = 9999-12-31T23:00:00-02:00"), "too far away"),
+        (one_key("from = 0001-01-01T00:00:00+02:00"), "too far away"),
         (one_key("from = 2026-01-02, until = 2026-01-01"), "ends before it begins"),
         (one_key("revoked = true"), "revoked"),
         (one_key('revoked = " "'), "revoked"),
@@ -138,6 +140,21 @@ def test_a_wrong_policy_is_refused_with_what_is_wrong(data: bytes, says: str) ->
     assert "p.toml" in caught.value.message
     assert says in str(caught.value)
     assert "docs/policy.md" in str(caught.value)
+
+
+def test_a_placeholder_is_no_key() -> None:
+    """Anybody could sign for a key of zeros."""
+    with pytest.raises(UsageError, match="worth nothing"):
+        Policy.parse(text().replace(str(ONE).encode(), b"todo:" + b"A" * 43 + b"="), "p")
+
+
+def test_what_is_revoked_elsewhere_is_revoked_whosever_it_is() -> None:
+    policy = Policy.parse(text(), "p").without([PublicKey("another name", TWO.raw)], "lost here")
+    one, two = (each.keys[0] for each in policy.operators)
+    assert one.refusal(at("2026-01-01T00:00:00Z")) is None
+    assert "lost here" in str(two.refusal(at("2026-01-01T00:00:00Z")))
+    again = policy.without([TWO], "said again").operators[1].keys[0]
+    assert "lost here" in str(again.refusal(None)), "the first reason stays"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -203,6 +220,37 @@ def test_a_damaged_memory_is_no_reason_to_forget(tmp_path: Path, content: str) -
     (tmp_path / "release.json").write_text(content)
     with pytest.raises(Untrusted, match="damaged"):
         PolicyMemory(tmp_path).admit(Policy.parse(text(), "p"))
+
+
+def test_what_is_there_and_cannot_be_read_is_no_reason_to_forget(tmp_path: Path) -> None:
+    (tmp_path / "release.json").mkdir()
+    with pytest.raises(Untrusted, match="cannot be read"):
+        PolicyMemory(tmp_path).admit(Policy.parse(text(), "p"))
+
+
+def test_what_one_place_knows_counts_in_all(tmp_path: Path) -> None:
+    """A workspace's store and the user's memory: neither another clone nor no workspace at all is a way back."""
+    user, one, other = (tmp_path / name for name in ("user", "one", "other"))
+    PolicyMemory(user, one).admit(Policy.parse(text(version=5), "p"))
+    for places in ((user,), (one,), (user, other), (other, user), (one, other)):
+        with pytest.raises(Untrusted, match="old one"):
+            PolicyMemory(*places).admit(Policy.parse(text(version=4), "p"))
+        with pytest.raises(Untrusted, match="two policies") as caught:
+            PolicyMemory(*places).admit(Policy.parse(text("threshold = 1", version=5), "p"))
+        assert caught.value.hint is not None
+        assert all(str(place / "release.json") in caught.value.hint for place in set(places) - {other})
+    assert not other.exists(), "what is refused is not remembered"
+    PolicyMemory(other, user).admit(Policy.parse(text(version=5), "p"))
+    assert json.loads((other / "release.json").read_text())["version"] == 5
+
+
+def test_one_place_that_can_be_written_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    PolicyMemory(tmp_path / "file" / "policy", tmp_path / "policy").admit(Policy.parse(text(version=2), "p"))
+    with pytest.raises(Untrusted):
+        PolicyMemory(tmp_path / "file" / "policy", tmp_path / "policy").admit(Policy.parse(text(), "p"))
+    with pytest.raises(OSError, match="file"):
+        PolicyMemory(tmp_path / "file" / "policy").admit(Policy.parse(text(), "p"))
 
 
 def test_many_at_once_remember_the_highest(tmp_path: Path) -> None:

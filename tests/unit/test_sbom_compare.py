@@ -159,6 +159,12 @@ def test_documents_of_others() -> None:
         (b'{"bomFormat": "CycloneDX", "components": 1}', "x is not a bill of materials"),
         (b'{"bomFormat": "CycloneDX", "components": ["a"]}', "x is not a bill of materials"),
         (b'{"spdxVersion": "SPDX-2.3", "packages": [{"name": 1}]}', "x is not a bill of materials"),
+        (b'{"spdxVersion": "SPDX-2.3", "packages": [{"SPDXID": "a", "name": 1}]}', "x is not a bill of materials"),
+        (b'{"bomFormat": "CycloneDX", "components": [{"name": "a", "version": 1}]}', "x is not a bill of materials"),
+        (
+            b'{"bomFormat": "CycloneDX", "components": [{"name": "a", "version": ["1"]}]}',
+            "x is not a bill of materials",
+        ),
     ],
 )
 def test_what_is_no_bill(data: bytes, complaint: str) -> None:

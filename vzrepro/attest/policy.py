@@ -18,9 +18,9 @@ import secrets
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -173,6 +173,16 @@ class Policy:
         """The exceptions of this target, expired ones as well."""
         return tuple(each for each in self.exceptions if each.target == target)
 
+    def without(self, keys: Iterable[PublicKey], why: str) -> Policy:
+        """The same policy with these keys revoked, whosever they are."""
+        gone = {key.raw for key in keys}
+
+        def judged(each: OperatorKey) -> OperatorKey:
+            return replace(each, revoked=why) if each.key.raw in gone and each.revoked is None else each
+
+        operators = tuple(replace(each, keys=tuple(map(judged, each.keys))) for each in self.operators)
+        return replace(self, operators=operators)
+
     @property
     def digest(self) -> str:
         """The sha256, in hex, of what the policy says: comments and the order of its tables do not count."""
@@ -199,62 +209,77 @@ def read_file(path: Path) -> bytes:
 
 
 class PolicyMemory:
-    """The highest version of each policy that was seen on this machine, a file each in `directory`."""
+    """The highest version of each policy that was seen on this machine, a file each in every one of `directories`."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, *directories: Path) -> None:
+        self._directories = directories
 
     def admit(self, policy: Policy) -> None:
         """Remember the policy, or raise Untrusted: an older version than one that was seen, or the same version with
-        other content. Raises OSError when it cannot be remembered."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        file = self._directory / f"{policy.name}.json"
-        with self._turn():
-            seen = _remembered(file)
-            if seen is not None:
-                _compare(policy, *seen, file)
-            if seen is None or policy.version > seen[0]:
-                _write(file, {"format": FORMAT, "version": policy.version, "sha256": policy.digest})
+        other content. What one directory knows is enough for that; what is there and cannot be read is, too.
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        while (fd := disk.try_lock(self._directory, create=False)) is None:
-            time.sleep(_TURN_SECS)
-        try:
-            yield
-        finally:
-            os.close(fd)
+        Raises OSError when it can be remembered nowhere.
+        """
+        files = [directory / f"{policy.name}.json" for directory in self._directories]
+        _compare(policy, files)
+        failed = []
+        for file in files:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with _turn(file.parent):
+                    seen = _remembered(file)
+                    _compare(policy, [file])
+                    if seen is None or policy.version > seen[0]:
+                        _write(file, {"format": FORMAT, "version": policy.version, "sha256": policy.digest})
+            except OSError as error:
+                failed.append(error)
+        if len(failed) == len(files):
+            raise failed[0]
 
 
-def _compare(policy: Policy, version: int, digest: str, file: Path) -> None:
+def _compare(policy: Policy, files: Sequence[Path]) -> None:
+    known = [(seen, file) for file in files if (seen := _remembered(file)) is not None]
+    if not known:
+        return
+    version = max(seen[0] for seen, _ in known)
+    forget = f"rm {' '.join(str(file) for _, file in known)}"
     if policy.version < version:
         raise Untrusted(
             f"version {policy.version} of the policy {policy.name} is an old one",
             reason=f"version {version} was seen on this machine; an old one may have keys that are revoked since",
-            hint=f"get version {version} or a later one; if going back is meant, forget what was seen: rm {file}",
+            hint=f"get version {version} or a later one; if going back is meant, forget what was seen: {forget}",
         )
-    if policy.version == version and policy.digest != digest:
+    if policy.version == version and any(seen[0] == version and seen[1] != policy.digest for seen, _ in known):
         raise Untrusted(
             f"there are two policies {policy.name} of version {version}",
             reason="one with other content was seen on this machine",
-            hint=f"whoever changes a policy raises its version; if this one is right, forget the other: rm {file}",
+            hint=f"whoever changes a policy raises its version; if this one is right, forget the other: {forget}",
         )
 
 
+@contextmanager
+def _turn(directory: Path) -> Iterator[None]:
+    while (fd := disk.try_lock(directory, create=False)) is None:
+        time.sleep(_TURN_SECS)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
 def _remembered(file: Path) -> tuple[int, str] | None:
+    """Version and digest. Raises Untrusted when something is there and is not that: it may be a newer version."""
     try:
         with file.open("rb") as opened:
-            data = opened.read(_MAX_MEMORY)
-    except FileNotFoundError:
-        return None
-    try:
-        document = json.loads(data)
+            document = json.loads(opened.read(_MAX_MEMORY))
         version, digest = document["version"], document["sha256"]
         if type(version) is not int or not isinstance(digest, str):
             raise TypeError("a value of another type")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Untrusted(
-            f"{file} is damaged",
+            f"{file} cannot be read" if isinstance(error, OSError) else f"{file} is damaged",
             reason="it remembers which version of the policy was seen last",
             hint=f"make sure that your policy is the newest one, then: rm {file}",
         ) from error
@@ -378,13 +403,14 @@ def _moment(value: object, where: str, place: str, *, end: bool) -> dt.datetime:
     if isinstance(value, dt.datetime):
         if value.tzinfo is None:
             raise _wrong(place, f"{where}: {value} has no time zone; write {value.isoformat()}Z, or a date alone")
-        return value.astimezone(dt.UTC)
-    if isinstance(value, dt.date):
-        try:
-            return dt.datetime.combine(value, dt.time(), dt.UTC) + dt.timedelta(days=end)
-        except OverflowError as error:
-            raise _wrong(place, f"{where}: {value} is too far away") from error
-    raise _wrong(place, f"{where}: wanted a date, such as 2027-12-31, without quotes")
+    elif not isinstance(value, dt.date):
+        raise _wrong(place, f"{where}: wanted a date, such as 2027-12-31, without quotes")
+    try:
+        if isinstance(value, dt.datetime):
+            return value.astimezone(dt.UTC)
+        return dt.datetime.combine(value, dt.time(), dt.UTC) + dt.timedelta(days=end)
+    except OverflowError as error:
+        raise _wrong(place, f"{where}: {value} is too far away") from error
 
 
 def _refuse_twice(names: Iterable[str], message: str, place: str) -> None:

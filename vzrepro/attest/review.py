@@ -12,7 +12,7 @@ from vzrepro.attest.dsse import Envelope, Malformed
 from vzrepro.attest.provenance import Provenance
 from vzrepro.attest.statement import Statement
 from vzrepro.cache.signing import PublicKey, TrustedKeys
-from vzrepro.model import FileHash, NarHash, ObjectInfo
+from vzrepro.model import FileHash, NarHash, ObjectInfo, StorePath
 
 
 class Standing(enum.StrEnum):
@@ -74,15 +74,16 @@ class Reviewed:
     wrong: str | None = None
 
 
-def review(data: bytes, keys: Keys, ours: ObjectInfo | None) -> Reviewed:
-    """Look at one envelope about the derivation of `ours`. Never raises for anything that is in it."""
+def review(data: bytes, keys: Keys, ours: ObjectInfo | None, about: StorePath | None = None) -> Reviewed:
+    """Look at one envelope about the output `about`, that is `ours` if we have it. Never raises for anything that is in
+    it; a statement about another output, as somebody may have copied it to where this one was found, says nothing."""
     sha256 = FileHash.of(data)
     signers: tuple[Signer, ...] = ()
     try:
         envelope = dsse.parse(data)
         signers = tuple(_signers(envelope, keys))
         statement = Statement.of(envelope)
-        return _said(statement, sha256, signers, ours)
+        return _said(statement, sha256, signers, ours, about if ours is None else ours.path)
     except Malformed as error:
         return Reviewed(sha256, signers, None, wrong=": ".join(filter(None, (error.message, error.reason))))
 
@@ -98,25 +99,33 @@ def _signers(envelope: Envelope, keys: Keys) -> Iterable[Signer]:
             yield Signer(known.get(keyid), keyid, Standing.FORGED if keyid in known else Standing.UNKNOWN)
 
 
-def _said(statement: Statement, sha256: FileHash, signers: tuple[Signer, ...], ours: ObjectInfo | None) -> Reviewed:
+def _said(
+    statement: Statement,
+    sha256: FileHash,
+    signers: tuple[Signer, ...],
+    ours: ObjectInfo | None,
+    about: StorePath | None,
+) -> Reviewed:
     def agrees(result: NarHash | None) -> bool | None:
         return None if result is None or ours is None else result == ours.nar_hash
 
     match statement.predicate_type:
         case provenance.PREDICATE_TYPE:
             built = Provenance.of(statement)
-            _check_subject(built.path, ours)
+            _check_subject(built.path, about)
             found = built.nar_hash
             return Reviewed(sha256, signers, "provenance", found, agrees(found), None, built.finished)
         case audit.PREDICATE_TYPE:
             result = AuditResult.of(statement)
-            _check_subject(result.path, ours)
+            _check_subject(result.path, about)
             rebuilt = None if result.rebuilt is None else result.rebuilt.nar_hash
             varied = ", ".join(result.axes) or "nothing"
             detail = f"{result.verdict}, varied: {varied}"
             return Reviewed(sha256, signers, "audit", rebuilt, agrees(rebuilt), detail, result.finished)
         case vsa.PREDICATE_TYPE:
             found_output = statement.output
+            if found_output is not None:
+                _check_subject(found_output[0], about)
             subject = None if found_output is None else found_output[1]
             verdict, when = (statement.predicate.get(name) for name in ("verificationResult", "timeVerified"))
             return Reviewed(
@@ -131,6 +140,6 @@ def _said(statement: Statement, sha256: FileHash, signers: tuple[Signer, ...], o
     return Reviewed(sha256, signers, statement.predicate_type)
 
 
-def _check_subject(path: object, ours: ObjectInfo | None) -> None:
-    if ours is not None and path != ours.path:
+def _check_subject(path: StorePath, about: StorePath | None) -> None:
+    if about is not None and path != about:
         raise Malformed("this statement is about something else", reason=f"its subject is {path}")

@@ -156,13 +156,15 @@ def challenge(
     keys: Iterable[PublicKey],
     ours: Mapping[str, ObjectInfo],
     asking: Callable[[Node], object],
+    revoked: Iterable[PublicKey] = (),
 ) -> Challenge:
     """Compare what caches have about nodes, with each other and with `ours` (by store path).
 
-    `keys` are those that are known, and need not be trusted. `asking` is called with each node before its answers are
-    waited for. A cache that fails is asked no further, and told of. Raises RemoteError when none answers.
+    `keys` are those that are known, and need not be trusted; `revoked` are known as that. `asking` is called with each
+    node before its answers are waited for. A cache that fails is asked no further, and told of. Raises RemoteError when
+    none answers.
     """
-    found_keys = _Keys(keys)
+    found_keys = _Keys(keys, revoked)
     silent: dict[str, str] = {}
     for cache, why in zip(caches, in_order(_why_silent, caches), strict=True):
         if why is not None:
@@ -291,10 +293,13 @@ def _split(node: str, supporters: Mapping[NarHash, set[str]], its: Sequence[Evid
 
 
 class _Keys:
-    """The known keys, and what those are called who have signed something."""
+    """The known keys, and what those are called who have signed something. What a revoked one has signed is shown, and
+    is worth no more than a stranger's word."""
 
-    def __init__(self, keys: Iterable[PublicKey]) -> None:
-        self.all = tuple({key.raw: key for key in keys}.values())
+    def __init__(self, keys: Iterable[PublicKey], revoked: Iterable[PublicKey]) -> None:
+        gone = tuple(revoked)
+        self.all = tuple({key.raw: key for key in (*gone, *keys)}.values())
+        self._revoked = {key.raw for key in gone}
         self._trusted = TrustedKeys(self.all)
         names: defaultdict[str, int] = defaultdict(int)
         for key in self.all:
@@ -312,20 +317,22 @@ class _Keys:
             signers = self._trusted.signers(message, [text])
             name = parse_signature(text)[0]
             if signers:
-                for key in signers:
-                    yield self.name(key), True, True
+                yield from map(self._known, signers)
             else:
                 yield (_forged(name), False, False) if name in known else (_stranger(name), False, True)
 
     def of_envelope(self, envelope: Envelope) -> Iterator[tuple[str, bool, bool]]:
         """The same for an envelope."""
         signers = envelope.signers(self.all)
-        for key in signers:
-            yield self.name(key), True, True
+        yield from map(self._known, signers)
         names = {key.id: self.name(key) for key in self.all}
         for keyid in sorted({keyid for keyid, _ in envelope.signatures} - {key.id for key in signers}):
             known = keyid in names
             yield (_forged(names[keyid]), False, False) if known else (_stranger(f"key {keyid}"), False, True)
+
+    def _known(self, key: PublicKey) -> tuple[str, bool, bool]:
+        revoked = key.raw in self._revoked
+        return f"{self.name(key)} (revoked)" if revoked else self.name(key), not revoked, True
 
 
 def _stranger(name: str) -> str:

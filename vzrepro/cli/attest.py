@@ -173,7 +173,7 @@ def _reviewed(session: Session, node: Node, url: str | None) -> list[tuple[Revie
     info = session.store.query(node.path)
     keys = known_keys(session)
     envelopes = session.attestations(node.drv_hash, url)
-    found = [(review(envelope, keys, info), envelope, places) for envelope, places in envelopes.items()]
+    found = [(review(envelope, keys, info, node.path), envelope, places) for envelope, places in envelopes.items()]
     return sorted(found, key=lambda each: _order(each[0]))
 
 

@@ -38,13 +38,13 @@ def challenge(
     if not caches:
         raise UsageError("there is no cache to compare", hint="name some: --against URL URL…")
     nodes = [node for node in session.graph.closure([session.target(target)]) if node.drv.builder in _MADE]
-    known = [*session.trusted.keys, *session.trusted.revoked, *map(PublicKey.parse, keys)]
+    known = [*session.trusted.keys, *map(PublicKey.parse, keys)]
     if session.upload_key is not None:
         known.append(session.upload_key.public)
     have = session.store.query_many(node.path for node in nodes)
     ours = {str(path): info for path, info in have.items()}
     with session.long_work("check", f"{len(caches)} caches") as work:
-        found = compared(nodes, caches, known, ours, lambda node: work.line(node.target))
+        found = compared(nodes, caches, known, ours, lambda node: work.line(node.target), session.trusted.revoked)
     rows = [
         (
             row.node,

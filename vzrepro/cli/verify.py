@@ -117,12 +117,14 @@ def _rules(session: Session, inside: bool, file: Path | None, threshold: int | N
     data = policies.read_file(file)
     policy = Policy.parse(data, str(file))
     config = session.config
-    memory = config.store / ".vzrepro" / "policy" if inside else config.key_dir.parent / "policy"
+    # The user's memory is that of all workspaces, the store's that of all who use it.
+    memories = [config.key_dir.parent / "policy", *([config.store / ".vzrepro" / "policy"] if inside else [])]
     try:
-        PolicyMemory(memory).admit(policy)
+        PolicyMemory(*memories).admit(policy)
     except OSError as error:
-        session.warn(f"that version {policy.version} of the policy was seen cannot be kept: {memory}: {error.strerror}")
-    return _Rules(policy, (str(file), data))
+        session.warn(f"that version {policy.version} of the policy was seen cannot be kept: {error}")
+    revoked = session.trusted.revoked
+    return _Rules(policy.without(revoked, "it is one of this machine's revoked-keys"), (str(file), data))
 
 
 def _asked(

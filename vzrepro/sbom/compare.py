@@ -28,6 +28,11 @@ class Item:
     license: str | None
     used: Use
 
+    def __post_init__(self) -> None:
+        for value in (self.key, self.version, self.hash, self.license):
+            if not isinstance(value, str | None):
+                raise TypeError(f"{value!r} is not a text")
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
