@@ -134,8 +134,15 @@ def make_small(place: Path, seeded: Path) -> Cli:
     return cli
 
 
-def interrupt_when(process: subprocess.Popen[str], text: str, number: int = signal.SIGINT) -> tuple[str, str]:
-    """Send a signal once `text` has been written to stderr; return what was written on both."""
+def interrupt_when(
+    process: subprocess.Popen[str], text: str, number: int = signal.SIGINT, *, inside: Cli | None = None
+) -> tuple[str, str]:
+    """Send a signal once `text` has been written to stderr, and, with `inside`, a container of that store is there;
+    return what was written on both.
+
+    A process that is killed before that leaves a Docker client that goes on, and a container for the next sweep but
+    one.
+    """
     assert process.stderr is not None
     assert process.stdout is not None
     lines: list[str] = []
@@ -146,6 +153,8 @@ def interrupt_when(process: subprocess.Popen[str], text: str, number: int = sign
     for line in process.stderr:
         lines.append(line)
         if text in line and not sent:
+            while inside is not None and not containers(inside):
+                assert process.poll() is None, "".join(lines)
             process.send_signal(number)
             sent = True
     process.wait(60)
@@ -154,9 +163,11 @@ def interrupt_when(process: subprocess.Popen[str], text: str, number: int = sign
     return "".join(out), "".join(lines)
 
 
-def containers(cli: Cli) -> list[str]:
-    """The names of all containers, running or not, that have something of this store mounted."""
-    names = subprocess.run(["docker", "ps", "-aq"], capture_output=True, text=True, check=True).stdout.split()
+def containers(cli: Cli, *filters: str) -> list[str]:
+    """The names of all containers (or of those that Docker's `filters` let pass), running or not, that have something
+    of this store mounted."""
+    ps = ["docker", "ps", "-aq", *(f"--filter={each}" for each in filters)]
+    names = subprocess.run(ps, capture_output=True, text=True, check=True).stdout.split()
     if not names:
         return []
     # One that another test's vzrepro removes meanwhile makes the command fail, and is none of ours.

@@ -45,7 +45,7 @@ class Team:
             "VZREPRO_TRUSTED_KEYS": " ".join(self.public(each) for each in trusts),
             "XDG_CACHE_HOME": str(home / "xdg"),
             "XDG_CONFIG_HOME": str(home / "config"),
-            "VZREPRO_CACHE_PATIENCE_SECS": "6",
+            "VZREPRO_CACHE_PATIENCE_SECS": "60",
         }
         if key is not None:
             env["VZREPRO_UPLOAD_KEY"] = str(self.key(key))

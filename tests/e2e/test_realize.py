@@ -84,7 +84,7 @@ def test_no_substitute_builds(small: Cli, tmp_path: Path, seeded: Path) -> None:
 def test_two_processes_build_once(small: Cli) -> None:
     small.write(small=SMALL.replace("PAUSE-0", "PAUSE-4"))
     one, two = small.start("realize", "high"), small.start("realize", "high")
-    (out1, err1), (out2, err2) = one.communicate(timeout=120), two.communicate(timeout=120)
+    (out1, err1), (out2, err2) = one.communicate(timeout=600), two.communicate(timeout=600)
     assert one.returncode == two.returncode == 0, err1 + err2
     assert out1 == out2
     waited = [err for err in (err1, err2) if "wait" in err]
@@ -183,8 +183,12 @@ def test_interrupt_leaves_nothing(small: Cli, number: int) -> None:
 def test_interrupted_twice(small: Cli) -> None:
     (small.root / "recipes/small/low.sh").write_text("trap '' INT TERM; sleep 100\n")
     process = small.start("realize", "high")
-    threading.Timer(4.0, lambda: [process.send_signal(signal.SIGINT) or time.sleep(0.05) for _ in range(5)]).start()
-    _out, err = process.communicate(timeout=60)
+    while not containers(small):
+        assert process.poll() is None, process.communicate()
+    for _ in range(5):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    _out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert containers(small) == []
@@ -193,7 +197,7 @@ def test_interrupted_twice(small: Cli) -> None:
 def test_kill_9_leaves_nothing_half_done(small: Cli) -> None:
     (small.root / "recipes/small/low.sh").write_text("echo started; sleep 100\n")
     process = small.start("realize", "high")
-    interrupt_when(process, "build low", signal.SIGKILL)
+    interrupt_when(process, "build low", signal.SIGKILL, inside=small)
     (small.root / "recipes/small/low.sh").write_text(LOW_SH)
     small.realize("high")
     small.run("store", "verify")

@@ -28,6 +28,7 @@ import pytest
 from tests.e2e.conftest import Cli
 from vzrepro import image, sandbox
 from vzrepro.errors import BuildFailed, Interrupted, TimedOut, VzreproError
+from vzrepro.sandbox import engine
 
 STORE_PATH = re.compile(rb"[0-9a-df-np-sv-z]{32}-")
 EPOCH = 1767225600
@@ -461,8 +462,9 @@ def test_an_image_that_is_not_there(new_job: Callable[..., sandbox.Job]) -> None
 
 
 def test_time_limit(new_job: Callable[..., sandbox.Job]) -> None:
-    job = new_job("echo started; trap '' TERM INT; sleep 600", timeout_secs=3)
-    with pytest.raises(TimedOut, match="limit of 3 s") as caught:
+    # Long enough for a busy machine to start the container.
+    job = new_job("echo started; trap '' TERM INT; sleep 600", timeout_secs=10)
+    with pytest.raises(TimedOut, match="limit of 10 s") as caught:
         sandbox.run(job, on_line=lambda _: None)
     assert caught.value.exit_code == 101
     assert caught.value.reason is not None and "started" in caught.value.reason
@@ -508,6 +510,7 @@ import os, signal, sys
 from pathlib import Path
 from vzrepro import sandbox
 from vzrepro.errors import VzreproError
+from vzrepro.sandbox import engine
 
 def terminate(_, frame):
     while frame is not None:
@@ -517,7 +520,9 @@ def terminate(_, frame):
 
 signal.signal(signal.SIGTERM, terminate)
 signal.signal(signal.SIGINT, terminate)  # tests that run in a shell's background are started with it ignored
-scratch, image, label, script = sys.argv[1:]
+scratch, image, label, script, *host = sys.argv[1:]
+if host:
+    engine.host_name = lambda: host[0]
 job = sandbox.Job(label=label, image=image, command=("sh", "-c", script), scratch=Path(scratch),
                   log=Path(scratch + ".log"), source_date_epoch=1, cores=1)
 code = 0
@@ -531,9 +536,9 @@ os._exit(code)
 """
 
 
-def start_child(job: sandbox.Job) -> subprocess.Popen[str]:
-    """A process of its own running the job, once the build has printed its first line."""
-    arguments = [str(job.scratch), job.image, job.label, job.command[-1]]
+def start_child(job: sandbox.Job, *host: str) -> subprocess.Popen[str]:
+    """A process of its own running the job (for `sweep` on this host), once the build has printed its first line."""
+    arguments = [str(job.scratch), job.image, job.label, job.command[-1], *host]
     child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
@@ -552,9 +557,14 @@ def test_signals_end_the_container(new_job: Callable[..., sandbox.Job], signals:
     assert containers(job.label) == []
 
 
-def test_sweep_removes_what_a_killed_process_left(new_job: Callable[..., sandbox.Job]) -> None:
+def test_sweep_removes_what_a_killed_process_left(
+    new_job: Callable[..., sandbox.Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A host of our own: every vzrepro that another test runs meanwhile sweeps this one's.
+    host = uuid.uuid4().hex[:16]
+    monkeypatch.setattr(engine, "host_name", lambda: host)
     job = new_job("echo ready; sleep 600")
-    child = start_child(job)
+    child = start_child(job, host)
     (name,) = containers(job.label)
     assert name not in sandbox.sweep(), "its owner lives"
     child.kill()
@@ -624,7 +634,7 @@ def test_a_host_user_who_is_not_root(tmp_path: Path, tools_image: str) -> None:
         lines = output(done)
         text = (done.out / "a" / "f").read_text()
         sandbox.discard(done)
-        killed = job(2, closed + "sleep 600", timeout_secs=3)
+        killed = job(2, closed + "sleep 600", timeout_secs=10)
         try:
             sandbox.run(killed, on_line=lines.append)
         except TimedOut:
