@@ -78,7 +78,7 @@ def test_the_verdict_names_the_guilty_and_their_axes() -> None:
     sentence = said(audits.sample())
     assert sentence.startswith(
         "Not reproducible8 of 15 nodes reproduced. kernel-container-config (host-name), guest-agent (build-path and "
-        "cores), initramfs (clock) and vz-probe (randomness) are to blame. container-bundle is built with them."
+        "cores), initramfs (clock) and vz-probe (randomness) are to blame. container-bundle is built with what differs."
     )
     assert "busybox did not build again." in sentence
     assert "container-probes could not be judged." in sentence

@@ -113,14 +113,18 @@ class SigningKey:
                 mode = os.fstat(file.fileno()).st_mode
                 text = file.read(_MAX_KEY_FILE).decode(errors="replace")
         except OSError as error:
-            raise UsageError(f"cannot read the key file {path}", reason=error.strerror) from error
+            hint = f"make one: vzrepro key generate NAME --out {path}" if isinstance(error, FileNotFoundError) else None
+            raise UsageError(f"cannot read the key file {path}", reason=error.strerror, hint=hint) from error
         if mode & 0o077:
             raise UsageError(
                 f"the key file {path} is open to others",
                 reason=f"its mode is {mode & 0o777:04o}",
                 hint=f"chmod 600 {path}",
             )
-        return cls.parse(text.strip())
+        try:
+            return cls.parse(text.strip())
+        except UsageError as error:
+            raise UsageError(f"{path}: {error.message}", reason=error.reason, hint=error.hint) from error
 
     def save(self, path: Path) -> bool:
         """Write the key to a new file, mode 0600; False, and nothing changed, when there is one. Raises OSError."""

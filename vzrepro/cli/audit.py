@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from vzrepro.audit.axes import AXES, TOOLS_TARGET, Axis
 from vzrepro.audit.changes import World
 from vzrepro.audit.engine import Audit, Request
 from vzrepro.audit.model import REPEAT, AuditedNode, Cell, Report, Verdict
+from vzrepro.audit.page.words import plural
 from vzrepro.audit.rebuild import Rebuilder, memory_directory
 from vzrepro.audit.records import Records
 from vzrepro.audit.report import Around, builder, compare_with_caches, make_report
@@ -25,7 +27,7 @@ from vzrepro.cache.machine import machine_key
 from vzrepro.cache.signing import SigningKey
 from vzrepro.cli.options import DefaultVerb, json_option
 from vzrepro.cli.session import Session
-from vzrepro.errors import BuildFailed, Interrupted, NotDeterministic, UsageError, VzreproError
+from vzrepro.errors import BuildFailed, Interrupted, NotDeterministic, RemoteError, UsageError, VzreproError
 from vzrepro.recipe import Node
 
 _SHORT = 160  # characters of a reason in a table
@@ -48,7 +50,11 @@ def audit() -> None:
 @click.option("--rounds", type=click.IntRange(1, 100), default=1, help="Different values for each axis.")
 @click.option("--against", multiple=True, metavar="URL", help="Also compare with what this cache has; repeatable.")
 @click.option(
-    "--report", "folder", type=click.Path(path_type=Path), help="Write report.json and index.html there, too."
+    "--report",
+    "folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write report.json and index.html there, too.",
 )
 @click.option("--fresh", is_flag=True, help="Rebuild what an earlier audit has rebuilt, too.")
 @click.option(
@@ -78,24 +84,25 @@ def run(
     100 when something could not be built, else 0.
     """
     session.override(jobs=jobs, cores=cores)
-    if folder is not None:
-        _refuse_other_folder(folder)
+    axes_asked = _chosen(names)
     nodes = tuple(session.target(name) for name in targets)
+    if folder is not None:
+        _prepare(folder)
     signing = _key(session, key)
     caches = [session.cache(url) for url in against]
     runtime = sandbox.check()
-    request = Request(nodes, _chosen(names), quick=quick, deep=deep, rounds=rounds, fresh=fresh)
+    request = Request(nodes, axes_asked, quick=quick, deep=deep, rounds=rounds, fresh=fresh)
     closure = session.graph.closure(nodes)
     _warn_of_typos(session, closure)
     realizer = session.realizer()
     tools = session.graph.targets.get(TOOLS_TARGET)
-    place = None
+    tools_place = None
     if tools is None:
         session.warn(
             f"no target is called {TOOLS_TARGET}, so nothing can be seen from inside: most axes are INCONCLUSIVE"
         )
     else:
-        place = session.store.location(realizer.realize([tools])[0].path)
+        tools_place = session.store.location(realizer.realize([tools])[0].path)
     axes = {axis.name: axis for axis in AXES}
     records = _records(session)
     described = builder(signing.public, runtime, session.config.build_cores())
@@ -114,9 +121,15 @@ def run(
         records.keep_explanation(explanation)
         return explanation.id
 
+    unlike: list[str] = []
+
+    def cannot_compare(message: str) -> None:
+        unlike.append(message)
+        session.warn(message)
+
     started = _now()
     with memory_directory() as in_memory:
-        world = World(runtime, place, session.config.build_cores(), in_memory)
+        world = World(runtime, tools_place, session.config.build_cores(), in_memory)
         rebuilder = Rebuilder(realizer, world, axes)
         found = Audit(request, rebuilder, records, signing.public.id, explain, signer.sign).run()
     around = Around(
@@ -126,21 +139,32 @@ def run(
         builder=described,
         history=tuple(past for past in records.history() if set(past.targets) & {node.target for node in nodes}),
         # Once work is to end, no cache answers any more.
-        against=() if session.stop.is_set() else compare_with_caches(closure, caches, realizer, session.warn),
+        against=() if session.stop.is_set() else compare_with_caches(closure, caches, realizer, cannot_compare),
         explanation=records.explanation,
     )
     report = make_report(request, found, realizer, around)
+    place, lost = None, None
     try:
-        kept = records.keep_report(report, _document(report), page.render(report))
-        _print(session, report, kept)
-        if folder is not None:
-            _write_out(kept, folder)
-    except (VzreproError, OSError):
-        if found.error is None:
-            raise  # else what ended the audit, such as a full disk, has just met the report as well
-    error = found.error or _failure(report)
-    if error is not None:
-        raise error
+        place = records.keep_report(report, _document(report), page.render(report))
+        place = _written_out(place, folder, report.id)
+    except (VzreproError, OSError) as error:
+        lost = error
+    _print(session, report, place)
+    # What was found says more than that its report could not be written. What ended the audit, such as a full disk,
+    # meets the report as well.
+    failure = found.error or _failure(report, place)
+    if lost is not None and failure is None:
+        raise lost
+    if lost is not None and found.error is None:
+        session.warn(_in_a_line(lost))
+    if failure is None and unlike:
+        failure = RemoteError(
+            "not everything could be compared with --against",
+            reason="\n".join(unlike),
+            hint="the same command compares again, and rebuilds nothing",
+        )
+    if failure is not None:
+        raise failure
 
 
 @audit.command()
@@ -164,13 +188,15 @@ def history(session: Session, target: str | None) -> None:
 @audit.command()
 @click.argument("audit_id", metavar="ID")
 @click.option("--cells", is_flag=True, help="A line for each node and axis, with its reason.")
-@click.option("--report", "folder", type=click.Path(path_type=Path), help="Write report.json and index.html there.")
+@click.option(
+    "--report", "folder", type=click.Path(path_type=Path), metavar="DIR", help="Write report.json and index.html there."
+)
 @json_option
 @click.pass_obj
 def show(session: Session, audit_id: str, cells: bool, folder: Path | None) -> None:
     """Show a past audit again; ID may be the beginning of it."""
     if folder is not None:
-        _refuse_other_folder(folder)
+        _prepare(folder)
     kept = _records(session).find(audit_id)
     file = kept / "report.json"
     report = Report.parse(file.read_bytes(), str(file))
@@ -181,10 +207,9 @@ def show(session: Session, audit_id: str, cells: bool, folder: Path | None) -> N
             for axis, cell in node.cells.items()
         ]
         session.console.print_table(("node", "axis", "verdict", "together", "secs", "reason"), rows)
-    else:
-        _print(session, report, kept)
-    if folder is not None:
-        _write_out(kept, folder)
+    place = _written_out(kept, folder, report.id)
+    if not cells:
+        _print(session, report, place)
 
 
 def _records(session: Session) -> Records:
@@ -228,27 +253,50 @@ def _document(report: Report) -> bytes:
     return (json.dumps(report.document(), ensure_ascii=False, indent=1) + "\n").encode()
 
 
-def _refuse_other_folder(folder: Path) -> None:
-    """Before hours of work: a directory to write into is new, empty, or an earlier report."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").is_file():
-        raise UsageError(f"{folder} has other files in it", hint="name a new directory: --report DIR")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is no directory", hint="name a new one: --report DIR")
+def _prepare(folder: Path) -> None:
+    """Before hours of work: a directory to write into is new, empty, or an earlier report, and can be written."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} is no directory", hint="name a new one: --report DIR")
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").is_file():
+            raise UsageError(f"{folder} has other files in it", hint="name a new directory: --report DIR")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"no report can be written to {folder}", reason=error.strerror, hint="name another directory: --report DIR"
+        ) from error
 
 
-def _write_out(kept: Path, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("report.json", "index.html"):
-        if (kept / name).is_file():
-            shutil.copyfile(kept / name, folder / name)
+def _in_a_line(error: VzreproError | OSError) -> str:
+    return ": ".join(filter(None, (error.message, error.reason))) if isinstance(error, VzreproError) else str(error)
 
 
-def _print(session: Session, report: Report, kept: Path) -> None:
+def _written_out(kept: Path, folder: Path | None, audit_id: str) -> Path:
+    """The directory where the user finds the report: the one asked for, else where it is kept."""
+    if folder is None:
+        return kept
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("report.json", "index.html"):
+            if (kept / name).is_file():
+                shutil.copyfile(kept / name, folder / name)
+    except OSError as error:
+        raise VzreproError(
+            f"the report cannot be written to {folder}",
+            reason=error.strerror,
+            hint=f"it is kept: vzrepro audit show {audit_id} --report DIR",
+        ) from error
+    return folder
+
+
+def _print(session: Session, report: Report, place: Path | None) -> None:
     """The table for people; under `--json` the report as one object."""
-    session.console.print_text("\n".join(_lines(report, kept)), report.document())
+    session.console.print_text("\n".join(_lines(report, place)), report.document())
 
 
-def _lines(report: Report, kept: Path) -> list[str]:
+def _lines(report: Report, place: Path | None) -> list[str]:
     rows = [_row(node) for node in report.nodes if _is_audited(node)]
     lines = console.aligned(("node", "verdict", "axes", "causes", "time"), rows) if rows else []
     lines += [
@@ -260,7 +308,7 @@ def _lines(report: Report, kept: Path) -> list[str]:
     lines += _notes(report)
     others = Counter(node.kind for node in report.nodes if not _is_audited(node))
     if others:
-        named = ", ".join(f"{others[kind]} {words}" for kind, words in _OTHERS.items() if others[kind])
+        named = ", ".join(plural(others[kind], words) for kind, words in _OTHERS.items() if others[kind])
         lines.append(f"UNTESTED: {named}" + ("" if report.deep else " (--deep makes images and downloads again)"))
     lines += _against(report)
     images = ", ".join(image.target for image in report.seed.images)
@@ -271,7 +319,8 @@ def _lines(report: Report, kept: Path) -> list[str]:
     )
     if not report.complete:
         lines.append("incomplete: the same command goes on where this one ended")
-    lines.append(f"audit {report.id}: {report.verdict}, report in {kept / 'index.html'}")
+    where = "" if place is None else f", report in {place / 'index.html'}"
+    lines.append(f"audit {report.id}: {report.verdict}{where}")
     return lines
 
 
@@ -293,7 +342,7 @@ def _against(report: Report) -> list[str]:
     return lines
 
 
-_OTHERS = {"image": "toolchain images", "fetch": "downloads", "local": "local files"}
+_OTHERS = {"image": "toolchain image", "fetch": "download", "local": "local tree"}
 
 
 def _row(node: AuditedNode) -> tuple[str, ...]:
@@ -332,10 +381,12 @@ def _secs(milliseconds: int) -> float:
     return round(milliseconds / 1000, 1)
 
 
-def _failure(report: Report) -> VzreproError | None:
-    """The error that a finished audit ends with; None when nothing differs and all could be built."""
+def _failure(report: Report, place: Path | None) -> VzreproError | None:
+    """The error that a finished audit ends with, whose page is in `place`; None when nothing differs and all could be
+    built."""
     bad = [node for node in report.nodes if node.verdict is Verdict.DIFFERS]
-    hint = f"vzrepro audit show {report.id} --report DIR, and open DIR/index.html"
+    # Nothing to open when the report could not be written: why, a warning has said.
+    hint = None if place is None else f"the report shows where and why: open {place / 'index.html'}"
     if bad:
         reasons = [f"{node.target}: {_why(node)}" for node in bad]
         names = ", ".join(node.target for node in bad)

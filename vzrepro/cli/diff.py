@@ -70,6 +70,9 @@ def diff(
         raise UsageError("--output goes with --html", hint=f"vzrepro diff {a} {b} --html --output {output}")
     if html and plain:
         raise UsageError("--html and --bytes exclude each other", reason=_WHY)
+    if output is not None and not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
+        # Before diffoscope's ten minutes.
+        raise UsageError(f"no page can be written to {output}", reason=f"{output.parent} is no directory to write into")
     sides = _side(session, a), _side(session, b)
     if _known_equal(*sides):
         return _tell(session, sides, None)
@@ -194,7 +197,10 @@ def _deliver(session: Session, page: Path, output: Path | None, found: Explanati
     if output is None:
         session.console.print_text(text, {"html": text})
         return
-    output.write_text(text)
+    try:
+        output.write_text(text)
+    except OSError as error:
+        raise UsageError(f"no page can be written to {output}", reason=error.strerror) from error
     session.console.report(Notice("info", f"wrote {output}"))
 
 

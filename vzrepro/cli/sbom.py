@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -81,8 +82,11 @@ def _write(file: Path, text: str) -> None:
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(file)
+    except OSError as error:
+        raise VzreproError(f"{file} cannot be written", reason=error.strerror) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 # --- --learn ----------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def _blame(view: View) -> Markup:
     if not targets:
         return who
     # "With" may be a tool or a part: either way nobody can vouch for these bytes by rebuilding.
-    it = "it" if len(origins) == 1 else "them"
+    it = "it" if len(origins) == 1 else "what differs"
     verb = "is" if len(targets) == 1 else "are"
     return join(who, " ", listed([node.target for node in targets]), f" {verb} built with {it}.")
 
