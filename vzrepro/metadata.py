@@ -44,6 +44,7 @@ _COMMON = LEGACY_CAPABILITIES | {
     "dm_crypt",
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_PROFILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|\+00:00)")
 
 
@@ -118,6 +119,8 @@ def parse(content: bytes, place: str) -> Metadata:
     }
     values |= {key: _checksum(document, key, place) for key in CHECKSUMS.values()}
     _check_time(document["built"], place)
+    if not _PROFILE.fullmatch(document["profile"]):  # archives are called after it
+        raise _wrong(place, "profile", "a name of letters, digits, dots and dashes", document["profile"])
     return Metadata(**values, capabilities=_capabilities(document, place))
 
 
