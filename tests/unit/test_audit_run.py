@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -17,14 +18,19 @@ from typing import Any, cast
 import pytest
 
 from vzrepro import events, nar, sandbox
+from vzrepro.attest import dsse
+from vzrepro.attest.shelf import Shelf
+from vzrepro.attest.statement import Statement
 from vzrepro.audit import blame, rebuild
 from vzrepro.audit.axes import AXES, Axis
 from vzrepro.audit.blame import Ending
 from vzrepro.audit.changes import World
-from vzrepro.audit.engine import Audit, Found, Request
+from vzrepro.audit.engine import Audit, Found, Request, Subject
 from vzrepro.audit.model import Verdict
 from vzrepro.audit.rebuild import Rebuilder
 from vzrepro.audit.records import Asked, Record, Records
+from vzrepro.audit.statements import Signer
+from vzrepro.cache.signing import SigningKey
 from vzrepro.errors import BuildFailed, HashMismatch, Interrupted, RemoteError, TimedOut, UsageError, VzreproError
 from vzrepro.model import Derivation, ObjectInfo, store_path
 from vzrepro.realize import Realizer
@@ -62,6 +68,7 @@ class Lab:
         self.fresh = False
         self.builder = "0123456789abcdef"
         self.explain: Callable[..., str | None] = lambda *_: None
+        self.sign: Callable[[Subject, Record], str] = lambda *_: "0" * 64
         self.made: list[str] = []
         self.loaded: list[str] = []
         self.warnings: list[str] = []
@@ -133,7 +140,7 @@ class Lab:
             self.records,
             self.builder,
             self.explain,
-            lambda _subject, _record: "0" * 64,
+            self.sign,
         )
 
     @property
@@ -263,6 +270,24 @@ def test_a_failure_with_a_corrupt_input_blames_nobody(lab: Lab) -> None:
 def test_what_is_registered_counts_not_what_became_of_it(lab: Lab) -> None:
     lab.corrupt(lab.thing)
     assert verdicts(lab.run()) == GOOD
+
+
+def test_of_a_corrupt_output_no_file_is_signed(lab: Lab) -> None:
+    key = SigningKey.generate("ours")
+    lab.sign = Signer(lab.store, key, {}, {}, (), lab.warnings.append).sign
+    lab.axes = ()
+    named = []
+    for _ in range(2):
+        lab.run()
+        (envelope,) = Shelf(lab.store).envelopes(lab.thing.drv_hash)
+        shutil.rmtree(lab.store.root / ".vzrepro" / "attest")
+        named.append(sorted(Statement.of(dsse.parse(envelope)).files))
+        lab.corrupt(lab.thing)
+        lab.fresh = True
+        lab.sign = Signer(lab.store, key, {}, {}, (), lab.warnings.append).sign
+    assert named == [["x"], []]
+    assert len(lab.warnings) == 1
+    assert "thing is corrupt" in lab.warnings[0]
 
 
 def test_an_interrupt_keeps_what_was_found(lab: Lab) -> None:

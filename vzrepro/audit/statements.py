@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from vzrepro import nar
 from vzrepro.attest.audit import AuditResult, Tree, audit_statement
 from vzrepro.attest.shelf import Shelf
 from vzrepro.attest.statement import Subject as Named
@@ -71,5 +72,12 @@ class Signer:
         path = subject.info.path
         with self._lock:
             if path not in self._subjects:
-                self._subjects[path] = subjects_of(path, subject.info.nar_hash, self.store.location(path))
+                tree = self.store.location(path)
+                sound = nar.nar_hash(tree)[0] == subject.info.nar_hash
+                if not sound:  # what is signed of its files would be believed of those that lie here
+                    self.warn(
+                        f"{path.base} is corrupt; signed is what came of the rebuild, but its files are not named: "
+                        f"vzrepro store repair {path.base}"
+                    )
+                self._subjects[path] = subjects_of(path, subject.info.nar_hash, tree if sound else None)
             return self._subjects[path]
