@@ -221,7 +221,8 @@ def test_a_command_that_has_ended_is_not_found(agent: Side) -> None:
 
 
 def test_a_writer_waits_for_a_command_that_does_not_read(agent: Side) -> None:
-    command = agent.shell("trap : USR1; sleep 1000 & wait $!; kill $!; exec sha256sum").started()
+    # Whether the signal comes before the shell waits or while it does: it is the trap that ends the sleep.
+    command = agent.shell("trap 'kill $!' USR1; sleep 1000 & echo up; wait $!; exec sha256sum").until(b"up\n")
     before = agent.resident_kib()
     total, chunk = 64_000_000 // 16_384, os.urandom(16_384)
     if agent.name == "guest":
@@ -246,7 +247,7 @@ def test_a_writer_waits_for_a_command_that_does_not_read(agent: Side) -> None:
     agent.client.signal(command.exec_id, signal.SIGUSR1)
     writer.join(LIMIT_SECS)
     agent.client.stdin_close(command.exec_id)
-    assert command.whole().text == f"{hashlib.sha256(chunk * total).hexdigest()}  -\n"
+    assert command.whole().text == f"up\n{hashlib.sha256(chunk * total).hexdigest()}  -\n"
 
 
 def test_a_writer_does_not_wait_for_a_command_that_ends(agent: Side) -> None:
