@@ -433,7 +433,7 @@ def test_a_killed_audit_leaves_nothing_that_hurts(leaky: Cli) -> None:
     leaky.realize("slow", "audit-tools")
     words = ("audit", "slow", "--axes", "file-system,umask", "--jobs", "1")
     with leaky.start(*words) as process:
-        interrupt_when(process, "audit slow (file-system)", signal.SIGKILL)
+        interrupt_when(process, "audit slow (file-system)", signal.SIGKILL, inside=leaky)
     assert "slow#repeat" not in _rebuilt(leaky, *words[1:])
     assert containers(leaky) == []
     assert not list((leaky.store / ".vzrepro" / "tmp").glob("*.scratch"))

@@ -20,6 +20,10 @@ SIZES = pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
 SCHEMES = pytest.mark.parametrize("scheme", ["light", "dark"])
 
 OPEN_ALL = "for (const each of document.querySelectorAll('details')) each.open = true"
+NEAR_THE_TOP = """([id, most]) => {
+  const { y } = document.getElementById(id).getBoundingClientRect();
+  return 0 < y && y < most;
+}"""
 OVERFLOW = "document.scrollingElement.scrollWidth - document.documentElement.clientWidth"
 
 # For each text and sign that can be seen: its contrast with what is behind it (WCAG 2), the least per pair of colours.
@@ -80,6 +84,7 @@ class Visit:
     complaints: list[str] = field(default_factory=list)
 
     def at(self, fragment: str) -> Any:
+        """What a fragment names. After a click it is shown with the next `hashchange`: use `wait_for` then."""
         return self.page.locator(f"[id='{fragment}']")
 
 
@@ -178,18 +183,17 @@ def test_a_click_on_a_cell_shows_its_evidence(visit: Visitor, size: tuple[int, i
     evidence = found.at("node/guest-agent/build-path")
     assert not evidence.is_visible()
     found.page.get_by_role("link", name="guest-agent, build-path: differs").click()
-    assert evidence.is_visible()
+    evidence.wait_for()
     assert "/build → /b/4c1f/elsewhere" in evidence.inner_text()
     assert "took 1 min 21 s" in evidence.inner_text()
-    top = evidence.bounding_box()["y"]
-    assert 0 < top < size[1] / 2
+    found.page.wait_for_function(NEAR_THE_TOP, arg=["node/guest-agent/build-path", size[1] / 2])
     # Closed again, the same link opens it again.
     found.page.evaluate("for (const each of document.querySelectorAll('details.node, details.axis')) each.open = false")
     found.page.get_by_role("link", name="guest-agent, build-path: differs").click()
-    assert evidence.is_visible()
+    evidence.wait_for()
     evidence.get_by_role("link", name="where and why").click()
     difference = found.at("node/guest-agent/difference/e-path")
-    assert difference.is_visible()
+    difference.wait_for()
     assert "2f622f34 6331662f" in difference.inner_text()
 
 
@@ -203,7 +207,7 @@ def test_a_failed_build_shows_its_log(visit: Visitor) -> None:
 def test_the_graph_leads_to_evidence(visit: Visitor) -> None:
     found = visit("sample")
     found.page.get_by_role("listitem", name="initramfs: differs: clock, to blame").click()
-    assert found.at("node/initramfs").is_visible()
+    found.at("node/initramfs").wait_for()
     assert "write SOURCE_DATE_EPOCH" in found.at("node/initramfs").inner_text()
 
 

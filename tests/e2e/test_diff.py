@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import tarfile
 import time
 from dataclasses import replace
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.differing import Newc, newc, tar
-from tests.e2e.conftest import PROJECT, Cli
+from tests.e2e.conftest import PROJECT, Cli, containers
 from vzrepro import lock
 from vzrepro.audit.inside import sections
 from vzrepro.evaluate import evaluate
@@ -176,7 +175,7 @@ def test_the_time_limit_leaves_what_was_found_and_our_own_comparison(cli: Cli, s
     found = {each["file"]: each for each in details}
     assert found["small"]["excerpt"] == "@@ -1 +1 @@\n-step 1\n+step 3"
     assert found["huge"]["count"] > 1_000_000
-    assert not remains()
+    assert not remains(cli)
 
 
 def test_the_memory_limit_leaves_our_own_comparison(cli: Cli, sides: tuple[Path, Path]) -> None:
@@ -188,24 +187,21 @@ def test_the_memory_limit_leaves_our_own_comparison(cli: Cli, sides: tuple[Path,
     assert {each["file"] for each in details} == {"bomb.gz", "small"}
 
 
-def remains() -> list[str]:
+def comparing(cli: Cli) -> list[str]:
+    """The containers of comparisons in this store; other tests', of audits, have stores of their own."""
+    return containers(cli, "label=vzrepro.target=the comparison")
+
+
+def remains(cli: Cli) -> list[str]:
     """Containers of comparisons and what they left in the store."""
-    containers = subprocess.run(
-        ["docker", "ps", "-a", "--filter", "label=vzrepro.target=the comparison", "--format", "{{.Names}}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    return containers + [str(each) for each in (PROJECT / "store/.vzrepro").glob("*/*diff-*")]
+    return comparing(cli) + [str(each) for each in (cli.store / ".vzrepro").glob("*/*diff-*")]
 
 
 def test_ctrl_c_leaves_nothing_behind(cli: Cli, sides: tuple[Path, Path]) -> None:
     for side, step in zip(sides, (1, 3), strict=True):
         (side / "huge").write_bytes(b"".join(b"%d\0\n" % (number * step % 999_983) for number in range(999_983)) * 12)
     process = cli.start("diff", *map(str, sides))
-    for _ in range(1200):
-        if any(name.startswith("vzrepro-") for name in remains()):
-            break
+    while not comparing(cli):
         time.sleep(0.1)
         assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGINT)
@@ -213,7 +209,7 @@ def test_ctrl_c_leaves_nothing_behind(cli: Cli, sides: tuple[Path, Path]) -> Non
     assert process.returncode == 130, err
     assert "interrupted" in err
     assert out == ""
-    assert not remains()
+    assert not remains(cli)
 
 
 def test_diffoscopes_own_page(cli: Cli, sides: tuple[Path, Path], tmp_path: Path) -> None:
