@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import servers
 from vzrepro.evaluate import DrvGraph, evaluate
@@ -16,6 +17,10 @@ Workspace = Callable[..., Path]
 
 # Tests may load gRPC before `vzrepro.vm.agent` does, which says why this is so.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+# How long an example takes says something of the machine and nothing of the code.
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vzrepro.errors import UsageError
+from vzrepro.errors import UsageError, first_fault
 
 USER_FILE = Path(platformdirs.user_config_dir("vzrepro")) / "config.toml"
 """The user's own configuration file; it may be missing."""
@@ -122,10 +122,8 @@ def _checked(values: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     try:
         Config.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
         known = ", ".join(sorted(field.alias or name for name, field in Config.model_fields.items()))
-        raise UsageError(f"{place}: {where}: {first['msg']}", hint=f"the settings are: {known}") from error
+        raise UsageError(f"{place}: {first_fault(error)}", hint=f"the settings are: {known}") from error
     return values
 
 

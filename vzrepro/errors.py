@@ -6,6 +6,11 @@ Libraries raise these; only `vzrepro.cli` prints them and exits. Exit codes: 1 f
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class VzreproError(Exception):
     """A failure with its explanation.
@@ -77,3 +82,12 @@ class Interrupted(VzreproError):
     """The user stopped the work (Ctrl-C, SIGTERM)."""
 
     exit_code = 130
+
+
+def first_fault(error: ValidationError) -> str:
+    """What is wrong with a document that pydantic refuses: `key.path: what`. Of several faults an unknown key is told,
+    since one that is misspelt is missing under its right name, too."""
+    fault = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    where = ".".join(map(str, fault["loc"]))
+    what = "there is no such key" if fault["type"] == "extra_forbidden" else fault["msg"]
+    return f"{where}: {what}" if where else what

@@ -16,7 +16,7 @@ import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from tomlkit.items import Comment, InlineTable, Item, Key, Table, Whitespace
 
-from vzrepro.errors import UsageError
+from vzrepro.errors import UsageError, first_fault
 from vzrepro.model import FORMAT, FileHash
 
 HEADER = "Written by `vzrepro lock`. Comments are kept; edit recipes, not pins."
@@ -171,9 +171,7 @@ def parse(text: str, name: str = "lock.toml") -> Lock:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{name}: not valid TOML", reason=str(error), hint=hint) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{name}: {where}: {first['msg']}", hint=hint) from error
+        raise UsageError(f"{name}: {first_fault(error)}", hint=hint) from error
     if document.format != FORMAT:
         raise UsageError(f"{name}: format {document.format}, this vzrepro reads {FORMAT}", hint="upgrade vzrepro")
 

@@ -256,7 +256,7 @@ graphs = st.integers(1, 25).flatmap(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(graphs)
 def test_any_graph_flows_to_the_right_without_overlaps(graph: tuple[int, list[tuple[int, int]]]) -> None:
     count, pairs = graph

@@ -222,7 +222,7 @@ def test_a_flipped_bit_in_the_packed_data_is_noticed() -> None:
     refuse(bytes(whole), "damaged")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.binary(max_size=500))
 def test_garbage_never_gets_past_as_another_error(data: bytes) -> None:
     for hostile in (data, deb(data=data), deb(pack="", data=data), deb(pack="gz", data=data)):

@@ -438,7 +438,7 @@ def worlds(draw: st.DrawFn) -> list[dict[str, str]]:
     return [*stanzas, package("zz", Provides="v, w")]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(worlds(), st.permutations(LETTERS), st.integers(1, 4), st.sets(st.sampled_from(LETTERS), max_size=2))
 def test_the_result_is_closed_stable_and_independent_of_order(
     world: list[dict[str, str]], order: list[str], count: int, left_out: set[str]

@@ -99,7 +99,7 @@ def test_no_host_is_written() -> None:
         ("format = 1\n[", "not valid TOML"),
         ("format = 2\n", "format 2"),
         ("", "format: Field required"),
-        ("format = 1\nunknown = 1\n", "unknown: Extra inputs"),
+        ("format = 1\nunknown = 1\n", "unknown: there is no such key"),
         (render(FULL).replace(FULL.sources["linux"].file.sha256.hex, "zz"), "source.linux.sha256"),
         (render(FULL).replace("size = 7", "size = -7", 1), "source.linux.size"),
         (render(FULL).replace('"gcc:amd64" = "debian', '"gcc:amd64" = "elsewhere'), "which has no [deb] record"),

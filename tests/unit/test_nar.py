@@ -255,7 +255,7 @@ trees: st.SearchStrategy[Tree] = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=trees)
 def test_any_tree_comes_back_as_it_was(tmp_path: Path, tree: Tree) -> None:
     with_dir = tmp_path / os.urandom(8).hex()
@@ -403,7 +403,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             unpack(GOOD[:size], tmp_path / str(size))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, len(GOOD) - 1), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_refused_or_gives_another_hash(tmp_path: Path, at: int, bit: int) -> None:
     data = bytearray(GOOD)
@@ -619,7 +619,7 @@ def test_large_objects_leave_no_thread(tmp_path: Path) -> None:
     assert set(threading.enumerate()) <= before  # other tests' may end meanwhile
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes=st.lists(st.sampled_from([0, 1, 1000, 1 << 18, (1 << 20) - 1, 1 << 20, 3 << 20]), max_size=8))
 def test_a_stream_is_hashed_however_it_is_cut(sizes: list[int]) -> None:
     chunks = [bytes([number]) * size for number, size in enumerate(sizes)]

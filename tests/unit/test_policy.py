@@ -103,6 +103,7 @@ EXCEPTION = f'[[exceptions]]\ntarget = "a"\naccept = "{ACCEPT}"\nreason = "r"\nu
         (b"#" * (MAX_POLICY + 1), "larger"),
         (text("threshold = 0"), "threshold"),
         (text("threshold = true"), "threshold"),
+        (text("treshold = 2"), "treshold: there is no such key"),
         (text('threshold = "2"'), "threshold"),
         (text("threshold = 3"), "3 operators must agree, and 2 are named"),
         (text(tail='[[thresholds]]\ntarget = "a"\nthreshold = 3\n'), "3 operators must agree"),
@@ -175,7 +176,7 @@ def test_without_a_file_every_trusted_key_is_an_operator() -> None:
     policy = Policy.of_keys([ONE, twin, TWO], revoked=[PublicKey("x", TWO.raw)], threshold=1)
     assert [each.name for each in policy.operators] == ["key-1"]
     assert len({each.name for each in Policy.of_keys([ONE, other], threshold=2).operators}) == 2
-    with pytest.raises(UsageError, match="2 builders must agree, and 1 are known"):
+    with pytest.raises(UsageError, match="too few builders are known: 2 must agree, known: 1"):
         Policy.of_keys([ONE, twin], threshold=2)
 
 

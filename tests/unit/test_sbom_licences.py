@@ -113,7 +113,7 @@ def test_a_copyright_file_of_any_size_is_not_read() -> None:
     assert from_copyright(f"{FORMAT}License: MIT\n" + " x\n" * (2 << 20)) is None
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(st.sampled_from(["MIT", "GPL-2+", "odd!", "and", "or", ",", "(", ")", "with", "exception"]), max_size=12)
 )

@@ -15,6 +15,7 @@ from pydantic.alias_generators import to_camel
 
 from vzrepro.attest.dsse import Malformed
 from vzrepro.attest.statement import NAR_DIGEST, Statement, Subject
+from vzrepro.errors import first_fault
 from vzrepro.model import BuildKey, DrvHash, NarHash, StorePath, store_path
 
 PREDICATE_TYPE = "urn:vzrepro:audit:v1"
@@ -85,9 +86,7 @@ class AuditResult:
                 builder=said.builder,
             )
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise Malformed("this audit's statement is malformed", reason=f"{place}: {first['msg']}") from error
+            raise Malformed("this audit's statement is malformed", reason=first_fault(error)) from error
         except ValueError as error:
             raise Malformed("this audit's statement is malformed", reason=str(error)) from error
         if output[1] != result.registered.nar_hash or store_path(result.drv_hash, output[0].name) != output[0]:

@@ -28,7 +28,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from vzrepro import disk
 from vzrepro.cache.signing import PublicKey
-from vzrepro.errors import Untrusted, UsageError
+from vzrepro.errors import Untrusted, UsageError, first_fault
 from vzrepro.model import FORMAT, NarHash, canonical_json
 
 MAX_POLICY = 1 << 20
@@ -115,9 +115,7 @@ class Policy:
         except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
             raise _wrong(place, f"it is not TOML: {error}") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise _wrong(place, f"{where}: {first['msg']}" if where else first["msg"]) from error
+            raise _wrong(place, first_fault(error)) from error
         return _checked(document, place)
 
     @classmethod
@@ -139,7 +137,7 @@ class Policy:
         )
         if len(operators) < threshold:
             raise UsageError(
-                f"{threshold} builders must agree, and {len(operators)} are known",
+                f"too few builders are known: {threshold} must agree, known: {len(operators)}",
                 reason="without a policy, each trusted key is one builder",
                 hint="name them: --key NAME:BASE64, trusted-keys in the configuration, or --policy FILE",
             )

@@ -282,6 +282,9 @@ class Audit:
         at_once = max(1, min(count, self.rebuilder.realizer.config.build_jobs()))
         known = all(subject.expected_secs is not None for subject in subjects)
         report = self.rebuilder.realizer.report
+        if subjects and not count:
+            report(events.Notice("info", "every rebuild is known from earlier audits; --fresh makes them again"))
+            return
         report(events.Planned({"audit": count}, None, secs / at_once if known and secs else None))
 
     # --- while it runs --------------------------------------------------------------------------------------------

@@ -206,7 +206,10 @@ def _show(session: Session, done: Verified, ballots: Ballots) -> None:
         when = None if vote.when is None else vote.when.strftime("%Y-%m-%d %H:%M")
         result = vote.nar_hash.hex[:SHORT]
         rows.append((vote.operator, result, vote.kind.value, when, counts, ", ".join(vote.sources)))
-    rows += [(each.who, None, None, None, f"no: {each.why}", ", ".join(each.sources)) for each in ballots.refused]
+    refused: dict[tuple[str, str], list[str]] = {}
+    for each in ballots.refused:
+        refused.setdefault((each.who, each.why), []).extend(each.sources)
+    rows += [(who, None, None, None, f"no: {why}", ", ".join(places)) for (who, why), places in refused.items()]
     if rows:
         session.console.print_table(("operator", "result", "by", "when", "counts", "found in"), rows)
     if done.lost:

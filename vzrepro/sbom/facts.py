@@ -16,7 +16,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from vzrepro.errors import UsageError
+from vzrepro.errors import UsageError, first_fault
 from vzrepro.model import FileHash
 
 FILE = "sbom.toml"
@@ -71,8 +71,7 @@ def load(path: Path) -> Facts:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path} cannot be read", reason=str(error), hint=_HINT) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}", hint=_HINT) from error
+        raise UsageError(f"{path}: {first_fault(error)}", hint=_HINT) from error
     if document.reader != READER:
         return {}
     return {

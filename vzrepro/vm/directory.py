@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vzrepro.errors import UsageError, VzreproError
+from vzrepro.errors import UsageError, VzreproError, first_fault
 from vzrepro.metadata import CHECKSUMS, VERSION_FILE
 from vzrepro.vm import qemu
 from vzrepro.vm.spec import Mount
@@ -83,9 +83,7 @@ def load(directory: Path) -> qemu.Guest:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML", reason=str(error)) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UsageError(f"{path}: {place}: {first['msg']}", hint="docs/guest.md lists the keys") from error
+        raise UsageError(f"{path}: {first_fault(error)}", hint="docs/guest.md lists the keys") from error
     default = qemu.Guest(directory / config.kernel, directory / config.initramfs)
     for file in (default.kernel, default.initramfs):
         if not file.is_file():
