@@ -7,7 +7,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,17 +58,6 @@ def die_at(step: int) -> None:
     for name in ("rename", "replace", "fsync", "mkdir", "rmdir", "unlink", "chmod", "symlink", "ftruncate"):
         setattr(os, name, doom.counted(getattr(os, name)))
     disk.exchange = doom.counted(disk.exchange)
-
-
-@pytest.fixture
-def memory(tmp_path: Path) -> Iterator[Path]:
-    """A directory in memory where there is one: a kill is no power cut, so waiting for a disk proves nothing."""
-    shm = Path("/dev/shm")
-    if not os.access(shm, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=shm) as directory:
-        yield Path(directory)
 
 
 def killed_at_every_step(prepare: Callable[[int], Callable[[], None]], check: Callable[[int], None]) -> None:

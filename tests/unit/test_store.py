@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import sqlite3
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,14 +48,8 @@ class Clock:
 
 
 @pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory where there is such a place: the store syncs, and these tests need not wait for a disk."""
-    shm = Path("/dev/shm")
-    if not os.access(shm, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=shm) as directory:
-        yield Path(directory)
+def tmp_path(memory: Path) -> Path:
+    return memory
 
 
 @pytest.fixture
