@@ -35,6 +35,11 @@ class VzreproError(Exception):
             parts.append(f"  hint: {self.hint}")
         return "\n".join(parts)
 
+    @property
+    def in_a_line(self) -> str:
+        """What happened and why, as a part of another text."""
+        return f"{self.message}: {self.reason}" if self.reason else self.message
+
 
 class UsageError(VzreproError):
     """The request or a file the user wrote (recipe, lock, configuration) is wrong."""

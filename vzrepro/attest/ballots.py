@@ -118,7 +118,7 @@ def _judged(data: bytes, sources: tuple[str, ...], policy: Policy) -> Vote | Ref
         envelope = dsse.parse(data)
         claim = claim_of(Statement.of(envelope))
     except Malformed as error:
-        reason = f"{error.message}: {error.reason}" if error.reason else error.message
+        reason = error.in_a_line
         return Refused("somebody", reason, sources)
     if claim is None:
         return None

@@ -85,7 +85,7 @@ def review(data: bytes, keys: Keys, ours: ObjectInfo | None, about: StorePath | 
         statement = Statement.of(envelope)
         return _said(statement, sha256, signers, ours, about if ours is None else ours.path)
     except Malformed as error:
-        return Reviewed(sha256, signers, None, wrong=": ".join(filter(None, (error.message, error.reason))))
+        return Reviewed(sha256, signers, None, wrong=error.in_a_line)
 
 
 def _signers(envelope: Envelope, keys: Keys) -> Iterable[Signer]:

@@ -183,7 +183,7 @@ def challenge(
         try:
             return cache, list(_evidence(node, cache, found_keys))
         except RemoteError as error:
-            return cache, ": ".join(filter(None, (error.message, error.reason)))
+            return cache, error.in_a_line
 
     jobs = [(node, cache) for node in nodes for cache in caches]
     answers = in_order(ask, jobs, _WORKERS)
@@ -349,7 +349,7 @@ def _why_silent(cache: BinaryCache) -> str | None:
         if cache.read(CACHE_INFO, MAX_RECORD) is None:
             return "there is no cache"
     except RemoteError as error:
-        return ": ".join(filter(None, (error.message, error.reason)))
+        return error.in_a_line
     return None
 
 

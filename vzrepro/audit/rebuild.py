@@ -182,7 +182,7 @@ class Rebuilder:
             if not (asked.axes or asked.held):
                 raise
             sandbox.check()  # if the engine is gone, it says so better
-            return Ending.LOST, f"{error.message}: {error.reason}" if error.reason else error.message
+            return Ending.LOST, error.in_a_line
         return Ending.BUILT, None
 
     def _check_space(self) -> None:

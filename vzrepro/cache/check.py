@@ -138,7 +138,7 @@ def _signed(trusted: TrustedKeys, message: bytes, signatures: Iterable[str]) -> 
         return "damaged", error.message
     except Untrusted as error:
         kind: Kind = "damaged" if trusted.is_void(message, signatures) else "untrusted"
-        return kind, f"{error.message}: {error.reason}" if error.reason else error.message
+        return kind, error.in_a_line
     return None
 
 
@@ -178,7 +178,7 @@ class _Examiner:
             info = None if data is None else NarInfo.parse(data)
         except Damaged as error:
             needs = None if data is None else needs_of(data, hash_part)
-            detail = f"{error.message}: {error.reason}" if error.reason else error.message
+            detail = error.in_a_line
             path = None if needs is None else needs.path
             kind: Kind = "foreign" if isinstance(error, OtherCompression) and needs is not None else "damaged"
             return _Look(None, (Finding(key, path, kind, detail),), () if needs is None else needs.keys)
@@ -275,7 +275,7 @@ class _Examiner:
             try:
                 take(stream, info, self._backend.url, lambda read: hashed(read, info.nar_size), progress)
             except Damaged as error:
-                return _damaged_nar(info, f"{error.message}: {error.reason}" if error.reason else error.message)
+                return _damaged_nar(info, error.in_a_line)
         return None
 
 

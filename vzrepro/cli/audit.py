@@ -270,7 +270,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _in_a_line(error: VzreproError | OSError) -> str:
-    return ": ".join(filter(None, (error.message, error.reason))) if isinstance(error, VzreproError) else str(error)
+    return error.in_a_line if isinstance(error, VzreproError) else str(error)
 
 
 def _written_out(kept: Path, folder: Path | None, audit_id: str) -> Path:

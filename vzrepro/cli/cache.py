@@ -253,7 +253,7 @@ def _why_missing(session: Session, place: BinaryCache, path: StorePath) -> str |
     try:
         found = place.ask(path)
     except VzreproError as error:
-        return ": ".join(filter(None, (error.message, error.reason))) + (f" ({error.hint})" if error.hint else "")
+        return error.in_a_line + (f" ({error.hint})" if error.hint else "")
     if found is None:
         return None
     if place.backend.head(found.url) is None:

@@ -144,7 +144,7 @@ def _asked(
     except UsageError as error:
         raise UsageError(
             f"it is not known of what {subject} is a copy",
-            reason=": ".join(filter(None, (error.message, error.reason))),
+            reason=error.in_a_line,
             hint="say so: --target NAME",
         ) from error
     name, ask_about = wanted, []
