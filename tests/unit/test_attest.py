@@ -272,7 +272,8 @@ def test_a_summary(shop: Shop, passed: bool) -> None:
     assert (said["verificationResult"], said["verifiedLevels"]) == (
         ("PASSED", ["VZREPRO_BUILDERS_2"]) if passed else ("FAILED", ["FAILED"])
     )
-    assert said["policy"] == {"uri": "policy.toml", "digest": {"sha256": FileHash.of(b"version = 1\n").hex}}
+    policy = {"uri": "urn:vzrepro:policy:policy.toml", "digest": {"sha256": FileHash.of(b"version = 1\n").hex}}
+    assert said["policy"] == policy
     assert {each["digest"]["sha256"] for each in said["inputAttestations"]} == {FileHash.of(e).hex for e in counted}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from vzrepro.attest.provenance import builder_id
 from vzrepro.attest.statement import Statement, Subject
@@ -23,10 +24,10 @@ SLSA_VERSION = "1.0"
 class Summary:
     """How a verification ended.
 
-    `resource` is the URI or name under which the output was verified (its store path), `policy` the policy's bytes and
-    where they were, None when there was none. `inputs` are the bytes of the envelopes that counted. `levels` are what
-    it reaches: SLSA's names, or ones of another prefix than `SLSA_` (`VZREPRO_BUILDERS_2`); what has failed reaches the
-    one level FAILED, as SLSA has it. `verified` is RFC 3339 in UTC.
+    `resource` is the name under which the output was verified (its store path), `policy` the policy's file name and its
+    bytes, None when there was none. `inputs` are the bytes of the envelopes that counted. `levels` are what it reaches:
+    SLSA's names, or ones of another prefix than `SLSA_` (`VZREPRO_BUILDERS_2`); what has failed reaches the one level
+    FAILED, as SLSA has it. `verified` is RFC 3339 in UTC.
     """
 
     resource: str
@@ -39,13 +40,16 @@ class Summary:
 
 def summary_statement(summary: Summary, subjects: Sequence[Subject], verifier: PublicKey) -> Statement:
     """The statement to sign. `subjects` are those of the output that was verified (`statement.subjects_of`)."""
-    place, policy = summary.policy or ("urn:vzrepro:policy:none", b"")
+    name, policy = summary.policy or (None, b"")
     levels = list(summary.levels) if summary.passed else ["FAILED"]
     predicate: dict[str, Any] = {
         "verifier": {"id": builder_id(verifier)},
         "timeVerified": summary.verified,
-        "resourceUri": summary.resource,
-        "policy": {"uri": place, "digest": {"sha256": FileHash.of(policy).hex}},
+        "resourceUri": _urn("object", summary.resource),
+        "policy": {
+            "uri": _urn("no-policy") if name is None else _urn("policy", name),
+            "digest": {"sha256": FileHash.of(policy).hex},
+        },
         "inputAttestations": [
             {"digest": {"sha256": digest}} for digest in sorted(FileHash.of(each).hex for each in summary.inputs)
         ],
@@ -54,3 +58,8 @@ def summary_statement(summary: Summary, subjects: Sequence[Subject], verifier: P
         "slsaVersion": SLSA_VERSION,
     }
     return Statement(tuple(subjects), PREDICATE_TYPE, predicate)
+
+
+def _urn(*parts: str) -> str:
+    """Only a name: SLSA wants a URI here, and where a file was on the verifier's disk is nobody's affair."""
+    return ":".join(("urn:vzrepro", *(quote(part, safe="/", errors="surrogateescape") for part in parts)))

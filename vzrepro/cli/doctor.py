@@ -15,6 +15,11 @@ from vzrepro.errors import VzreproError
 
 _ROOM_BYTES = 15 * 10**9
 
+_SLOW_DRIVERS = {
+    "fuse-overlayfs": "slow: whatever a build opens passes through another process",
+    "vfs": "slow: the whole image is copied for every container",
+}
+
 
 @click.command()
 @json_option
@@ -48,8 +53,11 @@ def _python(_session: Session) -> str:
 
 def _engine(_session: Session) -> str:
     found = sandbox.check()
+    driver = found.storage_driver
+    if driver in _SLOW_DRIVERS:
+        driver += f" ({_SLOW_DRIVERS[driver]}; see docs/sandbox.md)"
     return (
-        f"{found.engine} {found.server_version}, {found.storage_driver}, cgroup v{found.cgroup_version}, "
+        f"{found.engine} {found.server_version}, {driver}, cgroup v{found.cgroup_version}, "
         f"{found.cpus} CPUs, {console.size(found.memory_bytes)}"
     )
 

@@ -32,7 +32,7 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """The policy, and the file it is from: its path and bytes; None when there was none."""
+    """The policy, and the file it is from: its name and bytes; None when there was none."""
 
     policy: Policy
     file: tuple[str, bytes] | None
@@ -124,7 +124,7 @@ def _rules(session: Session, inside: bool, file: Path | None, threshold: int | N
     except OSError as error:
         session.warn(f"that version {policy.version} of the policy was seen cannot be kept: {error}")
     revoked = session.trusted.revoked
-    return _Rules(policy.without(revoked, "it is one of this machine's revoked-keys"), (str(file), data))
+    return _Rules(policy.without(revoked, "it is one of this machine's revoked-keys"), (file.name, data))
 
 
 def _asked(
