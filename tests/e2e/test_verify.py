@@ -180,9 +180,8 @@ def test_a_summary_names_what_it_went_by(desk: Desk, bundle: Path) -> None:
     assert said["verificationResult"] == "PASSED"
     assert all(not level.startswith("SLSA_") and level != "FAILED" for level in said["verifiedLevels"])
     # Both are URIs, and tell nothing of the verifier's disk.
-    assert (
-        said["resourceUri"] == f"urn:vzrepro:object:{store_path(DrvHash.of(b'container-bundle'), 'container-bundle')}"
-    )
+    path = store_path(DrvHash.of(b"container-bundle"), "container-bundle")
+    assert said["resourceUri"] == f"urn:vzrepro:object:{path}"
     assert said["policy"]["uri"] == f"urn:vzrepro:policy:{desk.policy.name}"
     assert said["policy"]["digest"]["sha256"] == hashlib.sha256(desk.policy.read_bytes()).hexdigest()
     assert len(said["inputAttestations"]) == 2

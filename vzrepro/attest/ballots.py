@@ -118,8 +118,7 @@ def _judged(data: bytes, sources: tuple[str, ...], policy: Policy) -> Vote | Ref
         envelope = dsse.parse(data)
         claim = claim_of(Statement.of(envelope))
     except Malformed as error:
-        reason = error.in_a_line
-        return Refused("somebody", reason, sources)
+        return Refused("somebody", error.in_a_line, sources)
     if claim is None:
         return None
     signers = envelope.signers(policy.keys)

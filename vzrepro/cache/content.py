@@ -32,8 +32,7 @@ def take(
             read = nar.decompress(source.read, max_size=info.nar_size)
         nar_hash, nar_size = consume(read)
     except nar.MalformedNar as error:
-        reason = error.in_a_line
-        raise Damaged(f"{place} has a malformed {info.path}", reason=reason) from error
+        raise Damaged(f"{place} has a malformed {info.path}", reason=error.in_a_line) from error
     source.finish()
     if (nar_hash, nar_size) != (info.nar_hash, info.nar_size):
         raise Damaged(
