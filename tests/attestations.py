@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vzrepro import nar
-from vzrepro.cache import SigningKey
-from vzrepro.model import (
+from vzrepro.base.model import (
     Derivation,
     DrvHash,
     FileHash,
@@ -17,6 +16,7 @@ from vzrepro.model import (
     canonical_json,
     store_path,
 )
+from vzrepro.cache import SigningKey
 from vzrepro.store import LocalStore
 
 TEST_KEY = SigningKey("golden-1", bytes(range(32)))

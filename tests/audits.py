@@ -8,11 +8,11 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from vzrepro import lock
-from vzrepro.audit.model import (
+from vzrepro.proof.audit.model import (
     REPEAT,
     Against,
     AuditedNode,
+    AuditReport,
     AxisInfo,
     Cause,
     Cell,
@@ -21,11 +21,11 @@ from vzrepro.audit.model import (
     Guess,
     PastAudit,
     Rebuild,
-    Report,
     Verdict,
 )
-from vzrepro.evaluate import evaluate
-from vzrepro.sbom.seed import Seed, SeedImage
+from vzrepro.proof.sbom.seed import Seed, SeedImage
+from vzrepro.recipe import lock
+from vzrepro.recipe.evaluate import evaluate
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -187,7 +187,7 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def sample() -> Report:
+def sample() -> AuditReport:
     """An audit of container-bundle, one axis at a time, in which every verdict and every kind of cell occurs."""
     findings: Mapping[str, Callable[[AuditedNode], AuditedNode]] = {
         "guest-agent": _guest_agent,
@@ -209,7 +209,7 @@ def sample() -> Report:
         for image in sorted(images, key=lambda each: each.target)
     )
     disks = next(node for node in nodes if node.target == "initramfs")
-    return Report(
+    return AuditReport(
         id="20261124T181203Z-5f0c1d",
         targets=("container-bundle",),
         mode="alone",
@@ -234,7 +234,7 @@ def sample() -> Report:
     )
 
 
-def reproduced(report: Report | None = None) -> Report:
+def reproduced(report: AuditReport | None = None) -> AuditReport:
     """The same audit when all went well: what is built is REPRODUCED wherever an axis can be varied."""
     report = report or sample()
     nodes = tuple(
@@ -258,7 +258,7 @@ HOSTILE = (
 )
 
 
-def hostile() -> Report:
+def hostile() -> AuditReport:
     """The sample with markup, control characters and endless words wherever a text stands."""
     report = sample()
     marks = iter(HOSTILE * 400)
@@ -314,7 +314,7 @@ def hostile() -> Report:
     )
 
 
-def large(built: int = 150) -> Report:
+def large(built: int = 150) -> AuditReport:
     """A report over `built` built nodes, each made from up to three earlier ones, in about a dozen steps."""
     report = sample()
     example = next(node for node in report.nodes if node.target == "vz-probe")

@@ -1,4 +1,5 @@
-"""A small workspace whose downloads are made here: two images' packages, crates, a source tree."""
+"""A small workspace whose downloads are made here: two images' packages, crates, a source tree; and what is asserted of
+every bill of materials, by the validators of the formats' own projects."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ from pathlib import Path
 
 from tests import debs
 from vzrepro import nar
-from vzrepro.evaluate import DrvGraph, evaluate
-from vzrepro.lock import CratePin, CrateSetPin, DebPin, ImagePin, Lock, PinnedFile, SourcePin
-from vzrepro.model import FileHash, ObjectInfo
-from vzrepro.recipe import Node
+from vzrepro.base.model import FileHash, ObjectInfo
+from vzrepro.recipe.evaluate import evaluate
+from vzrepro.recipe.graph import DrvGraph, Node
+from vzrepro.recipe.lock import CratePin, CrateSetPin, DebPin, ImagePin, Lock, PinnedFile, SourcePin
 from vzrepro.store import LocalStore
 
 PLATFORM = "linux/amd64"
@@ -31,6 +32,34 @@ build("all", image=C, command=["cat"], build_only=["check"],
       inputs={"low": LOW, "app": APP, "check": CHECK,
               "note": text("note", "a note")})
 """
+
+
+def assert_valid_cyclonedx(text: str) -> None:
+    # Loaded here, since that takes seconds, of each worker that only looks which tests there are.
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+    from jsonschema import Draft7Validator
+    from rfc3986_validator import validate_rfc3986
+    from rfc3987_syntax import is_valid_syntax
+
+    @Draft7Validator.FORMAT_CHECKER.checks("iri-reference", raises=ValueError)
+    def _is_iri_reference(value: object) -> bool:
+        """Every URI reference is an IRI reference. Only what is none is given to the parser that jsonschema would ask
+        for all: it takes a tenth of a second for each, and a bundle has hundreds."""
+        if not isinstance(value, str):
+            return True
+        return bool(validate_rfc3986(value, rule="URI_reference")) or is_valid_syntax("iri_reference", value)
+
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+
+
+def assert_valid_spdx(file: Path) -> None:
+    from spdx_tools.spdx.parser.parse_anything import parse_file
+    from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
+
+    found = validate_full_spdx_document(parse_file(str(file)))
+    assert [(each.validation_message, each.context.spdx_id) for each in found] == []
+
 
 CARGO = """
 [package]

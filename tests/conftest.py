@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,17 +12,60 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import servers
-from vzrepro.evaluate import DrvGraph, evaluate
-from vzrepro.lock import Lock
+from vzrepro.recipe.evaluate import evaluate
+from vzrepro.recipe.graph import DrvGraph
+from vzrepro.recipe.lock import Lock
 
 Workspace = Callable[..., Path]
 
-# Tests may load gRPC before `vzrepro.vm.agent` does, which says why this is so.
+# Tests may load gRPC before `vzrepro.guest.vm.agent` does, which says why this is so.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 # How long an example takes says something of the machine and nothing of the code.
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
+
+
+LONGEST = """
+    e2e/test_audit.py contract/test_agent_load.py e2e/test_cache.py e2e/test_crates.py e2e/test_probe.py e2e/test_oci.py
+    e2e/test_host_boot.py e2e/test_realize.py e2e/test_vm_exec.py contract/test_hostile.py e2e/test_audit_axes.py
+    e2e/test_oci_kept.py contract/test_agent_exec.py contract/test_agent_oci.py contract/test_agent_attach.py
+    e2e/test_votes.py e2e/test_sandbox.py contract/test_s3.py
+""".split()
+"""Files that take minutes, the longest first. What a full run says of its files tells whether this is still so."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, and end with the quick ones: so all workers end at about the same time,
+    and none is left alone with a file of minutes."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+
+    def rank(item: pytest.Item) -> int:
+        name = item.nodeid.partition("::")[0].removeprefix("tests/")
+        return ranks.get(name, len(ranks) + name.startswith("unit/"))
+
+    items.sort(key=rank)
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Archives that are made while tests are collected have times in them, and all workers must name a test alike."""
+    return "bytes" if isinstance(val, bytes) and len(val) > 16 else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where pytest shows the slowest tests, show the slowest files, too: the seconds of all their tests and set-ups."""
+    wanted: int | None = terminalreporter.config.getoption("durations")
+    if wanted is None:
+        return
+    secs: Counter[str] = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if isinstance(report, pytest.TestReport):
+            secs[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.write_sep("=", f"slowest {wanted} files" if wanted else "slowest files")
+    for name, spent in secs.most_common(wanted or None):
+        terminalreporter.write_line(f"{spent:.2f}s {name}")
+    terminalreporter.write_line(f"{secs.total():.2f}s in all")
 
 
 @pytest.fixture

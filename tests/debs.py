@@ -76,19 +76,20 @@ def ar(*members: bytes) -> bytes:
     return b"!<arch>\n" + b"".join(members)
 
 
-def deb(*items: Item, pack: str = "xz", data: bytes | None = None) -> bytes:
+def deb(*items: Item, pack: str = "xz", data: bytes | None = None, postinst: bytes | None = None) -> bytes:
     """A package of the items; or, with `data`, one whose data.tar holds exactly these bytes."""
+    control = [] if postinst is None else [folder("."), file("./control"), file("./postinst", postinst, 0o755)]
     plain = tar(*items)
     packed = {"xz": lambda raw: lzma.compress(raw, preset=0), "gz": gzip.compress, "": bytes}[pack](plain)
     suffix = f".{pack}" if pack else ""
     return ar(
         member("debian-binary", b"2.0\n"),
-        member("control.tar.xz", lzma.compress(tar(), preset=0)),
+        member("control.tar.xz", lzma.compress(tar(*control), preset=0)),
         member(f"data.tar{suffix}", packed if data is None else data),
     )
 
 
-def write(path: Path, *items: Item) -> tuple[str, Path]:
+def write(path: Path, *items: Item, postinst: bytes | None = None) -> tuple[str, Path]:
     """The package as a file, in the form `write_image` takes."""
-    path.write_bytes(deb(*items))
+    path.write_bytes(deb(*items, postinst=postinst))
     return path.name, path

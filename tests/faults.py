@@ -78,10 +78,10 @@ class Exchange:
         self.send(answer.head, b"" if self.method == "HEAD" else answer.body)
         self.keep = True
 
-    def drip(self, data: bytes, secs: float) -> None:
-        """Send a byte each `secs`, until the test is over."""
-        for at in range(len(data)):
-            self.send(data[at : at + 1])
+    def drip(self, data: bytes, secs: float, count: int = 1) -> None:
+        """Send a byte, or `count`, each `secs`, until the test is over."""
+        for at in range(0, len(data), count):
+            self.send(data[at : at + count])
             if self.proxy.over.wait(secs):
                 return
 
@@ -105,6 +105,25 @@ def status(code: int, **headers: str) -> Fault:
     """An answer without use."""
     told = {name.replace("_", "-"): value for name, value in headers.items()}
     return lambda exchange: exchange.give(Answer(code, {"content-length": "5", **told}, b"nope\n"))
+
+
+def serves(data: bytes, etag: str | None = None) -> Fault:
+    """No fault, and no server behind: these bytes, and ranges of them, as a good server gives them."""
+
+    def fault(exchange: Exchange) -> None:
+        tags = {} if etag is None else {"etag": etag}
+        match = re.fullmatch(r"bytes=(\d+)-", exchange.headers.get("range", ""))
+        if match is None or exchange.headers.get("if-range", etag) != etag:
+            exchange.give(Answer(200, {"content-length": str(len(data)), **tags}, data))
+            return
+        start = int(match[1])
+        if start >= len(data):
+            exchange.give(Answer(416, {"content-length": "0"}, b""))
+            return
+        told = {"content-length": str(len(data) - start), "content-range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+        exchange.give(Answer(206, told | tags, data[start:]))
+
+    return fault
 
 
 def refuses(exchange: Exchange) -> None:
@@ -175,13 +194,13 @@ def endless(piece: bytes) -> Fault:
     return fault
 
 
-def drips(secs: float) -> Fault:
-    """The body comes a byte at a time."""
+def drips(secs: float, count: int = 1) -> Fault:
+    """The body comes a byte at a time, or so many."""
 
     def fault(exchange: Exchange) -> None:
         answer = exchange.ask()
         exchange.send(answer.head)
-        exchange.drip(answer.body, secs)
+        exchange.drip(answer.body, secs, count)
 
     return fault
 
@@ -287,13 +306,15 @@ class Seen:
     method: str
     path: str
     range: str | None
+    if_range: str | None
 
 
 @dataclass
 class FaultyProxy:
-    """A proxy in front of the server at `behind`, until the end of the `with`. Paths are as in the request."""
+    """A proxy in front of the server at `behind`, until the end of the `with`; without one, a server whose faults need
+    none. Paths are as in the request."""
 
-    behind: str
+    behind: str = ""
     requests: list[Seen] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
     swallowed: bool = False
@@ -326,6 +347,11 @@ class FaultyProxy:
         that matches counts."""
         self._rules.append((pattern, list(faults)))
 
+    def serve_at(self, name: str, *faults: Fault) -> str:
+        """The URL of a place of its own, where these faults happen, as `on` says."""
+        self.on(f"/{name}", *faults)
+        return f"{self.url}/{name}"
+
     def heal(self) -> None:
         """No faults from now on."""
         self._rules.clear()
@@ -335,8 +361,9 @@ class FaultyProxy:
         return [seen for seen in self.requests if fnmatchcase(seen.path, pattern)]
 
     def serve(self, exchange: Exchange) -> None:
+        told = exchange.headers
         with self._lock:
-            self.requests.append(Seen(exchange.method, exchange.path, exchange.headers.get("range")))
+            self.requests.append(Seen(exchange.method, exchange.path, told.get("range"), told.get("if-range")))
             faults = next((faults for pattern, faults in self._rules if fnmatchcase(exchange.path, pattern)), [passes])
             fault = faults.pop(0) if len(faults) > 1 else faults[0]
         fault(exchange)

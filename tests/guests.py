@@ -7,10 +7,10 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 
-from vzrepro.vm.agent import AgentClient
+from vzrepro.guest.vm.agent import AgentClient
 
 LIMIT_SECS = 300.0
 """Only a broken guest meets it: an emulated one on a busy host is very slow."""
@@ -18,7 +18,7 @@ LIMIT_SECS = 300.0
 
 def load_newc() -> ModuleType:
     """The recipe's writer of initramfs archives, as a module."""
-    path = Path(__file__).parents[1] / "recipes/initramfs/newc.py"
+    path = Path(__file__).parents[1] / "vzrepro/recipes/files/initramfs/newc.py"
     spec = importlib.util.spec_from_file_location("newc", path)
     assert spec is not None
     assert spec.loader is not None
@@ -31,7 +31,7 @@ def load_newc() -> ModuleType:
 def archive(path: Path, files: Mapping[str, str]) -> Path:
     """A cpio archive at `path` of executable files: absolute name in the guest → content."""
     newc = load_newc()
-    folders = {name.rpartition("/")[0] for name in files} - {""}
+    folders = {str(parent) for name in files for parent in PurePosixPath(name).parents} - {"/"}
     entries = [newc.Entry(folder, 0o40755) for folder in folders]
     entries += [newc.Entry(name, 0o100755, content.encode()) for name, content in files.items()]
     path.write_bytes(newc.archive(entries, 1))

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import platformdirs
 
-from vzrepro import fetch, sandbox
-from vzrepro.debian import Deb, Index, suites
-from vzrepro.image import IMAGE_FORMAT, ImageId, image_id, write_image
-from vzrepro.model import FileHash
+from vzrepro import sandbox
+from vzrepro.base.model import IMAGE_FORMAT, FileHash
+from vzrepro.sources import fetch
+from vzrepro.sources.debian import Deb, Index, suites
+from vzrepro.sources.image import ImageId, image_id, write_image
+from vzrepro.sources.keyring import KEYRING
 
-KEYRING = Path(__file__).parents[1] / "recipes/toolchain/debian-archive.asc"
 TINY = ("coreutils", "dash", "libc-bin", "sed")
 WITHOUT = {"debianutils": "which, run-parts: no test runs them", "libsystemd0": "only who, users and pinky use it"}
 NIX_WITHOUT = {
@@ -30,6 +31,10 @@ SERVICE_WITHOUT = {
     "iproute2": "nginx wants it for its maintainer scripts",
     "libsystemd0": "only who, users and pinky use it",
     "openssl-provider-legacy": "obsolete ciphers, loaded on request only",
+}
+FIREWALL = ("iptables",)
+FIREWALL_WITHOUT = {
+    **dict.fromkeys(("debconf", "debianutils", "dpkg", "netbase"), "for maintainer scripts"),
 }
 
 
@@ -75,6 +80,11 @@ def nix_image() -> ImageId:
 def service_image() -> Path:
     """A docker-archive for arm64 with a shell, coreutils, busybox and nginx."""
     return _kept("service", index().resolve(SERVICE, native="arm64", without=SERVICE_WITHOUT), "linux/arm64")
+
+
+def firewall_image() -> Path:
+    """A docker-archive for arm64 with iptables."""
+    return _kept("firewall", index().resolve(FIREWALL, native="arm64", without=FIREWALL_WITHOUT), "linux/arm64")
 
 
 def _kept(name: str, debs: tuple[Deb, ...], platform: str) -> Path:

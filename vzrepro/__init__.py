@@ -8,26 +8,52 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # not from `typing`, whose import costs milliseconds
 if TYPE_CHECKING:
-    from vzrepro.bundle import (
+    from vzrepro.guest.bundle import (
         KernelBundleOptions,
         KernelPaths,
         KernelProfile,
+        LogRotation,
         RuntimeConfig,
         ensure_kernel,
         ensure_kernel_bundle,
         ensure_kernel_profile,
     )
-    from vzrepro.recipe import build, cargo_crates, crate_source, debian_image, debian_source, local, read, text
+    from vzrepro.recipe.dsl import (
+        build,
+        cargo_crates,
+        crate_source,
+        debian_image,
+        debian_source,
+        git_source,
+        local,
+        pypi_source,
+        read,
+        text,
+        url_source,
+    )
 
 __version__ = "0.1.0"
 
-DSL = ("build", "cargo_crates", "crate_source", "debian_image", "debian_source", "local", "read", "text")
+DSL = (
+    "build",
+    "cargo_crates",
+    "crate_source",
+    "debian_image",
+    "debian_source",
+    "git_source",
+    "local",
+    "pypi_source",
+    "read",
+    "text",
+    "url_source",
+)
 """What a recipe may import from `vzrepro`."""
 
 API = (
     "KernelBundleOptions",
     "KernelPaths",
     "KernelProfile",
+    "LogRotation",
     "RuntimeConfig",
     "ensure_kernel",
     "ensure_kernel_bundle",
@@ -41,6 +67,7 @@ __all__ = [
     "KernelBundleOptions",
     "KernelPaths",
     "KernelProfile",
+    "LogRotation",
     "RuntimeConfig",
     "build",
     "cargo_crates",
@@ -50,14 +77,17 @@ __all__ = [
     "ensure_kernel",
     "ensure_kernel_bundle",
     "ensure_kernel_profile",
+    "git_source",
     "local",
+    "pypi_source",
     "read",
     "text",
+    "url_source",
 ]
 
 
 def __getattr__(name: str) -> object:
-    module = "vzrepro.recipe" if name in DSL else "vzrepro.bundle" if name in API else None
+    module = "vzrepro.recipe.dsl" if name in DSL else "vzrepro.guest.bundle" if name in API else None
     if module is None:
         raise AttributeError(f"module 'vzrepro' has no attribute {name!r}")
     import importlib

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -19,8 +20,8 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 
-from vzrepro.errors import VzreproError
-from vzrepro.events import (
+from vzrepro.base.errors import VzreproError
+from vzrepro.base.events import (
     Event,
     Failed,
     Finished,
@@ -33,6 +34,7 @@ from vzrepro.events import (
     Started,
     Waiting,
 )
+from vzrepro.base.words import duration, size
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -41,13 +43,14 @@ if TYPE_CHECKING:
 Mode = Literal["auto", "plain", "json"]
 """`auto`: a live display where stderr is a terminal, else plain lines · `plain`: always lines · `json`: JSON lines."""
 
-Cell = str | int | float | None
+TableCell = str | int | float | None
 Pieces = list[tuple[str, str]]
 """A line as (text, style) pairs; a style is a key of `_SGR`."""
 
 _OUTCOME_STYLES = {"DIFFERS": "red", "BUILD_FAILED": "red", "INCONCLUSIVE": "yellow"}
 _SGR = {"": "", "bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36", "bold red": "1;31"}
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
+_LINES_AT_ONCE = 1000
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _LINE_BREAK = re.compile(r"[\t\n\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """What would make more than one cell of a cell: line breaks, tabs, and marks that turn the direction of writing."""
@@ -59,36 +62,14 @@ _ALIVE_SECS = 60.0
 """In a log, work that nothing else is heard of is reported to go on this often, to within a quarter."""
 
 
-def duration(secs: float) -> str:
-    """`secs` for people: `45ms`, `3.2s`, `32s`, `2m03s`, `1h02m`."""
-    if secs < 0.0995:
-        return f"{max(secs, 0) * 1000:.0f}ms"
-    if secs < 9.95:
-        return f"{secs:.1f}s"
-    whole = round(secs)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-def size(count: int) -> str:
-    """`count` bytes for people, three digits, decimal units: `999 B`, `1.00 kB`, `45.2 MB`."""
-    if count < 1000:
-        return f"{count} B"
-    value = float(count)
-    for unit in ("kB", "MB", "GB", "TB"):
-        value /= 1000
-        for limit, digits in ((9.995, 2), (99.95, 1), (999.5, 0)):
-            if value < limit:
-                return f"{value:.{digits}f} {unit}"
-    return f"{value:.0f} TB"
-
-
 def clean(text: str) -> str:
     """`text` without escape sequences and control characters, so that a builder's output cannot drive a terminal."""
     return _CONTROL.sub("", _ESCAPE.sub("", text))
+
+
+def _cleaned(text: str) -> str:
+    """`clean` for lines: what one of them leaves open ends with it."""
+    return "\n".join(map(clean, text.split("\n")))
 
 
 class _Sink:
@@ -217,7 +198,7 @@ class Console:
         self._out = _Sink(stdout)
         self._err = _Sink(stderr)
         self._mode = mode
-        self._verbose = verbose
+        self.verbose = verbose
         self._clock = clock
         self._monotonic = monotonic
         # Reentrant: a signal handler may report while this thread reports.
@@ -284,27 +265,47 @@ class Console:
         self.report(Failed(error.message, error.reason, error.hint, error.exit_code))
 
     def print_text(self, text: str, document: Mapping[str, Any] | None = None) -> None:
-        """Print an answer on stdout; under `--json` the `document` as one line, `{"text": …}` when there is none."""
+        """Print an answer on stdout, `clean`, whoever its text is by; under `--json` the `document` as one line,
+        `{"text": …}` when there is none."""
         with self._lock:
             if self._mode == "json":
                 self._print_json({"text": text} if document is None else document)
             else:
-                self._to_stdout(text.removesuffix("\n"))
+                self._to_stdout(_cleaned(text.removesuffix("\n")))
 
-    def print_table(self, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
-        """Print rows on stdout, aligned below `columns`; under `--json` one object per row, keyed by column.
+    def print_lines(self, lines: Iterable[str]) -> None:
+        """Print lines on stdout as they come; under `--json` all of them as one `{"text": …}`."""
+        if self._mode == "json":
+            self.print_text("\n".join(lines))
+            return
+        lines = iter(lines)
+        while some := list(itertools.islice(lines, _LINES_AT_ONCE)):
+            with self._lock:
+                self._to_stdout("\n".join(some))
 
-        Numbers are aligned right. None is shown as `-`, and is null in JSON.
+    def print_table(
+        self,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[TableCell]],
+        documents: Iterable[Mapping[str, Any]] | None = None,
+    ) -> str | None:
+        """Print rows on stdout, aligned below `columns`; under `--json` one object per row, keyed by column, or those
+        `documents` when programs want more than people do.
+
+        Numbers are aligned right. None is shown as `-`, and is null in JSON. Returns the table, None under `--json`.
+        What the cells say is `clean`.
         """
         cells = [tuple(row) for row in rows]
         with self._lock:
             if self._mode == "json":
-                for row in cells:
-                    self._print_json(dict(zip(columns, row, strict=True)))
-                return
-            heading, *body = aligned(columns, cells)
+                for each in documents or (dict(zip(columns, row, strict=True)) for row in cells):
+                    self._print_json(each)
+                return None
+            heading, *body = (_cleaned(line) for line in aligned(columns, cells))
             bold = self._colour_allowed and self._out.isatty()
-            self._to_stdout("\n".join([_ansi([(heading, "bold")]) if bold else heading, *body]))
+            text = "\n".join([_ansi([(heading, "bold")]) if bold else heading, *body])
+            self._to_stdout(text)
+            return text
 
     def _print_json(self, document: Mapping[str, Any]) -> None:
         self._out.line(json.dumps(document))
@@ -334,7 +335,7 @@ class Console:
             case Progress() if job is not None and now - job.said >= _PROGRESS_SECS:
                 job.said = now
                 return [(f"{job.action} ", "cyan"), (f"{job.target} {_transfer(job, now)}", "")]
-            case LogLine() if self._verbose:
+            case LogLine() if self.verbose:
                 return [(f"{event.target}> ", "dim"), (clean(event.line), "")]
             case LogLine() if job is not None and now - job.said >= _ALIVE_SECS:
                 return _alive_line(job, now)
@@ -358,7 +359,7 @@ class Console:
     def _draw(self, event: Event) -> None:
         if isinstance(event, Started | Waiting) and self._live is None:
             self._start_drawing()
-        if isinstance(event, LogLine) and self._verbose:
+        if isinstance(event, LogLine) and self.verbose:
             self._above([(f"{event.target}> ", "dim"), (clean(event.line), "")])
         elif (line := _lasting_line(event)) is not None:
             self._above(line)
@@ -466,7 +467,7 @@ def _text(pieces: Pieces) -> Text:
     return Text.assemble(*pieces)
 
 
-def aligned(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
+def aligned(columns: Sequence[str], rows: Sequence[Sequence[TableCell]]) -> list[str]:
     """A table's lines: the columns' names, then a line for each row."""
     shown = [["-" if cell is None else _LINE_BREAK.sub(" ", clean(str(cell))) for cell in row] for row in rows]
     number = [all(isinstance(row[i], int | float | None) for row in rows) and rows != [] for i in range(len(columns))]
@@ -496,6 +497,8 @@ def _named(event: Started | Finished) -> str:
 
 def _started_line(event: Started) -> Pieces:
     known = []
+    if event.worker is not None:
+        known.append(f"on {event.worker}")
     if event.total_bytes is not None:
         known.append(size(event.total_bytes))
     if event.expected_secs is not None:

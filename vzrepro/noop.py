@@ -1,26 +1,37 @@
-"""The evaluation cache and the no-op path of `vzrepro realize`: standard library only, a few milliseconds.
+"""The evaluation cache and the no-op path: what a command said, and says again while nothing changed.
 
-After a realization, a memo keeps what the evaluation read (every file and directory with its stat), the `VZREPRO_*`
-variables, and for each target the store object with the stat of what is in it. While all of that is unchanged, the
-answer is the same, and nothing else needs to be imported. Anything unexpected is a miss: the long way then decides.
+After `realize TARGET…`, `targets` and `store path TARGET`, a memo keeps what the evaluation read (every file and
+directory with its stat), the settings in the environment, and for each command what it printed and the stat of what
+that rests on in the store. While all of that is unchanged, the answer is the same, and nothing else needs to be
+imported. Anything unexpected is a miss: the long way then decides.
+
+Only what costs next to nothing is imported, and the memo is text that is compared and never parsed:
+
+    vzrepro memo 4                          the facts, a line each: this format, this vzrepro, Python, the workspace,
+    …                                       the settings, and what trust in the workspace rests on
+    <stat>⇥<path>                           a line for everything that was read
+                                            an empty line, and for each command:
+    store path busybox                      the command
+    <stat>⇥<path>                           a line for everything that its answer rests on, or: inode <number>⇥<path>
+    =/work/store/…                          a line for each that it printed
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import zlib
+
+from vzrepro.base import trust
 
 TYPE_CHECKING = False  # not from `typing`, whose import costs milliseconds
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-_FORMAT = 1
+_FORMAT = "vzrepro memo 4"
+_PLACES = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")  # where the user's files are
 _RACY_NS = 50_000_000  # a file changed this short before it was read could change again without its stat showing it
-_MAX_ENTRIES = 256  # larger objects are checked at the top only
-
-Stat = list[int] | None
+_MAX_ENTRIES = 256  # of a larger object no more are looked at
 
 
 def memo_path(root: str, environ: Mapping[str, str]) -> str:
@@ -29,29 +40,44 @@ def memo_path(root: str, environ: Mapping[str, str]) -> str:
     return os.path.join(cache, "vzrepro", "evaluated", f"{os.path.basename(root)}-{zlib.crc32(os.fsencode(root)):08x}")
 
 
-def answer(targets: Sequence[str], environ: Mapping[str, str]) -> list[str] | None:
-    """The store objects' places for `targets` if nothing changed since they were realized, else None."""
+def answer(words: Sequence[str], environ: Mapping[str, str], *, terminal: bool) -> str | None:
+    """What the command `words` prints, if it was remembered and nothing changed since, else None.
+
+    `terminal` says whether stdout is one, where a table's heading is bold.
+    """
+    keys = _keys(words, environ, terminal)
+    if not keys:
+        return None
     try:
         root = _workspace(os.getcwd())
         if root is None:
             return None
-        with open(memo_path(root, environ), "rb") as file:
-            memo = json.loads(file.read())
-        if [memo["format"], memo["root"], memo["python"]] != [_FORMAT, root, sys.version]:
+        head, answers = _read(root, environ)
+        facts = _facts(root, environ)
+        if head[: len(facts)] != facts:
             return None
-        if memo["environ"] != _settings(environ):
-            return None
-        objects = [memo["targets"][target] for target in targets]
-        for path, stat in memo["reads"].items():
-            if _stat(path) != stat:
+        rests, said = head[len(facts) :], []
+        for key in keys:
+            for line in answers[key].split("\n"):
+                if line.startswith("="):
+                    said.append(line[1:] + "\n")
+                else:
+                    rests.append(line)
+        for line in rests:
+            stat, _, path = line.partition("\t")
+            if (_which(path) if stat.startswith("inode") else _stat(path)) != stat:
                 return None
-        for entry in objects:
-            for path, stat in entry["entries"].items():
-                if _stat(path) != stat:
-                    return None
-        return [entry["location"] for entry in objects]
-    except (OSError, ValueError, LookupError, TypeError):
+        return "".join(said)
+    except (OSError, ValueError, LookupError):
         return None
+
+
+def remember_realized(
+    root: str, environ: Mapping[str, str], begun_ns: int, reads: Iterable[str], locations: Mapping[str, str]
+) -> None:
+    """Keep the answers to `realize TARGET` for `locations` (target → the object's place), as `remember` does."""
+    answers = {f"realize {target}": (_entries(place), place) for target, place in locations.items()}
+    _remember(root, environ, begun_ns, reads, answers)
 
 
 def remember(
@@ -59,51 +85,110 @@ def remember(
     environ: Mapping[str, str],
     begun_ns: int,
     reads: Iterable[str],
-    locations: Mapping[str, str],
+    store: str,
+    database: str,
+    words: Sequence[str],
+    text: str,
+    *,
+    terminal: bool,
 ) -> None:
-    """Keep the answer for `locations` (target → the object's place), which depend on `reads` (absolute paths).
+    """Keep that the command `words` prints `text`, which depends on `reads` and on what is in a store (absolute paths).
 
-    `begun_ns` is when the evaluation began (`time.time_ns()`): what changed at that moment or later is not trusted,
-    so nothing is kept then. Answers for other targets stay while they rest on the same reads. Failing to write is
-    no error.
+    Objects come and go with a change of the directory `store`; `database` changes at other times, too, so that only
+    which file it is counts.
+
+    `begun_ns` is when the command began (`time.time_ns()`): what changed at that moment or later is not trusted, so
+    nothing is kept then. Other answers stay while they rest on the same reads. Failing to write is no error.
     """
-    seen = {path: _stat(path) for path in sorted(reads)}
-    if any(stat is not None and max(stat[0], stat[3]) > begun_ns - _RACY_NS for stat in seen.values()):
+    seen = {store: _stat(store), database: _which(database)}
+    if _are_racy([seen[store]], begun_ns):
         return
-    memo = {
-        "format": _FORMAT,
-        "root": root,
-        "python": sys.version,
-        "environ": _settings(environ),
-        "reads": seen,
-        "targets": {},
-    }
-    path = memo_path(root, environ)
+    for key in _keys(words, environ, terminal):
+        _remember(root, environ, begun_ns, reads, {key: (seen, text)})
+
+
+def _remember(
+    root: str,
+    environ: Mapping[str, str],
+    begun_ns: int,
+    reads: Iterable[str],
+    answers: Mapping[str, tuple[Mapping[str, str], str]],
+) -> None:
+    seen = {path: _stat(path) for path in sorted(reads)}
+    if _are_racy(seen.values(), begun_ns):
+        return
+    head = [*_facts(root, environ), *_lines(seen)]
+    blocks: dict[str, str] = {}
     try:
-        with open(path, "rb") as file:
-            before = json.loads(file.read())
-        if all(before[key] == memo[key] for key in memo if key != "targets"):
-            memo["targets"] = before["targets"]
-    except (OSError, ValueError, LookupError, TypeError):
+        before, kept = _read(root, environ)
+        if before == head:
+            blocks = kept
+    except (OSError, ValueError):
         pass
-    memo["targets"].update(  # type: ignore[attr-defined]
-        {target: {"location": location, "entries": _entries(location)} for target, location in locations.items()}
-    )
+    for key, (rests, text) in answers.items():
+        blocks[key] = "\n".join([*_lines(rests), *(f"={line}" for line in text.split("\n"))])
+    names = [*seen, *(path for rests, _ in answers.values() for path in rests)]
+    if any("\n" in name for name in (*names, *_facts(root, environ))):
+        return  # what is not a line cannot be compared
+    path = memo_path(root, environ)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         temporary = f"{path}.{os.getpid()}"
-        with open(temporary, "w") as file:
-            json.dump(memo, file)
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write("\n\n".join(["\n".join(head), *(f"{key}\n{block}" for key, block in blocks.items())]))
         os.replace(temporary, path)
     except OSError:
         pass
 
 
+def _keys(words: Sequence[str], environ: Mapping[str, str], terminal: bool) -> list[str]:
+    """Under what the memo has the answer to a command: `realize` for each target, none for what is not remembered."""
+    words = list(words)
+    if any(word.startswith("-") for word in words):
+        return []
+    if words[:1] == ["realize"]:
+        return [f"realize {target}" for target in words[1:]]
+    if words == ["targets"]:
+        # Whether a table's heading is bold depends on these.
+        return [f"targets on {environ.get('TERM')} {environ.get('NO_COLOR')}" if terminal else "targets"]
+    if words[:2] == ["store", "path"] and len(words) == 3:
+        return [f"store path {words[2]}"]
+    return []
+
+
+def _read(root: str, environ: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The memo's facts and reads, and its answers."""
+    with open(memo_path(root, environ), encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        head, *blocks = file.read().split("\n\n")
+    answers = {}
+    for block in blocks:
+        key, _, rest = block.partition("\n")
+        answers[key] = rest
+    return head.split("\n"), answers
+
+
+def _facts(root: str, environ: Mapping[str, str]) -> list[str]:
+    settings = [
+        f"{name}={value}" for name, value in sorted(environ.items()) if name.startswith("VZREPRO_") or name in _PLACES
+    ]
+    python = sys.version.replace("\n", " ")
+    return [_FORMAT, _package(), python, root, "\t".join(settings), trust.standing(root, environ)]
+
+
+def _package() -> str:
+    """Where this vzrepro is: another one, on the same workspace and store, need not say the same."""
+    return os.path.dirname(os.path.realpath(__file__))
+
+
+def _lines(stats: Mapping[str, str]) -> list[str]:
+    return [f"{stat}\t{path}" for path, stat in stats.items()]
+
+
 def _workspace(folder: str) -> str | None:
     """The nearest directory upwards that has recipes/, with links resolved as `config.find_workspace` does."""
-    folder = os.path.realpath(folder)
+    folder, own = os.path.realpath(folder), _package()
     while True:
-        if os.path.isdir(os.path.join(folder, "recipes")):
+        if folder != own and os.path.isdir(os.path.join(folder, "recipes")):
             return folder
         parent = os.path.dirname(folder)
         if parent == folder:
@@ -111,19 +196,28 @@ def _workspace(folder: str) -> str | None:
         folder = parent
 
 
-def _settings(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in sorted(environ.items()) if name.startswith("VZREPRO_")}
-
-
-def _stat(path: str) -> Stat:
+def _stat(path: str) -> str:
+    """What changes when a file does: times, size, inode and mode; `-` for none."""
     try:
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return None
-    return [found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns, found.st_mode]
+        return "-"
+    return f"{found.st_mtime_ns} {found.st_ctime_ns} {found.st_size} {found.st_ino} {found.st_mode}"
 
 
-def _entries(location: str) -> dict[str, Stat]:
+def _which(path: str) -> str:
+    """Which file it is, whatever happens to it; `-` for none."""
+    try:
+        return f"inode {os.lstat(path).st_ino}"
+    except (FileNotFoundError, NotADirectoryError):
+        return "-"
+
+
+def _are_racy(stats: Iterable[str], begun_ns: int) -> bool:
+    return any(stat != "-" and max(map(int, stat.split()[:2])) > begun_ns - _RACY_NS for stat in stats)
+
+
+def _entries(location: str) -> dict[str, str]:
     """The object itself and what is in it. A lost, added or touched file changes one of these."""
     entries = {location: _stat(location)}
     pending = [location]

@@ -7,7 +7,7 @@ from recipes import guest_agent
 from recipes.busybox import BUSYBOX
 from recipes.hardening import HARDENING
 from recipes.initramfs import INITRAMFS
-from recipes.kernel import KERNELS, PROFILES
+from recipes.kernel import CONFIGS, KERNELS, PROFILES
 from recipes.probes import REPORTS
 from recipes.toolchain import TOOLS_IMAGE
 from recipes.youki import YOUKI
@@ -30,6 +30,7 @@ for _profile in PROFILES:
         image=TOOLS_IMAGE,
         inputs={
             "kernel": _kernel,
+            "config": CONFIGS[_profile.name],
             "initramfs": INITRAMFS,
             "youki": YOUKI,
             "probes": REPORTS[_profile.name],
@@ -38,7 +39,7 @@ for _profile in PROFILES:
             "src": local("assemble.py"),
         },
         command=["python3", "/in/src/assemble.py"],
-        build_only=["probes", *(["hardening"] if _profile.name in HARDENING else []), "src"],
+        build_only=["config", "probes", *(["hardening"] if _profile.name in HARDENING else []), "src"],
     )
 
 build("bundles", image=TOOLS_IMAGE, inputs=_bundles, command=["cp", "-R", "/in/.", "/out"])

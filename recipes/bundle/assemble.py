@@ -1,10 +1,11 @@
 """Puts a boot bundle together: exactly `vmlinux`, `initramfs.img`, `youki` and `version.json`.
 
-In: `/in/kernel` (`vmlinux`, `capabilities.json`), `/in/initramfs` (`initramfs.img`), `/in/youki` (`youki`),
-`/in/probes` (`probes.json`, what the booted guest proved) and `/in/metadata.json` (what the recipe knows: the keys of
-`DECLARED`). What version.json says beyond that is read from the files themselves: checksums, and the capabilities that
-the kernel's build proved. One that the guest did not prove as well is no capability, and there is no bundle. Runs in
-the sandbox with the standard library alone; `VZ_IN` and `VZ_OUT` stand in for `/in` and `/out` in tests.
+In: `/in/kernel` (`vmlinux`), `/in/config` (`capabilities.json`, what the kernel's configuration proves),
+`/in/initramfs` (`initramfs.img`), `/in/youki` (`youki`), `/in/probes` (`probes.json`, what the booted guest proved) and
+`/in/metadata.json` (what the recipe knows: the keys of `DECLARED`). What version.json says beyond that is read from the
+files themselves: checksums, and the capabilities that the kernel's configuration proves. One that the guest did not
+prove as well is no capability, and there is no bundle. Runs in the sandbox with the standard library alone; `VZ_IN` and
+`VZ_OUT` stand in for `/in` and `/out` in tests.
 """
 
 import datetime
@@ -83,7 +84,7 @@ def assemble(source: Path, out: Path, epoch: int) -> None:
             checksums[name] = hashlib.file_digest(file, "sha256").hexdigest()
         if target.stat().st_size == 0:
             raise InputError(f"{path} is empty")
-    capabilities = _json(source / "kernel/capabilities.json")
+    capabilities = _json(source / "config/capabilities.json")
     document = version(_json(source / "metadata.json"), capabilities, checksums, epoch)
     check_proven(document["capabilities"], _json(source / "probes/probes.json"), document["profile"])
     (out / "version.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

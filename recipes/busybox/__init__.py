@@ -9,7 +9,7 @@ BUSYBOX = build(
     "busybox",
     version=_SOURCE.version,
     image=C_IMAGE,
-    inputs={"busybox.tar.bz2": _SOURCE, "src": local("build.sh", "busybox.config")},
+    inputs={"busybox.tar.bz2": _SOURCE, "src": local("build.sh", "busybox.config", "applets-of-init.patch")},
     command=["sh", "/in/src/build.sh"],
     build_only=["src"],
     linked=["libc6-dev-arm64-cross", "libgcc-14-dev-arm64-cross"],

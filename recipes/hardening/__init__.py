@@ -3,24 +3,14 @@ kernel-hardening-checker."""
 
 from recipes.initramfs import SYSCTL
 from recipes.kernel import CONFIGS
-from recipes.toolchain import TOOLS_IMAGE
-from vzrepro import build, debian_source, local
-
-CHECKER = debian_source("kernel-hardening-checker", series="0.6", suite="forky")
-"""From Debian's next release: trixie has it in its backports only. Python, with nothing but the standard library."""
+from vzrepro.recipes import hardening_report
 
 HARDENING = {
-    "container": build(
+    "container": hardening_report(
         "kernel-container-hardening",
-        image=TOOLS_IMAGE,
-        inputs={
-            "checker.tar.gz": CHECKER,
-            "config": CONFIGS["container"],
-            "sysctl": SYSCTL,
-            "src": local("check.py", "check.sh", "container.reasons", "command-line", "sysctl.defaults"),
-        },
-        command=["sh", "/in/src/check.sh"],
-        build_only=["checker.tar.gz", "config", "sysctl"],
+        config=CONFIGS["container"],
+        sysctl=SYSCTL,
+        reasons="container.reasons",
     )
 }
 """Profile → its `hardening-report.json`. A check that fails without a reason fails the build, and the bundle's."""

@@ -1,44 +1,23 @@
-"""The guest kernels: artifacts `kernel-<profile>-config`, its proven configuration, and `kernel-<profile>`, for each
-record of `capabilities.PROFILES`; and those of the plain kernel they are measured by."""
-
-import json
+"""The guest kernels: artifacts `kernel-<profile>-config`, its configuration and what it proves, and `kernel-<profile>`,
+for each record of `capabilities.PROFILES`; and those of the plain kernel they are measured by."""
 
 from recipes.kernel.capabilities import PLAIN, PROFILES, requirements
-from recipes.toolchain import C_IMAGE
-from vzrepro import build, debian_source, local, text
+from vzrepro import debian_source
+from vzrepro.recipes import dotconfig, kernel, kernel_config
 
 LINUX = debian_source("linux", series="6.12", suite="trixie")
 
 CONFIGS = {
-    profile.name: build(
-        f"kernel-{profile.name}-config",
-        version=LINUX.version,
-        image=C_IMAGE,
-        inputs={
-            "linux.tar.xz": LINUX,
-            "src": local("configure.sh", "check_config.py", profile.fragment, profile.hardening),
-            "requirements.json": text("requirements.json", json.dumps(requirements(profile), sort_keys=True)),
-        },
-        command=["sh", "/in/src/configure.sh"],
-        build_only=["linux.tar.xz"],
-    )
+    profile.name: kernel_config(f"kernel-{profile.name}-config", linux=LINUX, **requirements(profile))
     for profile in (*PROFILES, PLAIN)
 }
 
 KERNELS = {
-    profile.name: build(
+    profile.name: kernel(
         f"kernel-{profile.name}",
-        version=LINUX.version,
-        image=C_IMAGE,
-        inputs={
-            "linux.tar.xz": LINUX,
-            "config": CONFIGS[profile.name],
-            "src": local("build.sh"),
-            **({"patches": local(*profile.patches, name=f"kernel-{profile.name}-patches")} if profile.patches else {}),
-        },
-        command=["sh", "/in/src/build.sh"],
-        build_only=["src"],
-        timeout_secs=3 * 3600,
+        linux=LINUX,
+        config=dotconfig(f"kernel-{profile.name}-dotconfig", config=CONFIGS[profile.name]),
+        patches=profile.patches,
     )
     for profile in (*PROFILES, PLAIN)
 }

@@ -1,7 +1,7 @@
 """What each kernel profile promises: capabilities, what it must not contain, and which files make it.
 
 Pure data, read by the recipe (what to build), by `check_config.py` (proof from the final `.config`, through
-`requirements`) and by `vm boot` (proof in the guest, through `Capability.probe`). Nothing is typed twice.
+`requirements`) and by `recipes/probes` (proof in the guest, through `Capability.probe`). Nothing is typed twice.
 """
 
 from dataclasses import dataclass
@@ -30,13 +30,14 @@ class Forbidden:
 @dataclass(frozen=True)
 class Profile:
     """One kernel. `base` is the kernel's make target the fragment is merged onto; with `allnoconfig` every question
-    the fragment leaves open is answered "no", with `defconfig` as the kernel's own default says. `patches` change the
-    kernel's source."""
+    the fragment leaves open is answered "no", with `defconfig` as the kernel's own default says. `lists` are the files
+    of symbols that the final `.config` is held against, each difference with its reason; `patches` change the kernel's
+    source."""
 
     name: str
     base: str
     fragment: str
-    hardening: str
+    lists: tuple[str, ...]
     security_profile: str
     capabilities: tuple[Capability, ...]
     forbidden: tuple[Forbidden, ...]
@@ -59,6 +60,16 @@ COMMON = (
     Capability("btrfs_snapshots", (*_yes("BTRFS_FS", "BLK_DEV_LOOP"), ("RAID6_PQ_BENCHMARK", "n")), "btrfs_snapshots"),
     Capability("device_mapper", _yes("MD", "BLK_DEV_DM"), "device_mapper"),
     Capability("dm_crypt", _yes("DM_CRYPT", "CRYPTO_AES", "CRYPTO_XTS", "CRYPTO_AES_ARM64_CE_BLK"), "dm_crypt"),
+    Capability(
+        "memory_reclaim",
+        _yes("VIRTIO_BALLOON", "MEMORY_BALLOON", "PAGE_REPORTING", "BALLOON_COMPACTION"),
+        "memory_reclaim",
+    ),
+    Capability(
+        "snapshot_safe",
+        _yes("VIRTIO_VSOCKETS", "HW_RANDOM_VIRTIO", "VMGENID", "RTC_CLASS", "RTC_INTF_DEV", "RTC_DRV_PL031"),
+        "snapshot_safe",
+    ),
 )
 """What every profile can do."""
 
@@ -101,25 +112,28 @@ _CONTAINER_FORBIDDEN = (
     Forbidden("MSDOS_FS", "a file system parser that nothing here mounts", "fat"),
 )
 
+_PATCHES = ("balloon-leaves-memory.patch", "slab-without-sysfs.patch", "xor-without-benchmark.patch")
+
 PROFILES = (
     Profile(
         name="developer",
         base="defconfig",
         fragment="developer.config",
-        hardening="hardening-developer.txt",
+        lists=("hardening-developer.txt", "hosts-developer.txt"),
         security_profile="developer-nested-virt",
         capabilities=(*COMMON, NESTED_VIRT, TUN),
         forbidden=(),
+        patches=_PATCHES,
     ),
     Profile(
         name="container",
         base="allnoconfig",
         fragment="container.config",
-        hardening="hardening.txt",
+        lists=("hardening.txt", "hosts-container.txt"),
         security_profile="container-hardened",
         capabilities=(*COMMON, NFSD, CONTAINER_SANDBOX),
         forbidden=_CONTAINER_FORBIDDEN,
-        patches=("slab-without-sysfs.patch", "xor-without-benchmark.patch"),
+        patches=_PATCHES,
     ),
 )
 """Every kernel profile there is. A new one is one more record here and its fragment beside this file."""
@@ -129,7 +143,7 @@ PLAIN = Profile(
     name="plain",
     base="allnoconfig",
     fragment="plain.config",
-    hardening="hardening-plain.txt",
+    lists=(),
     security_profile="none",
     capabilities=(),
     forbidden=(),
@@ -138,12 +152,12 @@ PLAIN = Profile(
 
 
 def requirements(profile: Profile) -> dict[str, object]:
-    """`profile` as the JSON object that `build.sh` and `check_config.py` read (`/in/requirements.json`)."""
+    """`profile` as what `vzrepro.recipes.kernel_config` asks of it."""
     return {
         "profile": profile.name,
         "base": profile.base,
         "fragment": profile.fragment,
-        "hardening": profile.hardening,
+        "lists": list(profile.lists),
         "capabilities": {capability.name: dict(capability.symbols) for capability in profile.capabilities},
         "forbidden": [forbidden.symbol for forbidden in profile.forbidden],
     }

@@ -2,13 +2,13 @@
 
 import tomllib
 
-from recipes.rust import BUILD_TARGET, GUEST_TARGET, rust_program
 from vzrepro import cargo_crates, local, read
+from vzrepro.recipes import AMD64, ARM64, rust_program
 
 OCI_RUNNER = rust_program(
     "vz-oci-run",
     version=tomllib.loads(read("Cargo.toml"))["package"]["version"],
     source=local("Cargo.toml", "Cargo.lock", "src"),
-    crates=cargo_crates("vz-oci-run", lock=".", targets=[GUEST_TARGET, BUILD_TARGET]),
-    target=GUEST_TARGET,
+    crates=cargo_crates("vz-oci-run", lock=".", targets=[ARM64, AMD64]),
+    target=ARM64,
 )

@@ -8,20 +8,20 @@ import tomllib
 
 from recipes.vhost_device_vsock import VHOST_DEVICE_VSOCK
 
-from recipes.initramfs import INITRAMFS, NEWC
+from recipes.initramfs import INITRAMFS
 from recipes.kernel import KERNELS, PROFILES
-from recipes.rust import BUILD_TARGET, GUEST_TARGET, rust_program
 from recipes.toolchain import C_IMAGE, SUITE, TOOLS_IMAGE
 from recipes.virtiofsd import VIRTIOFSD
 from recipes.youki import YOUKI
 from vzrepro import build, cargo_crates, debian_image, local, read, text
+from vzrepro.recipes import AMD64, ARM64, newc_writer, rust_program
 
 VZ_PROBE = rust_program(
     "vz-probe",
     version=tomllib.loads(read("Cargo.toml"))["package"]["version"],
     source=local("Cargo.toml", "Cargo.lock", "src"),
-    crates=cargo_crates("vz-probe", lock=".", targets=[GUEST_TARGET, BUILD_TARGET]),
-    target=GUEST_TARGET,
+    crates=cargo_crates("vz-probe", lock=".", targets=[ARM64, AMD64]),
+    target=ARM64,
 )
 
 _PINNED = build(
@@ -29,6 +29,16 @@ _PINNED = build(
     image=C_IMAGE,
     inputs={"src": local("pinned.c")},
     command=["gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-o", "/out/pinned.so", "/in/src/pinned.c"],
+)
+
+_VHOST = build(
+    "vhost-preload",
+    image=C_IMAGE,
+    inputs={"src": local("vhost.c")},
+    command=[
+        *("gcc", "-std=gnu11", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror"),
+        *("-o", "/out/vhost.so", "/in/src/vhost.c"),
+    ],
 )
 
 _UNUSED = "nothing that runs here runs or reads it"
@@ -73,18 +83,20 @@ PROBES = build(
     inputs={
         "vz-probe": VZ_PROBE,
         "disks": _DISKS,
-        "newc": NEWC,
-        "src": local("manifest"),
+        "newc": newc_writer(),
+        "vhost": _VHOST,
+        "src": local("manifest", "state.py"),
         "profiles.json": text("profiles.json", json.dumps(_WANTED, sort_keys=True)),
     },
     command=[
         "sh",
         "-c",
         "python3 /in/newc/newc.py /in/src/manifest /out/probes.cpio"
-        " && cp --sparse=always /in/disks/*.img /in/profiles.json /out/",
+        " && cp --sparse=always /in/disks/*.img /in/profiles.json /in/src/state.py /in/vhost/vhost.so /out/",
     ],
 )
-"""What `vm probe` needs: `probes.cpio`, unpacked over an initramfs, two disks, and `profiles.json`."""
+"""What `vm probe` needs: `probes.cpio`, unpacked over an initramfs, two disks, `profiles.json`, and `state.py` with its
+library."""
 
 REPORTS = {
     profile.name: build(

@@ -1,13 +1,14 @@
 """Boots a kernel and the initramfs under QEMU, inside the sandbox, and has the guest prove what it is declared to be.
 
 In: `/in/kernel` (`vmlinux`), `/in/initramfs` (`initramfs.img`), `/in/youki` (`youki`), `/in/probes` (`probes.cpio`,
-`ext4.img`, `btrfs.img`), the programs `/in/vhost-device-vsock` and `/in/virtiofsd`, and `/in/wanted.json`: the
+`ext4.img`, `btrfs.img`, `state.py`, `vhost.so`), `/in/vhost-device-vsock`, `/in/virtiofsd`, and `/in/wanted.json`: the
 `capabilities` (name → probe) and what must be `absent` (names of probes). Out: `/out/probes.json`, the same whenever
 nothing changed: verdicts and sentences, no times. Exit code 1, a line for each, when something is not proven.
 
 The guest boots as it always does, `init`, agent and all: `vz-probe` starts as process 1, leaves a child that waits on
 the second console (`/dev/hvc1`), and becomes `/init`. When the agent has said that it listens, the probes' names are
-written to that console; a line of JSON comes back for each. Runs with the standard library alone; `VZ_IN`, `VZ_OUT`
+written to that console; a line of JSON comes back for each. What needs a machine of its own, and the host's hand, is
+`state.py`'s. Runs with the standard library alone; `VZ_IN`, `VZ_OUT`
 stand in for `/in`, `/out` in tests.
 """
 
@@ -32,6 +33,11 @@ FROM_HOST, FROM_GUEST = "written by the host\n", "written by the guest\n"
 CONSOLE_LINE = "vz-probe: written to hvc0"
 VIRTIOFSD = ("--sandbox=none", "--inode-file-handles=never", "--rlimit-nofile=0", "--log-level=warn")
 """What virtiofsd needs where it is nobody and may call nothing special."""
+
+OF_STATE = ("memory_reclaim", "snapshot_safe")
+"""The probes of `state.py`, in order."""
+
+MACHINE = ("qemu-system-aarch64", "-accel", "tcg,thread=multi", "-cpu", "max,pauth-impdef=on")
 
 HYPERVISOR = "nested_virt"
 """The probe for which the machine gets EL2."""
@@ -161,7 +167,7 @@ def boot(source: Path, work: Path, names: list[str], deadline: float) -> tuple[l
         machine = "virt,gic-version=3,memory-backend=mem" + (",virtualization=on" if HYPERVISOR in names else "")
         qemu = subprocess.Popen(
             [
-                *("qemu-system-aarch64", "-M", machine, "-accel", "tcg,thread=multi", "-cpu", "max,pauth-impdef=on"),
+                *(*MACHINE, "-M", machine),
                 *("-m", "512M", "-object", "memory-backend-memfd,id=mem,size=512M,share=on"),
                 *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
                 *("-kernel", str(source / "kernel/vmlinux"), "-initrd", str(initramfs)),
@@ -205,6 +211,29 @@ def boot(source: Path, work: Path, names: list[str], deadline: float) -> tuple[l
         return lines, console.lines
 
 
+def prove_state(source: Path, work: Path, names: list[str], deadline: float) -> list[str]:
+    """The lines of `state.py` for the probes of it that are among `names`. Raises RunError."""
+    config = {
+        "qemu": [*MACHINE, "-M", "virt,gic-version=3,memory-backend=mem"],
+        "kernel": str(source / "kernel/vmlinux"),
+        "initramfs": [str(source / "initramfs/initramfs.img"), str(source / "probes/probes.cpio")],
+        "vsock-device": str(source / "vhost-device-vsock/vhost-device-vsock"),
+        "preload": str(source / "probes/vhost.so"),
+        "names": [name for name in OF_STATE if name in names],
+        "limit-secs": max(1, deadline - time.monotonic()),
+        "place": str(work),
+    }
+    if not config["names"]:
+        return []
+    command = [sys.executable, source / "probes/state.py", json.dumps(config)]
+    code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+    if code:
+        raise RunError(f"state.py ended with exit code {code}")
+    lines = (work / "verdicts").read_text(encoding="utf-8").splitlines()
+    print(*lines, sep="\n", flush=True)
+    return lines
+
+
 def verdicts(wanted: dict[str, Any], lines: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The report, and what is wrong, a line each: verdicts other than PROVEN, and probes that gave none."""
     found = {said.pop("capability"): said for said in map(json.loads, lines)}
@@ -230,7 +259,9 @@ def main() -> int:
     names = sorted({*wanted["capabilities"].values(), *(f"absent:{name}" for name in wanted["absent"])})
     work = Path.cwd()
     try:
-        lines, console = boot(source, work, names, time.monotonic() + LIMIT_SECS)
+        deadline = time.monotonic() + LIMIT_SECS
+        lines, console = boot(source, work, [name for name in names if name not in OF_STATE], deadline)
+        lines += prove_state(source, work, names, deadline)
     except (RunError, OSError) as error:
         print(f"probes: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,7 @@
 """vhost-device-vsock, the host's end of a guest's vsock where the host kernel offers none. Runs on the host."""
 
-from recipes.rust import BUILD_TARGET, rust_program
 from vzrepro import cargo_crates, crate_source
+from vzrepro.recipes import AMD64, rust_program
 
 _SOURCE = crate_source("vhost-device-vsock", series="0.3")
 
@@ -9,6 +9,5 @@ VHOST_DEVICE_VSOCK = rust_program(
     "vhost-device-vsock",
     version=_SOURCE.version,
     source=_SOURCE,
-    crates=cargo_crates("vhost-device-vsock", lock=_SOURCE, targets=[BUILD_TARGET]),
-    target=BUILD_TARGET,
+    crates=cargo_crates("vhost-device-vsock", lock=_SOURCE, targets=[AMD64]),
 )

@@ -1,8 +1,8 @@
 """virtiofsd, the host's end of the directories that a guest shares. Runs on the host."""
 
-from recipes.rust import BUILD_TARGET, rust_program
 from recipes.toolchain import RUST_HOST_IMAGE
 from vzrepro import cargo_crates, crate_source
+from vzrepro.recipes import AMD64, rust_program
 
 _SOURCE = crate_source("virtiofsd", series="1.14")
 _LIBRARIES = "/usr/lib/x86_64-linux-gnu"
@@ -11,8 +11,7 @@ VIRTIOFSD = rust_program(
     "virtiofsd",
     version=_SOURCE.version,
     source=_SOURCE,
-    crates=cargo_crates("virtiofsd", lock=_SOURCE, targets=[BUILD_TARGET]),
-    target=BUILD_TARGET,
+    crates=cargo_crates("virtiofsd", lock=_SOURCE, targets=[AMD64]),
     image=RUST_HOST_IMAGE,
     env={
         "LIBSECCOMP_LINK_TYPE": "static",

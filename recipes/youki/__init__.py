@@ -1,7 +1,7 @@
 """youki, the OCI runtime of the guest, from its published crate and its own lock."""
 
-from recipes.rust import BUILD_TARGET, GUEST_TARGET, rust_program
 from vzrepro import cargo_crates, crate_source
+from vzrepro.recipes import AMD64, ARM64, rust_program
 
 _FEATURES = ("v2", "seccomp")
 
@@ -11,10 +11,8 @@ YOUKI = rust_program(
     "youki",
     version=_SOURCE.version,
     source=_SOURCE,
-    crates=cargo_crates(
-        "youki", lock=_SOURCE, targets=[GUEST_TARGET, BUILD_TARGET], features=_FEATURES, default_features=False
-    ),
-    target=GUEST_TARGET,
+    crates=cargo_crates("youki", lock=_SOURCE, targets=[ARM64, AMD64], features=_FEATURES, default_features=False),
+    target=ARM64,
     cargo_args=f"--no-default-features --features {','.join(_FEATURES)}",
     env={"LIBSECCOMP_LINK_TYPE": "static", "LIBSECCOMP_LIB_PATH": "/usr/lib/aarch64-linux-gnu"},
     linked=["libseccomp-dev:arm64"],

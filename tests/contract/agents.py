@@ -22,10 +22,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import PROJECT, Cli
-from vzrepro.vm import agent_pb2 as pb
-from vzrepro.vm import boot
-from vzrepro.vm.agent import AgentClient, AgentError, Execution
-from vzrepro.vm.dial import Dial, Proxy, private_socket
+from vzrepro.guest.vm import agent_pb2 as pb
+from vzrepro.guest.vm import boot
+from vzrepro.guest.vm.agent import AgentClient, AgentError, Execution
+from vzrepro.guest.vm.dial import Dial, Proxy, private_socket
 
 LIMIT_SECS = 600.0
 """Only a broken agent meets it: an emulated guest on a busy host is very slow."""
@@ -237,18 +237,27 @@ def agent_program(realized: Callable[[str], Path]) -> Path:
     return realized("guest-agent-host") / "vz-guest-agent"
 
 
-@pytest.fixture(scope="session", params=["host", "guest"])
-def side(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
-    """Each of the two agents; the tests of a session share them."""
-    if request.param == "host":
-        program: Path = request.getfixturevalue("agent_program")
-        with host_agent(program, tmp_path_factory.mktemp("a") / "agent") as side:
-            yield side
-    elif shutil.which("qemu-system-aarch64") is None:
+@pytest.fixture(scope="session")
+def host_side(agent_program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
+    """The agent on this host."""
+    with host_agent(agent_program, tmp_path_factory.mktemp("a") / "agent") as side:
+        yield side
+
+
+@pytest.fixture(scope="session")
+def guest_side(realized: Callable[[str], Path]) -> Iterator[Side]:
+    """The agent in a guest."""
+    if shutil.which("qemu-system-aarch64") is None:
         pytest.skip("QEMU for arm64 is not installed")
-    else:
-        with guest_agent(request.getfixturevalue("realized")) as side:
-            yield side
+    with guest_agent(realized) as side:
+        yield side
+
+
+@pytest.fixture(scope="session", params=["host", "guest"])
+def side(request: pytest.FixtureRequest) -> Side:
+    """Each of the two agents; all tests of a session share them, whatever the order of their files."""
+    side: Side = request.getfixturevalue(f"{request.param}_side")
+    return side
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 
-from vzrepro.errors import VzreproError
-from vzrepro.vm import attach
-from vzrepro.vm.agent import AgentClient
+from vzrepro.base.errors import VzreproError
+from vzrepro.guest.vm import attach
+from vzrepro.guest.vm.agent import AgentClient
 
 
 def main(target: str, kind: str, command: str, *arguments: str) -> int:

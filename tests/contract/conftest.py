@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import servers
-from tests.contract.agents import agent, agent_program, realized, side  # noqa: F401
+from tests.contract.agents import agent, agent_program, guest_side, host_side, realized, side  # noqa: F401
 from tests.contract.memory import MemoryBackend
 from tests.contract.served import ServedBackend, Serving
 from vzrepro.cache import Backend, DirectoryBackend

@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+from vzrepro.base.model import FileHash
 from vzrepro.cache import Entry, Stream, check_key
 from vzrepro.cache.backend import Sent
-from vzrepro.model import FileHash
 
 
 class MemoryBackend:

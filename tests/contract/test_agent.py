@@ -15,8 +15,8 @@ import grpc
 import pytest
 
 from tests.contract.agents import LIMIT_SECS, Side, eventually, host_agent, refused
-from vzrepro.vm import agent_pb2 as pb
-from vzrepro.vm.agent import AgentError
+from vzrepro.guest.vm import agent_pb2 as pb
+from vzrepro.guest.vm.agent import AgentError
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 EMPTY_SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
@@ -119,8 +119,8 @@ def test_an_unknown_exec_id_is_not_found(agent: Side, call: str, exec_id: int) -
 
 
 def raw_call(agent: Side, path: str, request: bytes) -> grpc.StatusCode:
-    """The status of a unary call that our client cannot make."""
-    with grpc.insecure_channel(agent.target, options=[("grpc.default_authority", "localhost")]) as channel:
+    """The status of a unary call that our client cannot make, of a client without any option."""
+    with grpc.insecure_channel(agent.target) as channel:
         try:
             channel.unary_unary(path)(request, timeout=LIMIT_SECS, wait_for_ready=True)
         except grpc.RpcError as error:
@@ -129,6 +129,35 @@ def raw_call(agent: Side, path: str, request: bytes) -> grpc.StatusCode:
 
 
 # --- Connections -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "authority",
+    [
+        "",
+        "run%2Fagent.sock",
+        "/run/agent.sock",
+        "unix:///run/agent.sock",
+        "guest:7424",
+        "[::1]:7424",
+        "a@b@",
+        "%",
+        "x" * 300,
+    ],
+    ids=["default", "percent", "path", "target", "port", "ipv6", "at", "only-percent", "long"],
+)
+def test_a_client_may_call_the_agent_what_it_likes(agent: Side, authority: str) -> None:
+    options = [("grpc.default_authority", authority)] if authority else []
+    with grpc.insecure_channel(agent.target, options=options) as channel:
+        call = channel.unary_stream(
+            "/vz.agent.v1.AgentService/Exec",
+            request_serializer=pb.ExecRequest.SerializeToString,
+            response_deserializer=pb.ExecEvent.FromString,
+        )
+        # The second request of a connection refers to what the first one spelled out.
+        for _ in range(2):
+            *_, last = call(pb.ExecRequest(command="true"), timeout=LIMIT_SECS, wait_for_ready=True)
+            assert last.WhichOneof("event") == "exit_code"
 
 
 @pytest.mark.parametrize(
@@ -169,6 +198,24 @@ def test_connections_that_say_nothing_are_in_nobodys_way(agent: Side) -> None:
         for stream in streams:
             stream.close()
     assert agent.text("echo still here") == "still here"
+
+
+def test_more_connections_than_are_served_wait_for_their_turn(agent: Side) -> None:
+    if agent.name == "guest":
+        pytest.skip("the guest's device takes fewer")
+    before = agent.resident_kib()
+    streams = [agent.dial() for _ in range(1100)]
+    try:
+        for stream in streams:
+            stream.sendall(PREFACE + EMPTY_SETTINGS)
+        # The first one's answer: the agent's settings.
+        assert streams[0].recv(9)[3:4] == b"\x04"
+        assert agent.resident_kib() < before + 65_536
+    finally:
+        for stream in streams:
+            stream.close()
+    with agent.connect() as other:
+        other.ping(LIMIT_SECS)
 
 
 def test_a_connection_that_breaks_within_a_call_is_forgotten(agent: Side) -> None:

@@ -23,8 +23,8 @@ import pytest
 
 from tests.contract.agents import LIMIT_SECS, Side, eventually
 from tests.e2e.conftest import PROJECT
-from vzrepro.errors import VzreproError
-from vzrepro.vm import attach
+from vzrepro.base.errors import VzreproError
+from vzrepro.guest.vm import attach
 
 PIPE = subprocess.PIPE
 
@@ -269,11 +269,9 @@ def all_of(stream: socket.socket) -> bytes:
 def tcp_echo(agent: Side) -> Iterator[int]:
     """A TCP port where the agent is: what is sent there comes back, connection by connection."""
     if agent.name == "guest":
-        loop = "while :; do nc -l -p 4000 < /tmp/echo | cat > /tmp/echo; done"
-        server = agent.shell(f"mkfifo /tmp/echo; echo up; {loop}").until(b"up")
+        server = agent.shell("echo up; while :; do nc -l -p 4000 -e cat; done").until(b"up")
         yield 4000
         server.execution.close()
-        agent.text("rm /tmp/echo")
         return
     with socket.create_server(("127.0.0.1", 0)) as listener:
 

@@ -1,8 +1,10 @@
-"""Edges of the agent's promises: answers that are not kept, ids of an agent that is gone, a foreground that is a group
-of its own, a clock that is off. Each test runs against the agent on this host and the one in a guest."""
+"""Edges of the agent's promises: answers that are not kept, clients that die, ids of an agent that is gone, a
+foreground that is a group of its own, a clock that is off. Each test runs against the agent on this host and the one in
+a guest."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 
@@ -13,11 +15,39 @@ from tests.contract.agents import Side, eventually, refused
 _JOB = "set -m; sh -c 'echo $$ up; exec sleep 1000'; echo after"
 
 
-def test_more_output_than_is_kept_is_neither_repeated_nor_made_again(agent: Side) -> None:
+def test_more_output_than_is_kept_is_made_again(agent: Side) -> None:
     key = uuid.uuid4().hex
-    assert len(agent.shell("head -c 3000000 /dev/zero", key=key).whole().stdout) == 3_000_000
-    with refused("already_exists"):
-        agent.shell("head -c 3000000 /dev/zero", key=key).whole()
+    script = "echo $$; head -c 3000000 /dev/zero"
+    first, second = (agent.shell(script, key=key).whole() for _ in range(2))
+    assert len(first.stdout) == len(second.stdout) > 3_000_000
+    assert first.exec_id != second.exec_id
+
+
+def test_what_connections_remember_is_bounded_and_ends_with_them(agent: Side) -> None:
+    key = uuid.uuid4().hex
+    agent.shell("head -c 500000 /dev/zero", key=key).whole()
+    before = agent.resident_kib()
+    with contextlib.ExitStack() as stack:
+        for number in range(80):
+            client = stack.enter_context(agent.connect())
+            script = f": {number}; head -c 500000 /dev/zero"
+            assert len(agent.shell(script, key=key, client=client).whole().stdout) == 500_000
+        # 40 MB if all of it were kept.
+        assert agent.resident_kib() < before + 32_768
+    with agent.connect() as client:
+        first, second = (agent.shell("echo $$", key=key, client=client).whole() for _ in range(2))
+        assert first == second
+
+
+def test_clients_that_die_in_mid_stream_leave_nothing_behind(agent: Side) -> None:
+    pids: list[int] = []
+    for number in range(30):
+        client = agent.connect()
+        command = agent.shell(f": {number}; echo $$; exec yes", key=f"req_{number}", client=client).until(b"\n")
+        pids.append(int(command.stdout.split(b"\n")[0]))
+        # Not a word of farewell, and much that was never read.
+        client.close()
+    eventually(lambda: not agent.alive(*pids) and not agent.zombies(), "the commands' end")
 
 
 def test_a_signal_also_reaches_what_is_in_the_foreground_of_a_terminal(agent: Side) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.contract.agents import LIMIT_SECS, Side, eventually, refused
-from vzrepro.vm.agent import AgentError, Execution
+from vzrepro.guest.vm.agent import AgentError, Execution
 
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -117,7 +117,8 @@ def test_the_environment_is_the_requests(agent: Side) -> None:
     assert f"PATH={SEARCH_PATH}\n" in found
     assert "AGENTS_OWN" not in found
     names = {line.partition("=")[0] for line in found.replace("\nworld", "").splitlines()}
-    assert names - {"PWD", "SHLVL", "_"} == {"GREETING", "EMPTY", "PATH", "HOME", "USER"}
+    users = {"HOME", "USER", "LOGNAME", "SHELL"}
+    assert names - {"PWD", "SHLVL", "_"} == {"GREETING", "EMPTY", "PATH", *users}
 
 
 def test_the_working_directory_is_the_requests_or_the_agents(agent: Side, directory: str) -> None:
@@ -153,6 +154,44 @@ def test_a_user_brings_their_numbers(agent: Side, user: str, wanted: str, home: 
         assert home is None or found.endswith(f" {home}")
         # None of the agent's own groups are left to somebody else.
         assert user in ("", "root", "0") or "0" not in groups.split()
+
+
+_ENTRIES = """
+cp -p /etc/passwd $d/passwd
+echo "ann:x:4712:4712::$d/ann:/bin/ann-shell" >> /etc/passwd
+echo "bob:x:4713:4713::$d/closed/bob:" >> /etc/passwd
+echo "eve:x:4714:4714::$d/none:/bin/sh" >> /etc/passwd
+mkdir -p $d/ann $d/closed/bob && chmod 700 $d/closed
+"""
+
+
+@pytest.fixture
+def people(agent: Side, directory: str) -> Iterator[str]:
+    """The directory of ann, who has a home, bob, who may not go there, and eve, who has none."""
+    if not agent.is_root:
+        pytest.skip("the agent on this host may not become others")
+    agent.text(f"set -e; d={directory}; {_ENTRIES}")
+    yield directory
+    # The file stays the one that it is: it may be mounted.
+    agent.text(f"cat {directory}/passwd > /etc/passwd")
+
+
+def test_a_command_as_a_user_starts_at_home(agent: Side, people: str) -> None:
+    script = 'echo "$PWD|$HOME|$USER|$LOGNAME|$SHELL|$TERM"'
+    ann = f"{people}/ann|{people}/ann|ann|ann|/bin/ann-shell|"
+    for user, wanted in (
+        ("ann", ann),
+        ("4712", ann),
+        ("ann:4713", ann),
+        ("bob", f"/|{people}/closed/bob|bob|bob|/bin/sh|"),
+        ("eve", f"/|{people}/none|eve|eve|/bin/sh|"),
+        ("4711", "/|/|4711|4711|/bin/sh|"),
+    ):
+        assert agent.shell(script, user=user).whole().text == f"{wanted}\n"
+        assert agent.shell(script, user=user, pty=(24, 80)).whole().text == f"{wanted}xterm-256color\r\n"
+    asked = {"HOME": "/h", "USER": "u", "LOGNAME": "l", "SHELL": "s", "TERM": "dumb"}
+    found = agent.exec("/bin/sh", ["-c", script], env=asked, working_dir="/tmp", user="ann", pty=(24, 80)).whole()
+    assert found.text == "/tmp|/h|u|l|s|dumb\r\n"
 
 
 def test_another_user_cannot_do_what_root_can(agent: Side) -> None:
@@ -208,16 +247,48 @@ def test_a_command_that_closed_its_input_takes_no_more(agent: Side) -> None:
     command.execution.close()
 
 
-def test_a_command_that_has_ended_is_not_found(agent: Side) -> None:
-    exec_id = agent.exec("true").whole().exec_id
+@pytest.mark.parametrize("command", ["true", "/no/such/command"])
+def test_what_comes_after_a_commands_end_is_no_error_unless_it_is_lost(agent: Side, command: str) -> None:
+    exec_id = agent.exec(command).whole().exec_id
+    agent.client.stdin_close(exec_id)
+    agent.client.signal(exec_id, signal.SIGTERM)
+    agent.client.resize(exec_id, 24, 80)
     with refused("not_found"):
         agent.client.stdin_write(exec_id, b"x", timeout_secs=LIMIT_SECS)
+    with refused("invalid_argument"):
+        agent.client.signal(exec_id, 65)
+    # The next one, which nobody has started.
     with refused("not_found"):
-        agent.client.stdin_close(exec_id)
-    with refused("not_found"):
-        agent.client.signal(exec_id, signal.SIGTERM)
-    with refused("not_found"):
-        agent.client.resize(exec_id, 24, 80)
+        agent.client.signal(exec_id + 1, signal.SIGTERM)
+
+
+def test_the_end_of_input_does_not_wait_for_a_command_that_ends(agent: Side) -> None:
+    command = agent.shell("echo up; exec sleep 1000").until(b"up")
+    calls = [
+        threading.Thread(target=agent.client.stdin_write, args=(command.exec_id, bytes(1_000_000))),
+        threading.Thread(target=agent.client.stdin_close, args=(command.exec_id,)),
+    ]
+    with warnings_of_threads() as raised:
+        for call in calls:
+            call.start()
+            call.join(1)
+            assert call.is_alive()
+        agent.client.signal(command.exec_id, signal.SIGKILL)
+        for call in calls:
+            call.join(LIMIT_SECS)
+    # The writer's data is lost, which it is told; the other one has what it wanted.
+    assert [type(error) for error in raised] == [AgentError]
+
+
+@contextlib.contextmanager
+def warnings_of_threads() -> Iterator[list[BaseException]]:
+    """What the threads of the block raise."""
+    raised: list[BaseException] = []
+    before, threading.excepthook = threading.excepthook, lambda args: raised.append(args.exc_value or SystemExit())
+    try:
+        yield raised
+    finally:
+        threading.excepthook = before
 
 
 def test_a_writer_waits_for_a_command_that_does_not_read(agent: Side) -> None:
@@ -347,7 +418,8 @@ def test_what_cannot_be_resized_is_refused(agent: Side) -> None:
 
 
 def test_control_c_interrupts_what_is_in_the_foreground(agent: Side) -> None:
-    command = agent.shell("echo up; sleep 1000; echo not reached", pty=(24, 80)).until(b"up")
+    # What is interrupted says that it is up: a key that comes while the shell starts it is the shell's alone.
+    command = agent.shell("sh -c 'echo up; exec sleep 1000'; echo not reached", pty=(24, 80)).until(b"up")
     agent.client.stdin_write(command.exec_id, b"\x03", timeout_secs=LIMIT_SECS)
     done = command.whole()
     assert done.end == 130
@@ -405,9 +477,35 @@ def test_a_second_exec_with_the_key_answers_as_the_first_and_runs_nothing(
     script = f"echo ran >> {directory}/log; echo out $$; echo err >&2; exit 7"
     first = agent.shell(script, key=key).whole()
     assert first.end == 7
-    with agent.connect() as other:
-        assert agent.shell(script, key=key).whole() == first == agent.shell(script, key=key, client=other).whole()
+    assert agent.shell(script, key=key).whole() == first
     assert agent.text(f"cat {directory}/log") == "ran"
+
+
+def test_a_key_counts_within_its_connection(agent: Side, directory: str) -> None:
+    # As hosts number them: anew on each connection.
+    key = "exec_container:req_0000000000000001"
+    script = f"echo $$ >> {directory}/log; echo $$"
+    ids = set()
+    for _ in range(5):
+        with agent.connect() as client:
+            done = agent.shell(script, key=key, client=client).whole()
+            assert agent.shell(script, key=key, client=client).whole() == done
+            other = agent.shell("echo other", key=key, client=client).whole()
+            assert (other.text, other.end) == ("other\n", 0)
+            ids.add(done.exec_id)
+    assert len(ids) == 5
+    assert len(agent.text(f"cat {directory}/log").split()) == 5
+
+
+def test_two_hosts_with_the_same_keys_do_not_meet(agent: Side, key: str) -> None:
+    with agent.connect() as one, agent.connect() as other:
+        commands = [agent.shell("echo $$; read line; echo $line", key=key, client=client) for client in (one, other)]
+        first, second = (command.until(b"\n") for command in commands)
+        assert first.exec_id != second.exec_id
+        one.stdin_write(first.exec_id, b"first\n", idempotency_key=key, timeout_secs=LIMIT_SECS)
+        other.stdin_write(second.exec_id, b"second\n", idempotency_key=key, timeout_secs=LIMIT_SECS)
+        assert first.whole().text.endswith("first\n")
+        assert second.whole().text.endswith("second\n")
 
 
 def test_a_second_exec_joins_one_that_still_runs(agent: Side, key: str) -> None:
@@ -417,6 +515,19 @@ def test_a_second_exec_joins_one_that_still_runs(agent: Side, key: str) -> None:
     assert (second.exec_id, second.stdout) == (first.exec_id, first.stdout)
     agent.client.stdin_write(first.exec_id, b"both\n", timeout_secs=LIMIT_SECS)
     assert first.whole() == second.whole()
+
+
+def test_a_command_ends_with_its_last_client_and_its_key_is_free(agent: Side, key: str) -> None:
+    script = "echo $$; exec sleep 1000"
+    first, second = (agent.shell(script, key=key).until(b"\n") for _ in range(2))
+    pid = int(first.stdout)
+    vanish(first.execution)
+    assert agent.alive(pid) == [pid]
+    vanish(second.execution)
+    eventually(lambda: not agent.alive(pid), "the command's end")
+    third = agent.shell(script, key=key).until(b"\n")
+    assert third.exec_id != first.exec_id
+    third.execution.close()
 
 
 def test_a_second_execs_request_id_is_its_own(agent: Side, key: str) -> None:
@@ -431,25 +542,23 @@ def test_a_command_that_cannot_start_does_not_start_later(agent: Side, directory
     assert agent.exec(f"{directory}/tool", key=key).whole() == first
 
 
-def test_another_request_with_the_key_is_refused(agent: Side, directory: str, key: str) -> None:
-    agent.shell("true", key=key).whole()
-    with refused("invalid_argument"):
-        agent.shell(f"touch {directory}/ran", key=key).whole()
-    with refused("invalid_argument"):
-        agent.shell("true", env={"A": "b"}, key=key).whole()
-    assert agent.text(f"ls {directory}") == ""
+def test_another_request_with_the_key_is_another_one(agent: Side, directory: str, key: str) -> None:
+    assert agent.shell("echo one", key=key).whole().text == "one\n"
+    assert agent.shell("echo two", key=key).whole().text == "two\n"
+    assert agent.shell("echo $A", env={"A": "b"}, key=key).whole().text == "b\n"
+    assert agent.exec("pwd", working_dir=directory, key=key).whole().text == f"{directory}\n"
+    assert agent.shell("echo long", key=key * 1000).whole().text == "long\n"
 
 
 def test_input_with_a_key_is_written_once(agent: Side, key: str) -> None:
     command = agent.exec("cat").started()
     for _ in range(3):
         agent.client.stdin_write(command.exec_id, b"once ", idempotency_key=key, timeout_secs=LIMIT_SECS)
-    with refused("invalid_argument"):
-        agent.client.stdin_write(command.exec_id, b"other", idempotency_key=key, timeout_secs=LIMIT_SECS)
+    agent.client.stdin_write(command.exec_id, b"other ", idempotency_key=key, timeout_secs=LIMIT_SECS)
     agent.client.stdin_write(command.exec_id, b"once ", idempotency_key=f"{key}2", timeout_secs=LIMIT_SECS)
     agent.client.stdin_close(command.exec_id, idempotency_key=key)
     agent.client.stdin_close(command.exec_id, idempotency_key=key)
-    assert command.whole().stdout == b"once once "
+    assert command.whole().stdout == b"once other once "
 
 
 def test_a_signal_with_a_key_is_sent_once(agent: Side, key: str) -> None:
@@ -462,36 +571,19 @@ def test_a_signal_with_a_key_is_sent_once(agent: Side, key: str) -> None:
     assert command.whole().text == "up\n1\n"
 
 
-def test_a_failure_with_a_key_is_the_answer_too(agent: Side, key: str) -> None:
-    exec_id = agent.exec("true").whole().exec_id
-    answers = []
-    for _ in range(2):
-        with pytest.raises(AgentError) as refusal:
-            agent.client.signal(exec_id, signal.SIGTERM, idempotency_key=key)
-        answers.append((refusal.value.status, refusal.value.reason))
-    assert answers[0] == answers[1]
-    assert answers[0][0] == "not_found"
-
-
-def test_a_client_that_lost_its_connection_may_come_again_with_its_key(agent: Side, key: str) -> None:
-    script = "echo $$; read line; echo $line"
-    with agent.connect() as other:
-        lost = agent.shell(script, key=key, client=other).until(b"\n")
-    again = agent.shell(script, key=key).until(b"\n")
-    assert again.exec_id == lost.exec_id
-    agent.client.stdin_write(again.exec_id, b"here\n", timeout_secs=LIMIT_SECS)
-    assert again.whole().text == f"{lost.stdout.decode()}here\n"
-
-
 # --- Clients that vanish -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("keyed", [False, True], ids=["without-key", "with-key"])
 @pytest.mark.parametrize("child", ["sleep 1000", "yes >&2"], ids=["quiet", "loud"])
 @pytest.mark.parametrize("how", ["cancel", "disconnect"])
-def test_a_client_that_vanishes_takes_the_process_group_along(agent: Side, child: str, how: str) -> None:
+def test_a_client_that_vanishes_takes_the_process_group_along(
+    agent: Side, child: str, how: str, keyed: bool, key: str
+) -> None:
     client = agent.connect()
     with contextlib.closing(client):
-        command = agent.shell(f"{child} & echo $$ $!; wait", client=client).until(b"\n")
+        script = f"{child} & echo $$ $!; wait"
+        command = agent.shell(script, client=client, key=key if keyed else "").until(b"\n")
         pids = [int(word) for word in command.stdout.split()]
         assert agent.alive(*pids) == pids
         if how == "cancel":

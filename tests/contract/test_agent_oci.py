@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from tests.contract.agents import LIMIT_SECS, Side, eventually, refused
-from vzrepro.vm import boot, qemu
-from vzrepro.vm.agent import AgentClient, AgentError, NetworkService
+from vzrepro.guest.vm import boot, qemu
+from vzrepro.guest.vm.agent import AgentClient, AgentError, NetworkService
 
 NAMESPACES = ("pid", "mount", "ipc", "uts", "cgroup", "network")
 
@@ -75,7 +75,8 @@ def guest(realized: Callable[[str], Path]) -> Iterator[Side]:
 def client(guest: Side) -> Iterator[AgentClient]:
     """Its client; no container is left behind."""
     yield guest.client
-    guest.text("for c in /run/youki/*; do [ ! -d $c ] || /mnt/oci-runtime-bin/youki delete -f ${c##*/}; done")
+    for name in guest.text("ls /run/youki").split():
+        guest.client.oci_delete(name, force=True)
 
 
 def bundle(guest: Side, text: str, name: str = "bundle") -> str:
@@ -133,6 +134,26 @@ def test_commands_in_a_container(guest: Side, client: AgentClient) -> None:
     assert guest.text("ls -d /run/vz/oci/*") == "/run/vz/oci/one"
 
 
+def test_a_command_that_is_no_program_has_a_shells_exit_code(guest: Side, client: AgentClient) -> None:
+    start(guest, "one", "exec sleep 1000")
+    guest.text("cd /tmp/rootfs/tmp && echo data > data && printf '#!/none\\n:' > script && chmod 755 script")
+    for command, code in (
+        ("/bin/nothing", 127),
+        ("nothing", 127),
+        ("/no/such/directory/program", 127),
+        ("/tmp/script", 127),
+        ("/tmp/data", 126),
+        ("/tmp", 126),
+    ):
+        result = client.oci_exec("one", command)
+        assert (result.exit_code, result.stdout) == (code, ""), (command, result)
+        assert command in result.stderr
+    # That is no matter of the command.
+    with refused("failed_precondition"):
+        client.oci_exec("one", "/bin/true", working_dir="/no/such/directory")
+    assert guest.text("ls -d /run/vz/oci/*") == "/run/vz/oci/one"
+
+
 def test_more_output_than_is_kept(guest: Side, client: AgentClient) -> None:
     start(guest, "one", "exec sleep 1000")
     result = client.oci_exec("one", "/bin/sh", ["-c", "head -c 3000000 /dev/zero >&2; exit 4"])
@@ -150,6 +171,50 @@ def test_a_command_ends_with_its_client(guest: Side, client: AgentClient) -> Non
     count = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' | grep -c 'sleep 471[1]' || :"
     eventually(lambda: guest.text(count) == "0", "the command's end")
     assert status(client, "one") == "running"
+
+
+def test_a_command_with_a_key_ends_with_its_client_too(guest: Side, client: AgentClient) -> None:
+    # Hosts give every call one.
+    start(guest, "one", "exec sleep 1000")
+    with pytest.raises(AgentError) as gone:
+        client.oci_exec("one", "/bin/sh", ["-c", "exec sleep 4712"], idempotency_key="req_1", timeout_secs=5)
+    assert gone.value.status == "deadline_exceeded"
+    count = "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' | grep -c 'sleep 471[2]' || :"
+    eventually(lambda: guest.text(count) == "0", "the command's end")
+
+
+def test_a_container_of_the_same_name_comes_after_the_first(guest: Side, client: AgentClient) -> None:
+    """As a host does it: an overlay of its own for each container, an end by force, caches dropped, and once more."""
+    for number in range(3):
+        top = "/run/vz-oci/containers/one"
+        lower = f"lowerdir=/tmp/rootfs,upperdir={top}/upper,workdir={top}/work"
+        guest.text(
+            f"set -e; mkdir -p {top}; mount -t tmpfs tmpfs {top}; mkdir {top}/upper {top}/work {top}/merged;"
+            f"mount -t overlay -o {lower} overlay {top}/merged"
+        )
+        path = bundle(guest, config("echo run; echo mine > /tmp/mine; exec sleep 1000", root={"path": f"{top}/merged"}))
+        client.oci_create("one", path, idempotency_key=f"create_container:req_{number:016x}")
+        client.oci_start("one")
+        said = client.oci_exec("one", "/bin/sh", ["-c", f"echo {number}; cat /tmp/mine"])
+        assert (said.stdout, said.exit_code) == (f"{number}\nmine\n", 0)
+        client.oci_kill("one", "SIGTERM")
+        client.oci_delete("one", force=True)
+        guest.text(f"umount {top}/merged; umount {top}; echo 2 > /proc/sys/vm/drop_caches")
+        with refused("not_found"):
+            client.oci_state("one")
+        assert (
+            guest.text("ls /run/youki /run/vz/oci; find /sys/fs/cgroup -name '*one*'") == "/run/vz/oci:\n\n/run/youki:"
+        )
+
+
+def test_a_bundle_that_shows_only_in_the_root_share_is_found(guest: Side, client: AgentClient) -> None:
+    path = bundle(guest, config("exec sleep 1000"))
+    guest.text(f"set -e; mkdir -p /vz-rootfs/run/vz-oci/bundles; cp -r {path} /vz-rootfs/run/vz-oci/bundles/one")
+    try:
+        client.oci_create("one", "/run/vz-oci/bundles/one")
+        assert client.oci_state("one").bundle_path == "/vz-rootfs/run/vz-oci/bundles/one"
+    finally:
+        guest.text("rm -r /vz-rootfs/run")
 
 
 def test_what_a_containers_state_does_not_allow(guest: Side, client: AgentClient) -> None:
@@ -176,8 +241,6 @@ def test_what_a_containers_state_does_not_allow(guest: Side, client: AgentClient
     for user in ("nobody", "ann:nobody"):
         with refused("invalid_argument"):
             client.oci_exec("one", "/bin/id", user=user)
-    with refused("failed_precondition"):
-        client.oci_exec("one", "/bin/nothing")
     with refused("invalid_argument"):
         client.oci_kill("one", "SIGNOTHING")
     client.oci_kill("one", "9")
@@ -201,8 +264,10 @@ def test_a_key_makes_no_second_container(guest: Side, client: AgentClient) -> No
     for _ in range(2):
         client.oci_create("one", path, idempotency_key="make one")
     client.oci_start("one")
-    first = client.oci_exec("one", "/bin/sh", ["-c", "echo $$; cat /proc/uptime"], idempotency_key="say")
-    assert client.oci_exec("one", "/bin/sh", ["-c", "echo $$; cat /proc/uptime"], idempotency_key="say") == first
+    say = ["-c", "echo $$; cat /proc/uptime"]
+    first = client.oci_exec("one", "/bin/sh", say, idempotency_key="say")
+    assert client.oci_exec("one", "/bin/sh", say, idempotency_key="say") == first
+    assert client.oci_exec("one", "/bin/sh", ["-c", "echo other"], idempotency_key="say").stdout == "other\n"
 
 
 def test_a_container_outlives_the_agent(guest: Side, client: AgentClient) -> None:
@@ -217,9 +282,9 @@ def test_a_container_outlives_the_agent(guest: Side, client: AgentClient) -> Non
 def test_containers_on_a_network_of_their_own(guest: Side, client: AgentClient) -> None:
     services = [NetworkService("web", "10.8.0.2/24", "front"), NetworkService("user", "10.8.0.3/24", "front")]
     client.network_setup("shop", services)
-    on = {"network": {"path": "/run/netns/shop-web"}}
+    on = {"network": {"path": "/var/run/netns/web"}}
     start(guest, "web", "while :; do echo hello | nc -l -p 80; done", **on)
-    start(guest, "user", "exec sleep 1000", network={"path": "/run/netns/shop-user"})
+    start(guest, "user", "exec sleep 1000", network={"path": "/var/run/netns/user"})
     fetch = ["-c", "nc 10.8.0.2 80 < /dev/null"]
     eventually(lambda: client.oci_exec("user", "/bin/sh", fetch).stdout == "hello\n", "the service's answer")
     # The guest itself is on the network, so its agent reaches a service, too.

@@ -14,26 +14,11 @@ from typing import Any
 
 import pytest
 
+from tests.caches import new_cache
 from tests.contract.memory import MemoryBackend
 from vzrepro import nar
-from vzrepro.cache import (
-    Backend,
-    BinaryCache,
-    Damaged,
-    DirectoryBackend,
-    Entry,
-    Kept,
-    NarInfo,
-    Pushed,
-    SigningKey,
-    Stream,
-    TrustedKeys,
-    machine_cache,
-)
-from vzrepro.cache.machine import trim
-from vzrepro.cache.narinfo import deriver_of, narinfo_key
-from vzrepro.errors import HashMismatch, RemoteError, UsageError
-from vzrepro.model import (
+from vzrepro.base.errors import HashMismatch, RemoteError, UsageError
+from vzrepro.base.model import (
     BuildKey,
     Derivation,
     DrvHash,
@@ -45,6 +30,23 @@ from vzrepro.model import (
     canonical_json,
     store_path,
 )
+from vzrepro.cache import (
+    Backend,
+    CacheReader,
+    CacheWriter,
+    Damaged,
+    DirectoryBackend,
+    Entry,
+    NarInfo,
+    PushOutcome,
+    PushResult,
+    SigningKey,
+    Stream,
+    TrustedKeys,
+    machine_cache,
+)
+from vzrepro.cache.machine import trim
+from vzrepro.cache.narinfo import deriver_of, narinfo_key
 
 KEY = SigningKey.generate("ours-1")
 STRANGER = SigningKey.generate("theirs-1")
@@ -91,8 +93,8 @@ def warnings() -> Warnings:
 
 
 @pytest.fixture
-def cache(backend: Backend, warnings: Warnings) -> BinaryCache:
-    return BinaryCache(backend, TrustedKeys([KEY.public]), KEY, warn=warnings)
+def cache(backend: Backend, warnings: Warnings) -> CacheWriter:
+    return new_cache(backend, TrustedKeys([KEY.public]), KEY, warn=warnings)
 
 
 @pytest.fixture
@@ -100,13 +102,13 @@ def made(tmp_path: Path) -> Made:
     return make(tmp_path)
 
 
-def push(cache: BinaryCache, made: Made) -> Pushed:
+def push(cache: CacheWriter, made: Made) -> PushResult:
     return cache.push(made.info, made.tree, derivation=made.derivation, log=made.log)
 
 
-def reader(cache: BinaryCache, warnings: Warnings, *keys: SigningKey) -> BinaryCache:
+def reader(cache: CacheWriter, warnings: Warnings, *keys: SigningKey) -> CacheReader:
     """Another process that reads the same place."""
-    return BinaryCache(cache.backend, TrustedKeys([key.public for key in keys or (KEY,)]), warn=warnings)
+    return CacheReader(cache.access.backend, TrustedKeys([key.public for key in keys or (KEY,)]), warn=warnings)
 
 
 def read(backend: Backend, key: str) -> bytes:
@@ -128,10 +130,10 @@ def narinfo_of(backend: Backend, made: Made) -> NarInfo:
 
 
 def test_an_object_goes_there_and_comes_back(
-    cache: BinaryCache, made: Made, tmp_path: Path, warnings: Warnings
+    cache: CacheWriter, made: Made, tmp_path: Path, warnings: Warnings
 ) -> None:
     pushed = push(cache, made)
-    assert pushed.kept is Kept.NEW
+    assert pushed.kept is PushOutcome.NEW
     assert pushed.written_bytes > 0
     other = reader(cache, warnings)
     info = other.query(made.info.path)
@@ -144,7 +146,7 @@ def test_an_object_goes_there_and_comes_back(
     assert warnings.lines == []
 
 
-def test_the_layout_is_the_documented_one(cache: BinaryCache, backend: Backend, made: Made) -> None:
+def test_the_layout_is_the_documented_one(cache: CacheWriter, backend: Backend, made: Made) -> None:
     push(cache, made)
     info = narinfo_of(backend, made)
     assert info.file_hash is not None
@@ -166,85 +168,85 @@ def test_the_layout_is_the_documented_one(cache: BinaryCache, backend: Backend, 
     assert read(backend, "nix-cache-info").startswith(b"StoreDir: /nix/store\n")
 
 
-def test_the_log_can_be_read_by_those_who_trust_the_object(cache: BinaryCache, made: Made, warnings: Warnings) -> None:
-    assert cache.log(made.info.path) is None
+def test_the_log_can_be_read_by_those_who_trust_the_object(cache: CacheWriter, made: Made, warnings: Warnings) -> None:
+    assert cache.reader.log(made.info.path) is None
     cache.push(made.info, made.tree)
-    assert cache.log(made.info.path) is None
+    assert cache.reader.log(made.info.path) is None
     push(cache, made)
-    assert cache.log(made.info.path) == b"cc -o run\n"
+    assert cache.reader.log(made.info.path) == b"cc -o run\n"
     assert reader(cache, warnings, STRANGER).log(made.info.path) is None
 
 
 def test_the_narinfo_is_written_last_and_the_nar_first(made: Made) -> None:
     backend = MemoryBackend()
-    push(BinaryCache(backend, TrustedKeys([KEY.public]), KEY), made)
+    push(new_cache(backend, TrustedKeys([KEY.public]), KEY), made)
     written = [key for verb, key in backend.log if verb == "put" and key != "nix-cache-info"]
     assert written[0].startswith("nar/")
     assert written[-1].endswith(".narinfo")
 
 
-def test_a_single_file_and_an_object_without_history_travel_too(cache: BinaryCache, tmp_path: Path) -> None:
+def test_a_single_file_and_an_object_without_history_travel_too(cache: CacheWriter, tmp_path: Path) -> None:
     source = tmp_path / "source.tar"
     source.write_bytes(os.urandom(3_000_000))
     nar_hash, nar_size = nar.nar_hash(source)
     info = ObjectInfo(store_path(DrvHash.of(b"x"), "source.tar"), nar_hash, nar_size)
-    assert cache.push(info, source).kept is Kept.NEW
-    found = cache.query(info.path)
+    assert cache.push(info, source).kept is PushOutcome.NEW
+    found = cache.reader.query(info.path)
     assert found is not None
     taken = replace(info, outcome=Outcome.SUBSTITUTED, voucher=found.render())
-    assert cache.fetch(found, tmp_path / "dest") == taken
+    assert cache.reader.fetch(found, tmp_path / "dest") == taken
     assert (tmp_path / "dest").read_bytes() == source.read_bytes()
 
 
-def test_references_travel(cache: BinaryCache, tmp_path: Path, made: Made) -> None:
+def test_references_travel(cache: CacheWriter, tmp_path: Path, made: Made) -> None:
     other = store_path(DrvHash.of(b"dep"), "dep")
     info = replace(made.info, references=tuple(sorted((other, made.info.path))))
     cache.push(info, made.tree)
-    found = cache.query(info.path)
+    found = cache.reader.query(info.path)
     assert found is not None
-    assert cache.fetch(found, tmp_path / "dest").references == info.references
+    assert cache.reader.fetch(found, tmp_path / "dest").references == info.references
 
 
-def test_what_is_not_there_is_a_silent_miss(cache: BinaryCache, made: Made, warnings: Warnings) -> None:
-    assert cache.query(made.info.path) is None
+def test_what_is_not_there_is_a_silent_miss(cache: CacheWriter, made: Made, warnings: Warnings) -> None:
+    assert cache.reader.query(made.info.path) is None
     assert made.info.build_key is not None
-    assert cache.by_build_key(made.info.build_key) is None
+    assert cache.reader.by_build_key(made.info.build_key) is None
     assert warnings.lines == []
 
 
-def test_pushing_again_writes_nothing(cache: BinaryCache, backend: Backend, made: Made) -> None:
+def test_pushing_again_writes_nothing(cache: CacheWriter, backend: Backend, made: Made) -> None:
     push(cache, made)
     before = {key: read(backend, key) for key in keys(backend)}
-    assert push(cache, made) == Pushed(Kept.PRESENT, 0)
+    assert push(cache, made) == PushResult(PushOutcome.PRESENT, 0)
     assert {key: read(backend, key) for key in keys(backend)} == before
 
 
-def test_equal_bytes_under_two_names_travel_once(cache: BinaryCache, tmp_path: Path) -> None:
+def test_equal_bytes_under_two_names_travel_once(cache: CacheWriter, tmp_path: Path) -> None:
     one, two = make(tmp_path / "a"), make(tmp_path / "b", salt="a comment")
     assert one.info.path != two.info.path
     first, second = push(cache, one), push(cache, two)
-    assert second.kept is Kept.NEW
+    assert second.kept is PushOutcome.NEW
     assert second.written_bytes < first.written_bytes
-    assert len([key for key in keys(cache.backend) if key.startswith("nar/")]) == 1
+    assert len([key for key in keys(cache.access.backend) if key.startswith("nar/")]) == 1
 
 
-def test_without_a_key_nothing_is_pushed(cache: BinaryCache, made: Made, warnings: Warnings) -> None:
-    other = reader(cache, warnings)
+def test_without_a_key_nothing_is_pushed(cache: CacheWriter, made: Made, warnings: Warnings) -> None:
+    other = CacheWriter(reader(cache, warnings))
     assert not other.writable
     assert cache.writable
     with pytest.raises(UsageError, match="no key"):
         push(other, made)
-    assert keys(cache.backend) == set()
+    assert keys(cache.access.backend) == set()
 
 
-def test_a_damaged_object_is_not_pushed(cache: BinaryCache, made: Made) -> None:
+def test_a_damaged_object_is_not_pushed(cache: CacheWriter, made: Made) -> None:
     (made.tree / "bin" / "run").write_bytes(b"flipped")
     with pytest.raises(HashMismatch, match="damaged"):
         push(cache, made)
-    assert not any(key.endswith(".narinfo") for key in keys(cache.backend))
+    assert not any(key.endswith(".narinfo") for key in keys(cache.access.backend))
 
 
-def test_a_foreign_derivation_is_refused(cache: BinaryCache, made: Made) -> None:
+def test_a_foreign_derivation_is_refused(cache: CacheWriter, made: Made) -> None:
     with pytest.raises(ValueError, match="not the one"):
         cache.push(made.info, made.tree, derivation=b"{}")
 
@@ -252,7 +254,7 @@ def test_a_foreign_derivation_is_refused(cache: BinaryCache, made: Made) -> None
 # --- early cutoff -----------------------------------------------------------------------------------------------------
 
 
-def test_a_build_key_finds_its_realization(cache: BinaryCache, made: Made, warnings: Warnings) -> None:
+def test_a_build_key_finds_its_realization(cache: CacheWriter, made: Made, warnings: Warnings) -> None:
     push(cache, made)
     info = made.info
     assert info.build_key is not None
@@ -283,28 +285,28 @@ def edited(record: bytes, **changes: Any) -> bytes:
     ],
 )
 def test_a_bad_build_record_is_a_miss_with_a_warning(
-    cache: BinaryCache, made: Made, warnings: Warnings, damage: Callable[[bytes], bytes]
+    cache: CacheWriter, made: Made, warnings: Warnings, damage: Callable[[bytes], bytes]
 ) -> None:
     push(cache, made)
     assert made.info.build_key is not None
     key = f"build/{made.info.build_key}.json"
-    cache.backend.put(key, damage(read(cache.backend, key)))
+    cache.access.backend.put(key, damage(read(cache.access.backend, key)))
     assert reader(cache, warnings).by_build_key(made.info.build_key) is None
     assert len(warnings.lines) == 1
 
 
-def test_a_build_record_in_anothers_place_is_a_miss(cache: BinaryCache, made: Made, warnings: Warnings) -> None:
+def test_a_build_record_in_anothers_place_is_a_miss(cache: CacheWriter, made: Made, warnings: Warnings) -> None:
     push(cache, made)
     other = BuildKey.of(b"other")
-    cache.backend.put(f"build/{other}.json", read(cache.backend, f"build/{made.info.build_key}.json"))
-    assert cache.by_build_key(other) is None
+    cache.access.backend.put(f"build/{other}.json", read(cache.access.backend, f"build/{made.info.build_key}.json"))
+    assert cache.reader.by_build_key(other) is None
     assert "another build key" in warnings.lines[0]
 
 
 # --- trust ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_stranger_is_not_believed(cache: BinaryCache, made: Made, warnings: Warnings) -> None:
+def test_a_stranger_is_not_believed(cache: CacheWriter, made: Made, warnings: Warnings) -> None:
     push(cache, made)
     other = reader(cache, warnings, STRANGER)
     assert other.query(made.info.path) is None
@@ -334,57 +336,57 @@ Change = Callable[[NarInfo], NarInfo]
         lambda info: replace(info, own_signatures=(STRANGER.sign(b"x"),)),
     ],
 )
-def test_tampered_narinfo_is_a_miss(cache: BinaryCache, made: Made, warnings: Warnings, change: Change) -> None:
+def test_tampered_narinfo_is_a_miss(cache: CacheWriter, made: Made, warnings: Warnings, change: Change) -> None:
     push(cache, made)
-    tampered = change(narinfo_of(cache.backend, made))
-    cache.backend.put(narinfo_key(made.info.path), tampered.render())
+    tampered = change(narinfo_of(cache.access.backend, made))
+    cache.access.backend.put(narinfo_key(made.info.path), tampered.render())
     assert reader(cache, warnings).query(made.info.path) is None
     assert len(warnings.lines) == 1
 
 
 def test_a_rightly_signed_narinfo_in_anothers_place_is_a_miss(
-    cache: BinaryCache, tmp_path: Path, warnings: Warnings
+    cache: CacheWriter, tmp_path: Path, warnings: Warnings
 ) -> None:
     one, two = make(tmp_path / "1", "one"), make(tmp_path / "2", "two", b"two")
     push(cache, one)
-    cache.backend.put(narinfo_key(two.info.path), read(cache.backend, narinfo_key(one.info.path)))
-    assert cache.query(two.info.path) is None
+    cache.access.backend.put(narinfo_key(two.info.path), read(cache.access.backend, narinfo_key(one.info.path)))
+    assert cache.reader.query(two.info.path) is None
     assert "belongs" in warnings.lines[0]
-    assert cache.query(one.info.path) is not None
+    assert cache.reader.query(one.info.path) is not None
 
 
-def test_another_name_with_the_same_hash_part_is_a_miss(cache: BinaryCache, made: Made) -> None:
+def test_another_name_with_the_same_hash_part_is_a_miss(cache: CacheWriter, made: Made) -> None:
     push(cache, made)
-    assert cache.query(replace(made.info.path, name="other")) is None
+    assert cache.reader.query(replace(made.info.path, name="other")) is None
 
 
-def test_two_keys_may_sign_and_one_suffices(cache: BinaryCache, made: Made, warnings: Warnings) -> None:
+def test_two_keys_may_sign_and_one_suffices(cache: CacheWriter, made: Made, warnings: Warnings) -> None:
     push(cache, made)
-    both = narinfo_of(cache.backend, made).signed(STRANGER)
-    cache.backend.put(narinfo_key(made.info.path), both.render())
+    both = narinfo_of(cache.access.backend, made).signed(STRANGER)
+    cache.access.backend.put(narinfo_key(made.info.path), both.render())
     assert reader(cache, warnings).query(made.info.path) is not None
     assert reader(cache, warnings, STRANGER).query(made.info.path) is not None
     assert warnings.lines == []
 
 
-def test_a_cache_of_another_store_is_not_asked(cache: BinaryCache, made: Made, warnings: Warnings) -> None:
+def test_a_cache_of_another_store_is_not_asked(cache: CacheWriter, made: Made, warnings: Warnings) -> None:
     push(cache, made)
-    cache.backend.put("nix-cache-info", b"StoreDir: /gnu/store\n")
-    other = BinaryCache(cache.backend, TrustedKeys([KEY.public]), KEY, warn=warnings)
-    assert other.query(made.info.path) is None
+    cache.access.backend.put("nix-cache-info", b"StoreDir: /gnu/store\n")
+    other = new_cache(cache.access.backend, TrustedKeys([KEY.public]), KEY, warn=warnings)
+    assert other.reader.query(made.info.path) is None
     assert "another store" in warnings.lines[0]
     with pytest.raises(RemoteError):
-        push(BinaryCache(cache.backend, TrustedKeys([KEY.public]), KEY), made)
+        push(new_cache(cache.access.backend, TrustedKeys([KEY.public]), KEY), made)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"WantMassQuery: 1\n", b"\xff\xfe", b"StoreDir: /nix/store"])
 def test_a_cache_need_not_say_whose_it_is(
-    cache: BinaryCache, made: Made, warnings: Warnings, content: bytes | None
+    cache: CacheWriter, made: Made, warnings: Warnings, content: bytes | None
 ) -> None:
     push(cache, made)
-    cache.backend.delete(["nix-cache-info"])
+    cache.access.backend.delete(["nix-cache-info"])
     if content is not None:
-        cache.backend.put("nix-cache-info", content)
+        cache.access.backend.put("nix-cache-info", content)
     assert reader(cache, warnings).query(made.info.path) is not None
     assert warnings.lines == []
 
@@ -392,14 +394,14 @@ def test_a_cache_need_not_say_whose_it_is(
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
-def replace_nar(cache: BinaryCache, made: Made, data: bytes, **changes: Any) -> NarInfo:
+def replace_nar(cache: CacheWriter, made: Made, data: bytes, **changes: Any) -> NarInfo:
     """Put other bytes behind the narinfo, which an attacker with write access makes fit as far as no signature
     covers it."""
-    info = narinfo_of(cache.backend, made)
+    info = narinfo_of(cache.access.backend, made)
     lying = replace(info, file_hash=FileHash.of(data), file_size=len(data), **changes)
-    cache.backend.put(info.url, data)
-    cache.backend.put(narinfo_key(made.info.path), lying.render())
-    found = cache.query(made.info.path)
+    cache.access.backend.put(info.url, data)
+    cache.access.backend.put(narinfo_key(made.info.path), lying.render())
+    found = cache.reader.query(made.info.path)
     assert found is not None
     return found
 
@@ -432,22 +434,22 @@ Damage = Callable[[bytes], bytes]
     ],
 )
 def test_a_bad_nar_is_refused_and_leaves_nothing(
-    cache: BinaryCache, made: Made, tmp_path: Path, warnings: Warnings, damage: Damage
+    cache: CacheWriter, made: Made, tmp_path: Path, warnings: Warnings, damage: Damage
 ) -> None:
     push(cache, made)
     info = replace_nar(cache, made, damage(packed(made.tree)))
     private = tmp_path / "private"
     private.mkdir()
     with pytest.raises(Damaged):
-        cache.fetch(info, private / "dest")
+        cache.reader.fetch(info, private / "dest")
     assert list(private.iterdir()) == []
     assert len(warnings.lines) == 1
     assert "what is wrong there is built here" in warnings.lines[0]
-    assert cache.query(made.info.path) is not None  # others may be fine: the cache is still asked
+    assert cache.reader.query(made.info.path) is not None  # others may be fine: the cache is still asked
 
 
 def test_a_link_in_the_tampered_nars_place_is_removed_and_not_followed(
-    cache: BinaryCache, made: Made, tmp_path: Path
+    cache: CacheWriter, made: Made, tmp_path: Path
 ) -> None:
     push(cache, made)
     target = tmp_path / "target"
@@ -456,18 +458,18 @@ def test_a_link_in_the_tampered_nars_place_is_removed_and_not_followed(
     link.symlink_to(target)
     info = replace_nar(cache, made, zstd(packed(link)))
     with pytest.raises(Damaged, match="another"):
-        cache.fetch(info, tmp_path / "dest")
+        cache.reader.fetch(info, tmp_path / "dest")
     assert not os.path.lexists(tmp_path / "dest")
     assert (target / "inside").stat().st_mode & 0o777 == 0o755
 
 
-def test_what_is_at_the_destination_already_stays(cache: BinaryCache, made: Made, tmp_path: Path) -> None:
+def test_what_is_at_the_destination_already_stays(cache: CacheWriter, made: Made, tmp_path: Path) -> None:
     push(cache, made)
-    info = cache.query(made.info.path)
+    info = cache.reader.query(made.info.path)
     assert info is not None
     (tmp_path / "dest").write_text("mine")
     with pytest.raises(FileExistsError):
-        cache.fetch(info, tmp_path / "dest")
+        cache.reader.fetch(info, tmp_path / "dest")
     assert (tmp_path / "dest").read_text() == "mine"
 
 
@@ -480,94 +482,94 @@ def test_what_is_at_the_destination_already_stays(cache: BinaryCache, made: Made
     ],
 )
 def test_what_nix_clients_do_not_check_is_checked(
-    cache: BinaryCache, made: Made, tmp_path: Path, change: Callable[[NarInfo], dict[str, Any]], found: str
+    cache: CacheWriter, made: Made, tmp_path: Path, change: Callable[[NarInfo], dict[str, Any]], found: str
 ) -> None:
     push(cache, made)
-    info = narinfo_of(cache.backend, made)
+    info = narinfo_of(cache.access.backend, made)
     with pytest.raises(Damaged, match=found):
-        cache.fetch(replace(info, **change(info)), tmp_path / "dest")
+        cache.reader.fetch(replace(info, **change(info)), tmp_path / "dest")
 
 
-def test_file_hash_and_size_may_be_absent(cache: BinaryCache, made: Made, tmp_path: Path) -> None:
+def test_file_hash_and_size_may_be_absent(cache: CacheWriter, made: Made, tmp_path: Path) -> None:
     push(cache, made)
-    info = replace(narinfo_of(cache.backend, made), file_hash=None, file_size=None)
-    cache.fetch(info, tmp_path / "dest")
+    info = replace(narinfo_of(cache.access.backend, made), file_hash=None, file_size=None)
+    cache.reader.fetch(info, tmp_path / "dest")
     with pytest.raises(Damaged):
-        cache.backend.put(info.url, zstd(packed(made.tree)) + zstd(b"x"))
-        cache.fetch(info, tmp_path / "other")
+        cache.access.backend.put(info.url, zstd(packed(made.tree)) + zstd(b"x"))
+        cache.reader.fetch(info, tmp_path / "other")
 
 
-def test_an_uncompressed_nar_is_read(cache: BinaryCache, made: Made, tmp_path: Path) -> None:
+def test_an_uncompressed_nar_is_read(cache: CacheWriter, made: Made, tmp_path: Path) -> None:
     push(cache, made)
     info = replace_nar(cache, made, packed(made.tree), compression="none")
-    cache.fetch(info, tmp_path / "dest")
+    cache.reader.fetch(info, tmp_path / "dest")
     assert (tmp_path / "dest" / "bin" / "run").read_bytes().endswith(b"hello\n")
 
 
-def test_a_lost_nar_is_damage(cache: BinaryCache, made: Made, tmp_path: Path, warnings: Warnings) -> None:
+def test_a_lost_nar_is_damage(cache: CacheWriter, made: Made, tmp_path: Path, warnings: Warnings) -> None:
     push(cache, made)
-    info = narinfo_of(cache.backend, made)
-    cache.backend.delete([info.url])
+    info = narinfo_of(cache.access.backend, made)
+    cache.access.backend.delete([info.url])
     with pytest.raises(Damaged, match="has lost"):
-        cache.fetch(info, tmp_path / "dest")
+        cache.reader.fetch(info, tmp_path / "dest")
     assert len(warnings.lines) == 1
 
 
 @pytest.mark.parametrize("damage", [b"", b"junk\n", b"x" * (2 << 20)])
 def test_a_narinfo_that_is_none_is_a_miss_and_heals(
-    cache: BinaryCache, made: Made, warnings: Warnings, damage: bytes
+    cache: CacheWriter, made: Made, warnings: Warnings, damage: bytes
 ) -> None:
     push(cache, made)
-    cache.backend.put(narinfo_key(made.info.path), damage)
-    assert cache.query(made.info.path) is None
+    cache.access.backend.put(narinfo_key(made.info.path), damage)
+    assert cache.reader.query(made.info.path) is None
     assert len(warnings.lines) == 1
     if len(damage) < 1 << 20:
-        assert push(cache, made).kept is Kept.HEALED
-        assert cache.query(made.info.path) is not None
+        assert push(cache, made).kept is PushOutcome.HEALED
+        assert cache.reader.query(made.info.path) is not None
 
 
 @pytest.mark.parametrize("blob", [None, b"short"])
 def test_a_lost_or_cut_nar_heals_on_the_next_push(
-    cache: BinaryCache, made: Made, tmp_path: Path, blob: bytes | None
+    cache: CacheWriter, made: Made, tmp_path: Path, blob: bytes | None
 ) -> None:
     push(cache, made)
-    info = narinfo_of(cache.backend, made)
+    info = narinfo_of(cache.access.backend, made)
     if blob is None:
-        cache.backend.delete([info.url])
+        cache.access.backend.delete([info.url])
     else:
-        cache.backend.put(info.url, blob)
-    assert push(cache, made).kept is Kept.HEALED
-    found = cache.query(made.info.path)
+        cache.access.backend.put(info.url, blob)
+    assert push(cache, made).kept is PushOutcome.HEALED
+    found = cache.reader.query(made.info.path)
     assert found is not None
-    cache.fetch(found, tmp_path / "dest")
+    cache.reader.fetch(found, tmp_path / "dest")
 
 
-def test_a_wrong_signature_in_our_name_heals(cache: BinaryCache, made: Made) -> None:
+def test_a_wrong_signature_in_our_name_heals(cache: CacheWriter, made: Made) -> None:
     push(cache, made)
-    wrong = replace(narinfo_of(cache.backend, made), nar_hash=NarHash.of(b"flipped"))
-    cache.backend.put(narinfo_key(made.info.path), wrong.render())
-    assert push(cache, made).kept is Kept.HEALED
-    assert cache.query(made.info.path) is not None
+    wrong = replace(narinfo_of(cache.access.backend, made), nar_hash=NarHash.of(b"flipped"))
+    cache.access.backend.put(narinfo_key(made.info.path), wrong.render())
+    assert push(cache, made).kept is PushOutcome.HEALED
+    assert cache.reader.query(made.info.path) is not None
 
 
 # --- two builders -----------------------------------------------------------------------------------------------------
 
 
 def test_the_first_of_two_results_stays_and_the_difference_is_recorded(
-    cache: BinaryCache, tmp_path: Path, warnings: Warnings
+    cache: CacheWriter, tmp_path: Path, warnings: Warnings
 ) -> None:
     first, second = make(tmp_path / "1"), make(tmp_path / "2", content=b"built at noon\n")
     assert first.info.path == second.info.path
     push(cache, first)
-    before = read(cache.backend, narinfo_key(first.info.path))
-    colleague = BinaryCache(cache.backend, TrustedKeys([KEY.public, STRANGER.public]), STRANGER, warn=warnings)
+    before = read(cache.access.backend, narinfo_key(first.info.path))
+    colleague = new_cache(cache.access.backend, TrustedKeys([KEY.public, STRANGER.public]), STRANGER, warn=warnings)
     pushed = push(colleague, second)
-    assert pushed.kept is Kept.DIFFERENT
+    assert pushed.kept is PushOutcome.DIFFERENT
     assert pushed.other == first.info.nar_hash
     assert pushed.record is not None
     assert pushed.record.startswith(f"attest/{first.info.drv_hash}/{STRANGER.public.id}/")
-    assert read(cache.backend, narinfo_key(first.info.path)) == before
-    record = read(cache.backend, pushed.record)
+    assert read(cache.access.backend, narinfo_key(first.info.path)) == before
+    record = read(cache.access.backend, pushed.record)
     assert pushed.record.endswith(f"/{FileHash.of(record)}.json")
     statement = json.loads(record)["statement"]
     assert statement["kept"]["nar_hash"] == first.info.nar_hash.hex
@@ -575,22 +577,22 @@ def test_the_first_of_two_results_stays_and_the_difference_is_recorded(
     signed = b"vzrepro:" + canonical_json(statement)
     assert TrustedKeys([STRANGER.public]).signers(signed, json.loads(record)["signatures"])
     assert push(colleague, second) == replace(pushed, written_bytes=0)
-    assert len([key for key in keys(cache.backend) if key.startswith("nar/")]) == 1
+    assert len([key for key in keys(cache.access.backend) if key.startswith("nar/")]) == 1
 
 
-def test_a_strangers_different_result_stays_too(cache: BinaryCache, tmp_path: Path) -> None:
+def test_a_strangers_different_result_stays_too(cache: CacheWriter, tmp_path: Path) -> None:
     first, second = make(tmp_path / "1"), make(tmp_path / "2", content=b"other\n")
-    push(BinaryCache(cache.backend, TrustedKeys([STRANGER.public]), STRANGER), first)
-    assert push(cache, second).kept is Kept.DIFFERENT
-    assert narinfo_of(cache.backend, first).nar_hash == first.info.nar_hash
+    push(new_cache(cache.access.backend, TrustedKeys([STRANGER.public]), STRANGER), first)
+    assert push(cache, second).kept is PushOutcome.DIFFERENT
+    assert narinfo_of(cache.access.backend, first).nar_hash == first.info.nar_hash
 
 
 def test_a_strangers_equal_result_gets_our_signature_as_well(
-    cache: BinaryCache, made: Made, warnings: Warnings
+    cache: CacheWriter, made: Made, warnings: Warnings
 ) -> None:
-    stranger = BinaryCache(cache.backend, TrustedKeys([STRANGER.public]), STRANGER)
+    stranger = new_cache(cache.access.backend, TrustedKeys([STRANGER.public]), STRANGER)
     push(stranger, made)
-    assert push(cache, made).kept is Kept.HEALED
+    assert push(cache, made).kept is PushOutcome.HEALED
     assert reader(cache, warnings).query(made.info.path) is not None
     assert reader(cache, warnings, STRANGER).query(made.info.path) is not None
     assert warnings.lines == []
@@ -598,45 +600,45 @@ def test_a_strangers_equal_result_gets_our_signature_as_well(
 
 @pytest.mark.parametrize("signer", [KEY, STRANGER])
 def test_what_nix_has_copied_back_without_our_fields_gets_them_again(
-    cache: BinaryCache, made: Made, signer: SigningKey
+    cache: CacheWriter, made: Made, signer: SigningKey
 ) -> None:
     push(cache, made)
-    before = narinfo_of(cache.backend, made)
+    before = narinfo_of(cache.access.backend, made)
     bare = replace(before, drv_hash=None, build_key=None, origin=None, own_signatures=(), signatures=())
-    cache.backend.put(narinfo_key(made.info.path), bare.signed(signer).render())
-    assert push(cache, made).kept is Kept.HEALED
-    found = cache.query(made.info.path)
+    cache.access.backend.put(narinfo_key(made.info.path), bare.signed(signer).render())
+    assert push(cache, made).kept is PushOutcome.HEALED
+    found = cache.reader.query(made.info.path)
     assert found is not None
     assert found.build_key == made.info.build_key
     assert found.own_signatures == before.own_signatures
-    assert push(cache, made).kept is Kept.PRESENT
+    assert push(cache, made).kept is PushOutcome.PRESENT
 
 
-def test_where_two_must_sign_fields_that_one_would_sign_are_not_added(cache: BinaryCache, made: Made) -> None:
+def test_where_two_must_sign_fields_that_one_would_sign_are_not_added(cache: CacheWriter, made: Made) -> None:
     push(cache, made)
-    before = narinfo_of(cache.backend, made)
+    before = narinfo_of(cache.access.backend, made)
     bare = replace(before, drv_hash=None, build_key=None, origin=None, own_signatures=()).signed(STRANGER)
-    cache.backend.put(narinfo_key(made.info.path), bare.render())
-    demanding = BinaryCache(cache.backend, TrustedKeys([KEY.public, STRANGER.public], required=2), KEY)
-    assert push(demanding, made).kept is Kept.PRESENT
-    assert demanding.query(made.info.path) is not None
+    cache.access.backend.put(narinfo_key(made.info.path), bare.render())
+    demanding = new_cache(cache.access.backend, TrustedKeys([KEY.public, STRANGER.public], required=2), KEY)
+    assert push(demanding, made).kept is PushOutcome.PRESENT
+    assert demanding.reader.query(made.info.path) is not None
 
 
 def test_many_that_push_at_once_leave_one_whole_object(backend: Backend, tmp_path: Path) -> None:
     results = [make(tmp_path / str(number), content=b"%d\n" % (number % 2)) for number in range(6)]
     start = threading.Barrier(len(results))
 
-    def one(made: Made) -> Kept:
-        cache = BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
+    def one(made: Made) -> PushOutcome:
+        cache = new_cache(backend, TrustedKeys([KEY.public]), KEY)
         start.wait()
         return push(cache, made).kept
 
     with ThreadPoolExecutor(len(results)) as pool:
         kept = list(pool.map(one, results))
-    assert kept.count(Kept.NEW) == 1
-    winner = results[kept.index(Kept.NEW)]
-    assert kept.count(Kept.DIFFERENT) == 3
-    reading = BinaryCache(backend, TrustedKeys([KEY.public]))
+    assert kept.count(PushOutcome.NEW) == 1
+    winner = results[kept.index(PushOutcome.NEW)]
+    assert kept.count(PushOutcome.DIFFERENT) == 3
+    reading = CacheReader(backend, TrustedKeys([KEY.public]))
     info = reading.query(winner.info.path)
     assert info is not None
     assert info.nar_hash == winner.info.nar_hash
@@ -718,17 +720,17 @@ class _Breaking:
 @pytest.mark.parametrize("where", ["nix-cache-info", ".narinfo"])
 @pytest.mark.parametrize("verb", ["get", "read"])
 def test_a_failing_cache_is_a_miss_with_one_warning_and_then_left_alone(
-    cache: BinaryCache, made: Made, warnings: Warnings, where: str, verb: str
+    cache: CacheWriter, made: Made, warnings: Warnings, where: str, verb: str
 ) -> None:
     push(cache, made)
-    failing = Failing(cache.backend)
+    failing = Failing(cache.access.backend)
     failing.fails = lambda did, key: did == verb and key.endswith(where)
-    other = BinaryCache(failing, TrustedKeys([KEY.public]), KEY, warn=warnings)
-    assert other.query(made.info.path) is None
+    other = new_cache(failing, TrustedKeys([KEY.public]), KEY, warn=warnings)
+    assert other.reader.query(made.info.path) is None
     asked = failing.asked
-    assert other.query(made.info.path) is None
+    assert other.reader.query(made.info.path) is None
     assert made.info.build_key is not None
-    assert other.by_build_key(made.info.build_key) is None
+    assert other.reader.by_build_key(made.info.build_key) is None
     assert failing.asked == asked
     assert len(warnings.lines) == 1
     assert "not asked again" in warnings.lines[0]
@@ -736,12 +738,12 @@ def test_a_failing_cache_is_a_miss_with_one_warning_and_then_left_alone(
 
 
 def test_a_nar_that_breaks_off_disables_the_cache(
-    cache: BinaryCache, made: Made, tmp_path: Path, warnings: Warnings
+    cache: CacheWriter, made: Made, tmp_path: Path, warnings: Warnings
 ) -> None:
     push(cache, made)
-    failing = Failing(cache.backend)
+    failing = Failing(cache.access.backend)
     failing.fails = lambda verb, key: verb == "read" and key.startswith("nar/")
-    other = BinaryCache(failing, TrustedKeys([KEY.public]), warn=warnings)
+    other = CacheReader(failing, TrustedKeys([KEY.public]), warn=warnings)
     info = other.query(made.info.path)
     assert info is not None
     with pytest.raises(RemoteError, match="connection reset"):
@@ -757,15 +759,15 @@ def test_a_push_that_fails_leaves_no_narinfo_and_is_made_up_for(
 ) -> None:
     failing = Failing(backend)
     failing.fails = lambda verb, key: verb == "put" and key.startswith(where)
-    cache = BinaryCache(failing, TrustedKeys([KEY.public]), KEY, warn=warnings)
+    cache = new_cache(failing, TrustedKeys([KEY.public]), KEY, warn=warnings)
     with pytest.raises(RemoteError, match="503"):
         push(cache, made)
     assert not cache.writable
     assert len(warnings.lines) == 1
     assert backend.head(narinfo_key(made.info.path)) is None
-    again = BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
-    assert push(again, made).kept is Kept.NEW
-    assert again.query(made.info.path) is not None
+    again = new_cache(backend, TrustedKeys([KEY.public]), KEY)
+    assert push(again, made).kept is PushOutcome.NEW
+    assert again.reader.query(made.info.path) is not None
 
 
 # --- the machine's cache ----------------------------------------------------------------------------------------------
@@ -775,17 +777,17 @@ def test_the_machines_cache_is_shared_by_all_who_have_its_key(tmp_path: Path, ma
     place, config = tmp_path / "cache", tmp_path / "config"
     first = machine_cache(place, config, warn=warnings)
     assert not place.exists()
-    assert first.query(made.info.path) is None
+    assert first.reader.query(made.info.path) is None
     push(first, made)
     second = machine_cache(place, config, warn=warnings)
-    info = second.query(made.info.path)
+    info = second.reader.query(made.info.path)
     assert info is not None
-    second.fetch(info, tmp_path / "dest")
+    second.reader.fetch(info, tmp_path / "dest")
     assert warnings.lines == []
     (key,) = config.iterdir()
     assert key.stat().st_mode & 0o777 == 0o600
     stranger = machine_cache(place, tmp_path / "elsewhere", warn=warnings)
-    assert stranger.query(made.info.path) is None
+    assert stranger.reader.query(made.info.path) is None
     assert len(warnings.lines) == 1
 
 
@@ -806,7 +808,7 @@ def test_a_key_open_to_others_disables_the_machines_cache(tmp_path: Path, made: 
     push(machine_cache(place, config), made)
     next(config.iterdir()).chmod(0o644)
     cache = machine_cache(place, config, warn=warnings)
-    assert cache.query(made.info.path) is None
+    assert cache.reader.query(made.info.path) is None
     assert not cache.writable
     assert len(warnings.lines) == 1
     assert "0644" in warnings.lines[0]
@@ -839,13 +841,13 @@ def whole(backend: DirectoryBackend) -> bool:
 def test_the_least_recently_used_objects_go_first(tmp_path: Path, several: list[Made]) -> None:
     root = tmp_path / "cache"
     backend = DirectoryBackend(root)
-    cache = BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
+    cache = new_cache(backend, TrustedKeys([KEY.public]), KEY)
     for number, made in enumerate(several):
         push(cache, made)
         stamp(backend, root, made, number)
-    cache.query(several[0].info.path)  # used: now it is the youngest
+    cache.reader.query(several[0].info.path)  # used: now it is the youngest
     assert trim(backend, 120_000) <= 120_000
-    assert [cache.query(made.info.path) is not None for made in several] == [True, False, False, True]
+    assert [cache.reader.query(made.info.path) is not None for made in several] == [True, False, False, True]
     assert whole(backend)
     gone = several[1].info
     assert gone.drv_hash is not None
@@ -862,7 +864,7 @@ def test_the_least_recently_used_objects_go_first(tmp_path: Path, several: list[
 def test_looking_for_what_to_trim_does_not_count_as_use(tmp_path: Path, several: list[Made]) -> None:
     root = tmp_path / "cache"
     backend = DirectoryBackend(root)
-    push(BinaryCache(backend, TrustedKeys([KEY.public]), KEY), several[0])
+    push(new_cache(backend, TrustedKeys([KEY.public]), KEY), several[0])
     stamp(backend, root, several[0], 7)
     trim(backend, 1 << 30)
     assert (root / narinfo_key(several[0].info.path)).stat().st_mtime == 7
@@ -872,17 +874,17 @@ def test_a_nar_that_another_object_needs_stays(tmp_path: Path) -> None:
     one, two = make(tmp_path / "a"), make(tmp_path / "b", salt="x")
     root = tmp_path / "cache"
     backend = DirectoryBackend(root)
-    cache = BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
+    cache = new_cache(backend, TrustedKeys([KEY.public]), KEY)
     push(cache, one)
     push(cache, two)
     (root / narinfo_key(one.info.path)).touch()
     os.utime(root / narinfo_key(two.info.path), (1, 1))
     total = sum(entry.size for entry in backend.list())
     trim(backend, total - 10)
-    assert cache.query(two.info.path) is None
-    found = cache.query(one.info.path)
+    assert cache.reader.query(two.info.path) is None
+    found = cache.reader.query(one.info.path)
     assert found is not None
-    cache.fetch(found, tmp_path / "dest")
+    cache.reader.fetch(found, tmp_path / "dest")
 
 
 def test_orphans_go_after_an_hour_and_foreign_entries_stay(tmp_path: Path) -> None:
@@ -902,4 +904,4 @@ def test_the_machines_cache_stays_below_its_bound(tmp_path: Path, several: list[
         push(cache, made)
         assert sum(entry.size for entry in backend.list()) <= 120_000
         assert whole(backend)
-    assert cache.query(several[-1].info.path) is not None
+    assert cache.reader.query(several[-1].info.path) is not None

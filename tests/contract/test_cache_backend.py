@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import PATIENCE_SECS
+from vzrepro.base.errors import RemoteError, UsageError
+from vzrepro.base.model import FileHash
 from vzrepro.cache import Backend, DirectoryBackend
-from vzrepro.errors import RemoteError, UsageError
-from vzrepro.model import FileHash
 
 BAD_KEYS = [
     "",
@@ -295,5 +296,5 @@ def test_one_that_trims_waits_for_the_writers(directory: DirectoryBackend, tmp_p
     with directory.lock(exclusive=False):
         other.start()
         assert not trims.wait(0.05)
-    assert trims.wait(60)
+    assert trims.wait(PATIENCE_SECS)
     other.join()

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.caches import new_cache
 from tests.contract.memory import MemoryBackend
 from tests.contract.test_binary_cache import KEY, STRANGER, Made, keys, make, packed, read
 from tests.contract.test_collect import MONTH, belongings, grow_old, push, referring
 from vzrepro import nar
-from vzrepro.cache import Backend, BinaryCache, DirectoryBackend, NarInfo, SigningKey, TrustedKeys
-from vzrepro.cache.check import Checked, Finding, Held, Repaired, repair, verify
+from vzrepro.base.errors import UsageError
+from vzrepro.base.model import FileHash, StorePath
+from vzrepro.cache import Backend, CacheReader, CacheWriter, DirectoryBackend, NarInfo, SigningKey, TrustedKeys
+from vzrepro.cache.check import CacheFinding, CheckSummary, HeldObject, RepairResult, repair, verify
 from vzrepro.cache.narinfo import narinfo_key
-from vzrepro.errors import UsageError
-from vzrepro.model import FileHash, StorePath
 
 REVOKED = SigningKey.generate("ours-1")
 
@@ -29,18 +30,18 @@ def made(tmp_path: Path) -> Made:
     return make(tmp_path)
 
 
-def cache_of(backend: Backend, *also: SigningKey, required: int = 1) -> BinaryCache:
+def cache_of(backend: Backend, *also: SigningKey, required: int = 1) -> CacheWriter:
     trusted = TrustedKeys([KEY.public, *(key.public for key in also)], revoked=[REVOKED.public], required=required)
-    return BinaryCache(backend, trusted, KEY)
+    return new_cache(backend, trusted, KEY)
 
 
-def found(backend: Backend, *, deep: bool = True, cache: BinaryCache | None = None) -> list[Finding]:
-    findings: list[Finding] = []
-    verify(cache or cache_of(backend), deep=deep, found=findings.append)
+def found(backend: Backend, *, deep: bool = True, cache: CacheWriter | None = None) -> list[CacheFinding]:
+    findings: list[CacheFinding] = []
+    verify((cache or cache_of(backend)).reader, deep=deep, found=findings.append)
     return findings
 
 
-def kinds(findings: list[Finding]) -> list[tuple[str, str]]:
+def kinds(findings: list[CacheFinding]) -> list[tuple[str, str]]:
     return sorted((finding.kind, finding.key) for finding in findings)
 
 
@@ -65,9 +66,12 @@ def test_a_sound_cache_is_sound(backend: Backend, tmp_path: Path, deep: bool) ->
     push(backend, make(tmp_path, "app", b"other"))  # its difference is recorded
     backend.put("readme", b"foreign")
     seen: list[tuple[int, int]] = []
-    findings: list[Finding] = []
+    findings: list[CacheFinding] = []
     checked = verify(
-        cache_of(backend), deep=deep, found=findings.append, progress=lambda done, total: seen.append((done, total))
+        cache_of(backend).reader,
+        deep=deep,
+        found=findings.append,
+        progress=lambda done, total: seen.append((done, total)),
     )
     assert findings == []
     sizes = {entry.key: entry.size for entry in backend.list()}
@@ -80,8 +84,8 @@ def test_a_sound_cache_is_sound(backend: Backend, tmp_path: Path, deep: bool) ->
 
 
 def test_an_empty_cache_is_sound(backend: Backend) -> None:
-    findings: list[Finding] = []
-    assert verify(cache_of(backend), deep=True, found=findings.append) == Checked(0, 0, 0)
+    findings: list[CacheFinding] = []
+    assert verify(cache_of(backend).reader, deep=True, found=findings.append) == CheckSummary(0, 0, 0)
     assert findings == []
 
 
@@ -304,12 +308,12 @@ def test_a_thousand_objects_need_little_memory(tmp_path: Path) -> None:
 # --- mending ----------------------------------------------------------------------------------------------------------
 
 
-def source_of(*objects: Made) -> Callable[[StorePath], Held | None]:
-    held = {made.info.path: Held(made.info, made.tree, made.derivation, made.log) for made in objects}
+def source_of(*objects: Made) -> Callable[[StorePath], HeldObject | None]:
+    held = {made.info.path: HeldObject(made.info, made.tree, made.derivation, made.log) for made in objects}
     return held.get
 
 
-def mended(backend: Backend, *objects: Made) -> list[Repaired]:
+def mended(backend: Backend, *objects: Made) -> list[RepairResult]:
     return list(repair(cache_of(backend), found(backend), source_of(*objects)))
 
 
@@ -349,7 +353,7 @@ def test_what_the_source_has_is_pushed_again(backend: Backend, made: Made, tmp_p
         assert done[0].action == "pushed", done
     assert found(backend) == []
     assert {key: read(backend, key) for key in keys(backend)} == before
-    got = BinaryCache(backend, TrustedKeys([KEY.public]))
+    got = CacheReader(backend, TrustedKeys([KEY.public]))
     info = got.query(made.info.path)
     assert info is not None
     got.fetch(info, tmp_path / "dest")
@@ -401,7 +405,7 @@ def test_a_nar_that_two_need_is_mended_for_both_at_once(backend: Backend, tmp_pa
 
 
 def test_what_others_have_signed_is_never_touched(backend: Backend, made: Made) -> None:
-    BinaryCache(backend, TrustedKeys([STRANGER.public]), STRANGER).push(made.info, made.tree)
+    new_cache(backend, TrustedKeys([STRANGER.public]), STRANGER).push(made.info, made.tree)
     before = {key: read(backend, key) for key in keys(backend)}
     done = mended(backend, made)
     assert {each.action for each in done} == {"left"}
@@ -442,7 +446,7 @@ def test_orphans_are_left_to_who_collects_them(made: Made) -> None:
 def test_without_a_key_nothing_is_pushed(backend: Backend, made: Made) -> None:
     push(backend, made)
     backend.delete([narinfo(backend, made).url])
-    reader = BinaryCache(backend, TrustedKeys([KEY.public]))
+    reader = CacheReader(backend, TrustedKeys([KEY.public]))
     with pytest.raises(UsageError, match="no key"):
-        list(repair(reader, found(backend), source_of(made)))
+        list(repair(CacheWriter(reader), found(backend), source_of(made)))
     assert narinfo_key(made.info.path) in keys(backend)

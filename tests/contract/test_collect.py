@@ -16,17 +16,19 @@ from typing import Any
 
 import pytest
 
+from tests import PATIENCE_SECS
+from tests.caches import new_cache
 from tests.contract.memory import MemoryBackend
 from tests.contract.test_binary_cache import KEY, Made, keys, make
-from vzrepro.cache import Backend, BinaryCache, Damaged, DirectoryBackend, Entry, NarInfo, Stream, TrustedKeys, notice
+from vzrepro.base.errors import RemoteError, UsageError
+from vzrepro.base.model import NarHash, StorePath, canonical_json
+from vzrepro.cache import Backend, CacheWriter, Damaged, DirectoryBackend, Entry, NarInfo, Stream, TrustedKeys, notice
 from vzrepro.cache.backend import FRESH_SECS
-from vzrepro.cache.collect import Amount, Collected, collect
+from vzrepro.cache.collect import Amount, CollectionResult, collect
 from vzrepro.cache.layout import KeySet, kind_of
 from vzrepro.cache.narinfo import narinfo_key
 from vzrepro.cache.notice import NOTICES
 from vzrepro.cache.roots import Lacking, add_root, read_roots, remove_root
-from vzrepro.errors import RemoteError, UsageError
-from vzrepro.model import NarHash, StorePath, canonical_json
 
 DAY = 86400.0
 MONTH = 30 * DAY
@@ -50,8 +52,8 @@ def grow_old(backend: Backend, secs: float, *only: str) -> None:
             os.utime(path, (entry.mtime - secs, entry.mtime - secs))
 
 
-def cache_of(backend: Backend) -> BinaryCache:
-    return BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
+def cache_of(backend: Backend) -> CacheWriter:
+    return new_cache(backend, TrustedKeys([KEY.public]), KEY)
 
 
 def push(backend: Backend, made: Made) -> StorePath:
@@ -127,9 +129,9 @@ def test_every_place_is_cleaned(backend: Backend, tmp_path: Path) -> None:
     assert keys(backend) == {*stay, "roots/main.json", "nix-cache-info"}
     assert report.deleted.count == len(go)
     assert report.young.count == 0
-    info = cache_of(backend).query(app.info.path)
+    info = cache_of(backend).reader.query(app.info.path)
     assert info is not None
-    cache_of(backend).fetch(info, tmp_path / "dest")
+    cache_of(backend).reader.fetch(info, tmp_path / "dest")
 
 
 def test_a_root_that_is_removed_keeps_nothing(place: Backend, tmp_path: Path) -> None:
@@ -375,7 +377,7 @@ class Watched(MemoryBackend):
     def put(self, key: str, source: bytes | Path, **more: Any) -> bool:
         if self.hold is not None and key.endswith(".narinfo"):
             self.stuck.set()
-            assert self.hold.wait(60)
+            assert self.hold.wait(PATIENCE_SECS)
         return super().put(key, source, **more)
 
     def copy(self) -> Watched:
@@ -477,7 +479,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notice, "_PAUSE_SECS", 0.0005)
 
 
-def run(backend: Backend) -> Collected:
+def run(backend: Backend) -> CollectionResult:
     return collect(backend, older_than_secs=MONTH, workers=1)
 
 
@@ -514,7 +516,7 @@ def meanwhile(world: World, at: int, act: Callable[[World], object], *, hold: bo
 
     def begin() -> None:
         other.start()
-        assert place.stuck.wait(60)
+        assert place.stuck.wait(PATIENCE_SECS)
 
     place.hold = threading.Event() if hold else None
     run(Scripted(place, at, begin))
@@ -522,7 +524,7 @@ def meanwhile(world: World, at: int, act: Callable[[World], object], *, hold: bo
         place.hold.set()
     if other.ident is None:
         begin()
-    other.join(60)
+    other.join(PATIENCE_SECS)
     assert not other.is_alive()
     return raised
 

@@ -25,16 +25,18 @@ import pytest
 import zstandard
 
 from tests import faults, servers
+from tests.caches import new_cache
 from tests.contract.served import Serving
 from tests.faults import Exchange, Fault, FaultyProxy
 from vzrepro import nar
-from vzrepro.cache import BinaryCache, DirectoryBackend, NarInfo, SigningKey, TrustedKeys
+from vzrepro.base.errors import RemoteError
+from vzrepro.base.model import BuildKey, DrvHash, FileHash, NarHash, ObjectInfo, StorePath, store_path
+from vzrepro.cache import CacheReader, CacheWriter, DirectoryBackend, NarInfo, SigningKey, TrustedKeys
 from vzrepro.cache.http import CONNECTIONS, HttpBackend
 from vzrepro.cache.narinfo import narinfo_key
 from vzrepro.cache.remote import Patience
-from vzrepro.errors import RemoteError
-from vzrepro.model import BuildKey, DrvHash, FileHash, NarHash, ObjectInfo, StorePath, store_path
-from vzrepro.wire import Body, Http
+from vzrepro.net import Body
+from vzrepro.net.http import Http
 
 KEY = SigningKey.generate("ours-1")
 INFO, NARINFO, NAR = "/nix-cache-info", "/*.narinfo", "/nar/*"
@@ -319,6 +321,16 @@ def appended(data: bytes) -> Arrange:
     return lambda world: world.edit(lambda before: before + data)
 
 
+def signed_by_others(count: int) -> Arrange:
+    return appended(b"".join(b"Sig: k%d:" % each + b"A" * 86 + b"==\n" for each in range(count)))
+
+
+def signed_wrongly(count: int) -> Arrange:
+    """Puts wrong signatures in the name of a trusted key before the right one."""
+    wrong = b"".join(b"Sig: ours-1:" + b"%086d" % each + b"==\n" for each in range(count))
+    return lambda world: world.edit(lambda before: before.replace(b"Sig: ", wrong + b"Sig: ", 1))
+
+
 def in_a_directory(*entries: tuple[bytes, bytes]) -> Arrange:
     return planted(nar_of(directory(*entries)))
 
@@ -336,12 +348,39 @@ def missing(code: int, pattern: str) -> Arrange:
     return on((pattern, faults.status(code)))
 
 
+ON_THE_WAY: list[tuple[str, Comes, *tuple[Fault, ...]]] = [
+    ("503 twice", Comes.RIGHT, faults.status(503), faults.status(503), faults.passes),
+    ("500 for ever", Comes.LEFT, faults.status(500)),
+    ("429 with Retry-After: 1", Comes.RIGHT, faults.status(429, retry_after="1"), faults.passes),
+    ("503 with Retry-After: 99999", Comes.LEFT, faults.status(503, retry_after="99999")),
+    ("reset once before the answer", Comes.RIGHT, faults.refuses, faults.passes),
+    ("reset before every answer", Comes.LEFT, faults.refuses),
+    ("hangs up without an answer", Comes.LEFT, faults.hangs_up),
+    ("reset once in the middle", Comes.RIGHT, faults.resets_after(20), faults.passes),
+    ("cut off once, fewer bytes than announced", Comes.RIGHT, faults.cuts(20), faults.passes),
+    ("cut off before every body", Comes.LEFT, faults.cuts(0)),
+    ("stalls once", Comes.RIGHT, faults.stalls, faults.passes),
+    ("stalls for ever", Comes.LEFT, faults.stalls),
+    ("stalls in the middle", Comes.LEFT, faults.stalls_after(20)),
+    ("a byte of the body now and then", Comes.LEFT, faults.drips(0.1)),
+    ("a byte of the head now and then", Comes.LEFT, faults.drips_head(0.1)),
+    ("a Content-Length that is none", Comes.LEFT, faults.headers(content_length="²")),
+    ("a Content-Length of 5,000 digits", Comes.LEFT, faults.headers(content_length="9" * 5000)),
+    ("two Content-Lengths", Comes.LEFT, faults.headers(content_length="5, 6")),
+    ("not HTTP", Comes.LEFT, faults.says(b"\x16\x03\x01 \x1b[2J nonsense\r\n\r\n")),
+    ("`100 Continue` for ever", Comes.LEFT, faults.says(b"HTTP/1.1 100 Continue\r\n\r\n", again=True)),
+    ("headers for ever", Comes.LEFT, faults.says(b"HTTP/1.1 200 OK\r\nA: " + b"b" * 999, again=True)),
+    ("gzip that nobody asked for", Comes.LEFT, faults.compresses),
+    ("a redirect loop", Comes.LEFT, faults.loops),
+    ("a redirect to file:", Comes.LEFT, faults.redirects("file:///etc/passwd")),
+    ("a redirect to nonsense", Comes.LEFT, faults.redirects("http://[::1\x1b[2J")),
+]
+"""What goes wrong on the way to whatever is asked for: at each of the three kinds of entries that an object needs, and
+where a file is downloaded (`test_hostile_downloads`)."""
+
 CASES = [
+    *(case for name, comes, *each in ON_THE_WAY for case in everywhere(name, comes, *each)),
     # Busy and broken servers.
-    *everywhere("503 twice", Comes.RIGHT, faults.status(503), faults.status(503), faults.passes),
-    *everywhere("500 for ever", Comes.LEFT, faults.status(500)),
-    *everywhere("429 with Retry-After: 1", Comes.RIGHT, faults.status(429, retry_after="1"), faults.passes),
-    *everywhere("503 with Retry-After: 99999", Comes.LEFT, faults.status(503, retry_after="99999")),
     Case("404: nix-cache-info", Comes.RIGHT, missing(404, INFO), silent=True),
     Case("404: the narinfo", Comes.MISS, missing(404, NARINFO), silent=True),
     Case("410: the narinfo", Comes.MISS, missing(410, NARINFO), silent=True),
@@ -349,23 +388,13 @@ CASES = [
     Case("403: everything", Comes.LEFT, missing(403, "*")),
     Case("403: the narinfo alone, as S3 says of what is missing", Comes.MISS, missing(403, NARINFO), silent=True),
     Case("403: the NAR", Comes.LEFT, missing(403, NAR)),
-    *everywhere("reset once before the answer", Comes.RIGHT, faults.refuses, faults.passes),
-    *everywhere("reset before every answer", Comes.LEFT, faults.refuses),
-    *everywhere("hangs up without an answer", Comes.LEFT, faults.hangs_up),
-    *everywhere("reset once in the middle", Comes.RIGHT, faults.resets_after(20), faults.passes),
-    *everywhere("cut off once, fewer bytes than announced", Comes.RIGHT, faults.cuts(20), faults.passes),
-    *everywhere("cut off before every body", Comes.LEFT, faults.cuts(0)),
     Case("cut off again and again: a large NAR", Comes.LEFT, on((NAR, faults.cuts(9999))), large=True),
     Case("cut off once: a large NAR", Comes.RIGHT, on((NAR, faults.cuts(3 << 20), faults.passes)), large=True),
     Case("cut short with a length that fits: the narinfo", Comes.MISS, on((NARINFO, faults.shortens(200)))),
     Case("cut short with a length that fits: the NAR", Comes.MISS, on((NAR, faults.shortens(200)))),
     # Slow ones.
-    *everywhere("stalls once", Comes.RIGHT, faults.stalls, faults.passes),
-    *everywhere("stalls for ever", Comes.LEFT, faults.stalls),
-    *everywhere("stalls in the middle", Comes.LEFT, faults.stalls_after(20)),
-    *everywhere("a byte of the body now and then", Comes.LEFT, faults.drips(0.1)),
-    *everywhere("a byte of the head now and then", Comes.LEFT, faults.drips_head(0.1)),
     Case("a byte of the 404 now and then", Comes.LEFT, on((NARINFO, dripping_miss))),
+    Case("5 kB/s: a large NAR", Comes.LEFT, on((NAR, faults.drips(0.05, 250))), large=True),
     Case("stalls in the middle: a large NAR", Comes.LEFT, on((NAR, faults.stalls_after(3 << 20))), large=True),
     # Odd and wrong answers.
     Case("knows no ranges: a large NAR", Comes.RIGHT, on((NAR, faults.ignores_ranges)), silent=True, large=True),
@@ -379,16 +408,6 @@ CASES = [
     Case("another range than the one asked for", Comes.LEFT, on((NAR, faults.shifts_ranges)), large=True),
     Case("an impossible Content-Range", Comes.LEFT, on((NAR, faults.headers(content_range="bytes ²-³/x")))),
     Case("another ETag in the middle", Comes.LEFT, changing, large=True),
-    *everywhere("a Content-Length that is none", Comes.LEFT, faults.headers(content_length="²")),
-    *everywhere("a Content-Length of 5,000 digits", Comes.LEFT, faults.headers(content_length="9" * 5000)),
-    *everywhere("two Content-Lengths", Comes.LEFT, faults.headers(content_length="5, 6")),
-    *everywhere("not HTTP", Comes.LEFT, faults.says(b"\x16\x03\x01 \x1b[2J nonsense\r\n\r\n")),
-    *everywhere("`100 Continue` for ever", Comes.LEFT, faults.says(b"HTTP/1.1 100 Continue\r\n\r\n", again=True)),
-    *everywhere("headers for ever", Comes.LEFT, faults.says(b"HTTP/1.1 200 OK\r\nA: " + b"b" * 999, again=True)),
-    *everywhere("gzip that nobody asked for", Comes.LEFT, faults.compresses),
-    *everywhere("a redirect loop", Comes.LEFT, faults.loops),
-    *everywhere("a redirect to file:", Comes.LEFT, faults.redirects("file:///etc/passwd")),
-    *everywhere("a redirect to nonsense", Comes.LEFT, faults.redirects("http://[::1\x1b[2J")),
     Case("a redirect to the right NAR as file:", Comes.LEFT, to_a_file),
     Case("a redirect to another host that has it all", Comes.RIGHT, elsewhere, silent=True),
     Case("a redirect to a host that does not exist", Comes.LEFT, to_nowhere),
@@ -418,12 +437,11 @@ CASES = [
     Case("narinfo: URL file:///etc/passwd", Comes.MISS, line_with("URL", b"file:///etc/passwd")),
     Case("narinfo: URL of itself", Comes.MISS, url_of_itself),
     Case("narinfo: 2 MiB", Comes.MISS, appended(b"Foo: bar\n" * 240_000)),
-    Case(
-        "narinfo: 9,000 signatures",
-        Comes.RIGHT,
-        appended(b"".join(b"Sig: k%d:" % each + b"A" * 86 + b"==\n" for each in range(9000))),
-        silent=True,
-    ),
+    Case("narinfo: 60 signatures", Comes.RIGHT, signed_by_others(60), silent=True),
+    Case("narinfo: 9,000 signatures", Comes.MISS, signed_by_others(9000)),
+    Case("narinfo: 2,000 wrong signatures of a trusted name, which fit", Comes.MISS, signed_wrongly(2000)),
+    Case("narinfo: 9 wrong signatures of a trusted name before the right one", Comes.MISS, signed_wrongly(9)),
+    Case("narinfo: 3 wrong signatures of a trusted name", Comes.RIGHT, signed_wrongly(3), silent=True),
     Case("narinfo: empty", Comes.MISS, lambda world: world.edit(lambda data: b"")),
     Case("narinfo: a zero byte", Comes.MISS, appended(b"A: \0\n")),
     Case("narinfo: not UTF-8", Comes.MISS, appended(b"A: \xff\n")),
@@ -502,7 +520,7 @@ CASES = [
 # --- what comes of them -----------------------------------------------------------------------------------------------
 
 
-def _pushed(cache: BinaryCache, root: Path, name: str, content: bytes) -> ObjectInfo:
+def _pushed(cache: CacheWriter, root: Path, name: str, content: bytes) -> ObjectInfo:
     tree = root / name
     (tree / "bin").mkdir(parents=True)
     (tree / "bin" / "run").write_bytes(content)
@@ -517,7 +535,7 @@ def _pushed(cache: BinaryCache, root: Path, name: str, content: bytes) -> Object
 @contextlib.contextmanager
 def a_world(tmp: Path, large: bool) -> Iterator[World]:
     root = tmp / "cache"
-    pushing = BinaryCache(DirectoryBackend(root), TrustedKeys([KEY.public]), KEY)
+    pushing = new_cache(DirectoryBackend(root), TrustedKeys([KEY.public]), KEY)
     objects = [
         _pushed(pushing, tmp / "trees", "wanted", b"wanted\n" * 50 + os.urandom(500)),
         _pushed(pushing, tmp / "trees", "other", b"other\n" * 50 + os.urandom(500)),
@@ -529,7 +547,7 @@ def a_world(tmp: Path, large: bool) -> Iterator[World]:
         yield World(root, serving, stack.enter_context(FaultyProxy(serving.url)), objects, stack)
 
 
-def _taken(cache: BinaryCache, path: StorePath, dest: Path, told: Told) -> bool:
+def _taken(cache: CacheReader, path: StorePath, dest: Path, told: Told) -> bool:
     """Query and fetch as a realization does; whether the object has arrived."""
     info = cache.query(path)
     if info is None:
@@ -550,8 +568,8 @@ def run(case: Case, tmp: Path) -> Told:
     private.mkdir()
     with a_world(tmp, case.large) as world:
         case.arrange(world)
-        cache = BinaryCache(HttpBackend(world.url, patience), TrustedKeys([KEY.public]), warn=told.lines.append)
-        with _little_memory():
+        cache = CacheReader(HttpBackend(world.url, patience), TrustedKeys([KEY.public]), warn=told.lines.append)
+        with little_memory():
             begun = time.monotonic()
             arrived = _taken(cache, world.wanted.path, private / "dest", told)
             took = time.monotonic() - begun
@@ -575,7 +593,7 @@ def run(case: Case, tmp: Path) -> Told:
 
 
 @contextlib.contextmanager
-def _little_memory() -> Iterator[None]:
+def little_memory() -> Iterator[None]:
     """Asserts that what happens inside needs little memory at any time, where the system can tell."""
     clear = Path("/proc/self/clear_refs")
     before = _memory("VmRSS")
@@ -623,7 +641,7 @@ def test_many_who_ask_at_once_wait_together(fault: Fault, tmp_path: Path) -> Non
         world.proxy.on("*", fault)
         http = Counting()
         backend = HttpBackend(world.url, Patience(PATIENCE_SECS), http=http)
-        cache = BinaryCache(backend, TrustedKeys([KEY.public]), warn=lines.append)
+        cache = CacheReader(backend, TrustedKeys([KEY.public]), warn=lines.append)
         paths = [store_path(DrvHash.of(b"%d" % number), "any") for number in range(200)]
         begun = time.monotonic()
         with ThreadPoolExecutor(32) as pool:

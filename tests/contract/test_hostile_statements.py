@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 
+from tests.caches import new_cache
 from tests.contract.memory import MemoryBackend
 from tests.contract.test_binary_cache import KEY, STRANGER, Warnings, make
-from vzrepro.attest import dsse
-from vzrepro.attest.provenance import BUILD_TYPE, PREDICATE_TYPE
-from vzrepro.attest.statement import PAYLOAD_TYPE, STATEMENT_TYPE
-from vzrepro.audit.challenge import Challenge, State, challenge
-from vzrepro.cache import BinaryCache, PublicKey, TrustedKeys
+from vzrepro.base.model import BuildKey, Derivation, DrvHash, FileHash
+from vzrepro.cache import CacheReader, PublicKey, TrustedKeys
 from vzrepro.cache.records import attestation_key, build_key_record, differences_prefix
 from vzrepro.console import aligned
-from vzrepro.model import BuildKey, Derivation, DrvHash, FileHash
-from vzrepro.recipe import Node
+from vzrepro.proof.attest import dsse
+from vzrepro.proof.attest.challenge import Challenge, ResultState, challenge
+from vzrepro.proof.attest.provenance import BUILD_TYPE, PREDICATE_TYPE
+from vzrepro.proof.attest.signers import Keys
+from vzrepro.proof.attest.statement import PAYLOAD_TYPE, STATEMENT_TYPE
+from vzrepro.recipe.graph import Node
 
 DIGITS = ["a"] * 64
 """64 hex digits, but in a list."""
@@ -42,18 +44,18 @@ class Place:
     def push(self, content: str, key: Any, salt: str = "") -> None:
         new = content != "hello\n" or salt
         made = make(self.root, content=content.encode(), salt=salt) if new else self.made
-        cache = BinaryCache(self.backend, TrustedKeys([KEY.public, STRANGER.public]), key)
+        cache = new_cache(self.backend, TrustedKeys([KEY.public, STRANGER.public]), key)
         cache.push(made.info, made.tree, derivation=made.derivation, log=made.log)
 
-    def cache(self, warnings: Warnings | None = None) -> BinaryCache:
-        return BinaryCache(self.backend, TrustedKeys([KEY.public, STRANGER.public]), warn=warnings or Warnings())
+    def cache(self, warnings: Warnings | None = None) -> CacheReader:
+        return CacheReader(self.backend, TrustedKeys([KEY.public, STRANGER.public]), warn=warnings or Warnings())
 
     def compared(self, *revoked: PublicKey) -> Challenge:
         """A challenge of the object. The honest builder's row must be there, whatever else is."""
         drv = Derivation(name="hello", builder="sandbox")
         node = Node("hello", "build", "recipes/x.py:1", "", drv, self.drv_hash, self.made.info.path)
-        known = [KEY.public, STRANGER.public]
-        found = challenge([node], [self.cache()], known, {}, lambda _node: None, revoked)
+        keys = Keys(trusted=(KEY.public, STRANGER.public), revoked=revoked)
+        found = challenge([node], [self.cache()], keys, {}, lambda _node: None)
         assert any(row.builder == KEY.name for row in found.rows)
         return found
 
@@ -140,10 +142,10 @@ def test_a_difference_of_another_object_is_not_about_this_one(place: Place) -> N
 def test_what_a_revoked_key_has_signed_is_shown_and_no_majority(place: Place) -> None:
     envelope = dsse.sign(PAYLOAD_TYPE, json.dumps(place.provenance()).encode(), STRANGER)
     place.backend.put(attestation_key(place.drv_hash, envelope), envelope)
-    assert {row.state for row in place.compared().rows} == {State.DIFFERENT}, "between two builders it is a tie"
+    assert {row.state for row in place.compared().rows} == {ResultState.DIFFERENT}, "between two builders it is a tie"
     found = place.compared(PublicKey("another name", STRANGER.public.raw))
     rows = {row.builder: row.state for row in found.rows}
-    assert rows == {KEY.name: State.SAME, f"{STRANGER.name} (revoked)": State.DIFFERENT}
+    assert rows == {KEY.name: ResultState.SAME, f"{STRANGER.name} (revoked)": ResultState.DIFFERENT}
 
 
 def test_a_stranger_cannot_write_rows_of_the_table(place: Place) -> None:

@@ -8,20 +8,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.caches import new_cache
 from tests.contract.memory import MemoryBackend
 from tests.contract.test_binary_cache import KEY, make
-from vzrepro.cache import Backend, BinaryCache, Damaged, TrustedKeys
+from vzrepro.base.errors import RemoteError, UsageError
+from vzrepro.base.model import StorePath
+from vzrepro.cache import Backend, Damaged, TrustedKeys
 from vzrepro.cache.backend import FRESH_SECS
 from vzrepro.cache.narinfo import NarInfo, narinfo_key
 from vzrepro.cache.notice import NOTICE_SECS, NOTICES, announced, settle
-from vzrepro.cache.roots import Lacking, Root, add_root, read_roots, remove_root, root_key
-from vzrepro.errors import RemoteError, UsageError
-from vzrepro.model import StorePath
+from vzrepro.cache.roots import CacheRoot, Lacking, add_root, read_roots, remove_root, root_key
 
 
 def pushed(backend: Backend, root: Path, name: str, *references: StorePath) -> StorePath:
     made = make(root, name, name.encode())
-    cache = BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
+    cache = new_cache(backend, TrustedKeys([KEY.public]), KEY)
     cache.push(replace(made.info, references=references), made.tree, derivation=made.derivation, log=made.log)
     return made.info.path
 
@@ -46,13 +47,13 @@ def test_a_root_is_added_listed_replaced_and_removed(backend: Backend, tmp_path:
 
 
 def test_the_entry_is_the_documented_one() -> None:
-    root = Root("main", 1_700_000_000, (path("a"), path("b")))
+    root = CacheRoot("main", 1_700_000_000, (path("a"), path("b")))
     assert root.render() == (
         b'{"format":1,"made":1700000000,"name":"main","paths":['
         b'"/nix/store/aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa-a","/nix/store/bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb-b"],"type":"root"}'
     )
     assert root_key("main") == "roots/main.json"
-    assert Root.parse(root.render(), "main") == root
+    assert CacheRoot.parse(root.render(), "main") == root
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a b", "ü", "a\n", "x" * 251])

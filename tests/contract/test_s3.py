@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import random
 import re
@@ -16,6 +18,7 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import botocore.auth
 import botocore.session
@@ -28,15 +31,16 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from tests import servers
 from tests.servers import S3Server
+from vzrepro.base.errors import Interrupted, RemoteError, UsageError
+from vzrepro.base.model import FileHash, canonical_json
 from vzrepro.cache.backend import PROBED
 from vzrepro.cache.remote import PIECE, Patience
 from vzrepro.cache.s3 import Quirks, S3Backend, backend, upload
-from vzrepro.cache.s3.bucket import CONNECTIONS, Access
+from vzrepro.cache.s3.bucket import CONNECTIONS, Bucket, S3Access
 from vzrepro.cache.s3.place import S3Place
 from vzrepro.cache.s3.upload import PART, part_size
-from vzrepro.errors import Interrupted, RemoteError, UsageError
-from vzrepro.model import FileHash, canonical_json
-from vzrepro.wire import Answer, Failed, Http
+from vzrepro.net import AttemptFailed
+from vzrepro.net.http import Answer, Http
 
 ALL = Quirks(
     conditional_writes=True,
@@ -58,6 +62,7 @@ class Counting(Http):
     def __init__(self) -> None:
         super().__init__({}, connections=CONNECTIONS)
         self.asked: list[str] = []
+        self.headers: list[dict[str, str]] = []
         self.before: Callable[[str], None] = lambda _request: None
         self.after: Callable[[str], None] = lambda _request: None
 
@@ -72,6 +77,7 @@ class Counting(Http):
     ) -> Answer:
         request = f"{method} {url}"
         self.asked.append(request)
+        self.headers.append(headers)
         self.before(request)
         answer = super().send(method, url, headers, connect_secs, read_secs, data)
         self.after(request)
@@ -135,7 +141,11 @@ def test_a_url_says_which_bucket_and_how_to_reach_it() -> None:
     assert (place.addressing, place.profile) == ("virtual", "my one")
     assert place.url == url.replace(" ", "+")
     bare = S3Place.parse("s3://team/")
-    assert (bare.url, bare.prefix, bare.endpoint) == ("s3://team", "", None)
+    assert (bare.url, bare.prefix, bare.endpoint, bare.encryption) == ("s3://team", "", None, {})
+    assert S3Place.parse("s3://team?sse=aws:kms&sse-key=arn:x").encryption == {
+        "x-amz-server-side-encryption": "aws:kms",
+        "x-amz-server-side-encryption-aws-kms-key-id": "arn:x",
+    }
 
 
 @pytest.mark.parametrize(
@@ -153,7 +163,10 @@ def test_a_url_says_which_bucket_and_how_to_reach_it() -> None:
         ("s3://team?endpoint=s3.example.org", "not the address of an S3 server"),
         ("s3://team?endpoint=https://s3.example.org:x", "not the address of an S3 server"),
         ("s3://team?addressing=both", "path or virtual"),
-        ("s3://team?scheme=http", "known are endpoint, region, addressing, profile"),
+        ("s3://team?scheme=http", "known are endpoint, region, addressing, profile, sse, sse-key"),
+        ("s3://team?sse=rot13", "one of AES256, aws:kms, aws:kms:dsse"),
+        ("s3://team?sse=AES256&sse-key=k", "sse-key is for sse=aws:kms"),
+        ("s3://team?sse-key=k", "sse-key is for sse=aws:kms"),
         ("s3://me:secret@team", "must not hold credentials"),
         ("s3://team?endpoint=https://me:secret@s3.example.org", "without user and password"),
     ],
@@ -176,13 +189,13 @@ def test_other_urls_are_refused_and_give_no_secret_away(url: str, told: str) -> 
     ],
 )
 def test_an_entry_has_the_address_that_the_server_gives_it(credentials: None, url: str, address: str) -> None:
-    assert Access.find(S3Place.parse(url)).url("a+b", None) == address
+    assert S3Access.find(S3Place.parse(url)).url("a+b", None) == address
 
 
 def test_what_other_clients_are_told_counts_too(credentials: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://storage:9000")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "here")
-    access = Access.find(S3Place.parse("s3://team"))
+    access = S3Access.find(S3Place.parse("s3://team"))
     assert (access.url("a", {"uploads": ""}), access.region) == ("http://storage:9000/team/a?uploads=", "here")
 
 
@@ -341,6 +354,70 @@ def test_more_than_a_page_of_entries_is_listed_and_deleted(seaweed: S3Server, bu
     assert [entry.key for entry in place.list()] == ["in/sidestep"]
 
 
+def test_what_is_written_has_a_checksum(place: S3Backend, http: Counting, big: Path) -> None:
+    small = big.with_name("small")
+    small.write_bytes(b"small")
+    http.headers.clear()
+    assert place.put("a", b"one")
+    assert place.put("empty", b"", if_absent=True)
+    assert place.put("small", small, sha256=digest(small))
+    assert place.put("nar/big", big, sha256=digest(big))
+    sent = [headers for asked, headers in zip(http.asked, http.headers, strict=True) if asked.startswith("PUT")]
+    assert [headers.get("Content-MD5") for headers in sent[:3]] == [
+        base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode() for data in (b"one", b"", b"small")
+    ]
+    assert len(sent) == 3 + 5
+    assert all("Content-MD5" in headers for headers in sent)
+    assert content(place, "nar/big") == big.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("size", "time", "why"),
+    [
+        ("many", "2026-01-01T00:00:00Z", "a number that is none"),
+        ("9" * 5000, "2026-01-01T00:00:00Z", "a number that is none"),
+        ("", "2026-01-01T00:00:00Z", "a number that is none"),
+        ("1", "yesterday", "a time that is none"),
+    ],
+)
+def test_a_listing_that_means_nothing_is_the_servers_fault(
+    credentials: None, monkeypatch: pytest.MonkeyPatch, size: str, time: str, why: str
+) -> None:
+    text = f"<L><Contents><Key>nar/x</Key><Size>{size}</Size><LastModified>{time}</LastModified></Contents></L>"
+    monkeypatch.setattr(Bucket, "xml", lambda *_request, **_more: ElementTree.fromstring(text))
+    with pytest.raises(RemoteError, match=f"s3://team.* answers with {why}"):
+        list(S3Backend("s3://team?endpoint=http://s3.example", Patience()).list())
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "query", "encrypts"),
+    [
+        ("PUT", "a", {}, True),
+        ("POST", "a", {"uploads": ""}, True),
+        ("PUT", "a", {"partNumber": "1", "uploadId": "x"}, False),
+        ("POST", "a", {"uploadId": "x"}, False),
+        ("GET", "a", {}, False),
+        ("PUT", None, {}, False),
+    ],
+)
+def test_what_makes_an_entry_says_how_to_encrypt_it(
+    credentials: None, method: str, key: str | None, query: dict[str, str], encrypts: bool
+) -> None:
+    seen: list[dict[str, str]] = []
+
+    class Deaf(Http):
+        def send(self, _method: str, _url: str, headers: dict[str, str], *_rest: Any) -> Answer:
+            seen.append(headers)
+            raise AttemptFailed("hears nothing", again=False)
+
+    place = S3Place.parse("s3://team?endpoint=http://s3.example&sse=aws:kms&sse-key=arn:x")
+    with pytest.raises(AttemptFailed):
+        Bucket(place, Patience(), Deaf({}, connections=1)).ask(method, key, query)
+    (headers,) = seen
+    assert (place.encryption.items() <= headers.items()) is encrypts
+    assert ("x-amz-server-side-encryption" in headers.get("Authorization", "")) is encrypts
+
+
 # --- big entries ------------------------------------------------------------------------------------------------------
 
 
@@ -403,7 +480,7 @@ def test_an_interrupted_upload_is_continued(place: S3Backend, http: Counting, bi
     assert place.abort_stale_uploads(-60) == 0
 
 
-def client_parts(place: S3Backend, left: upload.Unfinished) -> int:
+def client_parts(place: S3Backend, left: upload.UnfinishedUpload) -> int:
     """How many parts of an upload the server has."""
     [document] = upload.pages(place._bucket, left.key, {"uploadId": left.id}, lambda _document: {})
     return len(document.findall("{*}Part"))
@@ -433,7 +510,7 @@ def test_parts_and_answers_that_get_lost_are_made_up_for(place: S3Backend, http:
     def lose(request: str) -> None:
         if request not in lost and not request.startswith(("HEAD", "GET")):
             lost.append(request)
-            raise Failed("breaks off", again=True)
+            raise AttemptFailed("breaks off", again=True)
 
     http.after = lose
     assert place.put("nar/big", big, sha256=digest(big))
@@ -484,7 +561,7 @@ import hashlib, re, sys
 from pathlib import Path
 from vzrepro.cache.remote import Patience
 from vzrepro.cache.s3 import S3Backend
-from vzrepro.model import FileHash
+from vzrepro.base.model import FileHash
 
 def peak():  # getrusage would begin with what the parent had
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
@@ -627,7 +704,7 @@ def test_only_the_systems_bundle_vouches_for_a_server(
 
 
 def test_a_failing_server_is_asked_again(place: S3Backend, http: Counting) -> None:
-    failures = [Failed("is busy", again=True)] * 3
+    failures = [AttemptFailed("is busy", again=True)] * 3
 
     def fail(_request: str) -> None:
         if failures:

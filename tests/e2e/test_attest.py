@@ -14,9 +14,9 @@ from tests.bundles import make_bundle
 from tests.contract.served import Serving
 from tests.e2e.conftest import Cli
 from tests.e2e.test_cache import Team, team  # noqa: F401
-from vzrepro.attest import dsse
-from vzrepro.attest.statement import Statement
 from vzrepro.cache import PublicKey
+from vzrepro.proof.attest import dsse
+from vzrepro.proof.attest.statement import Statement
 
 BUNDLES = """
 from recipes.toolchain import TOOLS_IMAGE

@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from tests import audits
-from vzrepro.audit.page import render
+from vzrepro.proof.audit.page import render
 
 DESK, PHONE = (1280, 800), (390, 844)
 SIZES = pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
@@ -185,7 +185,7 @@ def test_a_click_on_a_cell_shows_its_evidence(visit: Visitor, size: tuple[int, i
     found.page.get_by_role("link", name="guest-agent, build-path: differs").click()
     evidence.wait_for()
     assert "/build → /b/4c1f/elsewhere" in evidence.inner_text()
-    assert "took 1 min 21 s" in evidence.inner_text()
+    assert "took 1m21s" in evidence.inner_text()
     found.page.wait_for_function(NEAR_THE_TOP, arg=["node/guest-agent/build-path", size[1] / 2])
     # Closed again, the same link opens it again.
     found.page.evaluate("for (const each of document.querySelectorAll('details.node, details.axis')) each.open = false")
@@ -274,7 +274,7 @@ def test_what_a_screen_reader_gets(browser: Browser, visit: Visitor, size: tuple
     assert "guest-agent, cores: differs. other bytes came out" in said["link"]
     assert {"Sections"} <= said["navigation"]
     assert {"Graph", "Evidence", "What to do"} <= said["heading"]
-    assert "Show what is taken as it is: 6 images, 17 downloads, 20 local trees" in said["checkbox"]
+    assert "Show what is taken as it is: 6 images, 17 downloads, 21 local trees" in said["checkbox"]
 
 
 @SIZES
@@ -321,7 +321,7 @@ def test_the_matrix_scrolls_in_its_box_with_names_and_axes_in_place(visit: Visit
 def test_it_can_be_read_without_its_script(visit: Visitor, size: tuple[int, int]) -> None:
     found = visit("sample", size, script=False)
     page = found.page
-    assert page.get_by_text("8 of 15 nodes reproduced.").is_visible()
+    assert page.get_by_text("10 of 17 nodes reproduced.").is_visible()
     assert not page.get_by_text("arrow keys move").is_visible()
     found.page.get_by_role("link", name="guest-agent, build-path: differs").click()
     assert found.at("node/guest-agent/build-path").is_visible()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -12,18 +13,22 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Cli
-from vzrepro.vm.bench import PHASES, Report
+from vzrepro.guest.vm.bench import PHASES, BenchReport
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
 
 
-def _report(stdout: str) -> Report:
-    return Report.model_validate_json(stdout.splitlines()[-1])
+def _report(stdout: str) -> BenchReport:
+    return BenchReport.model_validate_json(stdout.splitlines()[-1])
 
 
-def test_two_bundles_take_turns_and_are_compared(project: Cli, tmp_path: Path) -> None:
-    html = tmp_path / "bench.html"
+def test_two_bundles_take_turns_and_are_compared(project: Cli, bundle: Path, tmp_path: Path) -> None:
+    """The first with another kernel: its own, made longer."""
+    html, consoles, kernel = tmp_path / "bench.html", tmp_path / "new/consoles", tmp_path / "Image"
+    own = (bundle / "vmlinux").read_bytes()
+    kernel.write_bytes(own + bytes(4096))
     words = ["--bundle-dir", "container-bundle", "--compare", "container-bundle", "--iterations", "2"]
+    words += ["--kernel", str(kernel), "--serial-log-dir", str(consoles)]
     done = project.run("vm", "bench", *words, "--html", str(html), "--json")
     report = _report(done.stdout)
     assert [boot.bundle for boot in report.boots] == ["a", "b", "b", "a"]
@@ -32,14 +37,19 @@ def test_two_bundles_take_turns_and_are_compared(project: Cli, tmp_path: Path) -
         assert list(subject.phases) == list(PHASES)
         assert subject.phases["total"].median >= subject.phases["kernel"].median > 0
     assert report.comparison is not None
-    assert report.comparison["image_bytes"].ratio == 1
+    assert [subject.kernel_bytes for subject in report.bundles] == [len(own) + 4096, len(own)]
+    assert [subject.name for subject in report.bundles] == [f"container-bundle with {kernel}", "container-bundle"]
+    kept = sorted(path.name for path in consoles.iterdir())
+    assert kept == ["0001-a.log", "0001-b.log", "0002-a.log", "0002-b.log"]
+    for name in kept:
+        assert "vz-init: agent start" in (consoles / name).read_text()
     assert report.model_dump_json(indent=1).replace("</", "<\\/") in html.read_text(encoding="utf-8")
 
 
 def test_a_boot_that_fails_is_counted_and_told(project: Cli) -> None:
     done = project.run("vm", "bench", "--iterations", "2", "--timeout-secs", "0.05", "--json", code=1)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    [report] = [Report.model_validate(line) for line in lines if "boots" in line]
+    [report] = [BenchReport.model_validate(line) for line in lines if "boots" in line]
     assert report.failures() == 2
     assert report.bundles[0].phases == {}
     assert lines[-1]["message"] == "2 of 2 boots failed"
@@ -68,17 +78,22 @@ def served(tmp_path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def test_each_guest_fetches_the_smoke_url_and_its_logs_are_shown(project: Cli, served: tuple[int, list[str]]) -> None:
     port, asked = served
-    words = ["--iterations", "1", "--guest-logs", "--guest-log-command", "echo from-the-guest", "--http-smoke-url"]
-    done = project.run("vm", "bench", *words, f"http://10.0.2.2:{port}/good", "--json")
+    words = ["--iterations", "1", "--guest-logs", "--guest-log-command", "echo from-the-guest; exit 7"]
+    done = project.run("vm", "bench", *words, "--http-smoke-url", f"http://10.0.2.2:{port}/good", "--json")
     assert asked == ["/good"]
-    assert _report(done.stdout).bundles[0].phases["http"].count == 1
+    report = _report(done.stdout)
+    assert report.bundles[0].phases["http"].count == 1
     notices = [json.loads(line).get("message", "") for line in done.stdout.splitlines()]
     assert "guest 1> from-the-guest" in notices
-    assert any("guest 1> vz-init: start" in message for message in notices)
+    assert "boot 1: the guest log command ended with exit code 7" in notices, "told, and the boot counts"
+    kernel = [message for message in notices if re.match(r"guest 1> (?:<\d+>)?\[ *\d+\.\d+\] ", message)]
+    assert 20 < len(kernel) <= 120
 
-    done = project.run("vm", "bench", "--iterations", "1", "--http-smoke-url", f"http://10.0.2.2:{port}/bad", code=1)
+    words = ["--iterations", "1", "--guest-log-command", "echo seen anyway"]
+    done = project.run("vm", "bench", *words, "--http-smoke-url", f"http://10.0.2.2:{port}/bad", code=1)
     assert asked == ["/good", "/bad"]
     assert "wget" in done.stderr and "404" in done.stderr
+    assert "guest 1> seen anyway" in done.stderr
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_a_boot(project: Cli, tmp_path: Path) -> None:
@@ -87,15 +102,29 @@ def test_a_page_that_cannot_be_written_is_refused_before_a_boot(project: Cli, tm
     assert "boot 1" not in done.stderr
 
 
-def test_guests_boot_with_a_root_file_system_of_the_host(project: Cli, tmp_path: Path) -> None:
-    [busybox] = project.realize("busybox")
+@pytest.mark.parametrize("tools", [(), ("curl",), ("curl", "wget")], ids=["busybox", "curl", "wget"])
+def test_the_smoke_url_is_fetched_by_what_the_image_has(
+    project: Cli, tmp_path: Path, served: tuple[int, list[str]], tools: tuple[str, ...]
+) -> None:
+    """An image without any program, not even a shell; and images with wget and curl, which fetch and say so."""
+    port, asked = served
     rootfs = tmp_path / "rootfs"
-    (rootfs / "bin").mkdir(parents=True)
-    shutil.copy(busybox / "busybox", rootfs / "bin")
-    for name in ("sh", "true", "cat"):
-        (rootfs / "bin" / name).symlink_to("busybox")
-    (rootfs / "word").write_text("of the host\n")
-    words = ["--iterations", "1", "--rootfs-dir", str(rootfs), "--guest-log-command", "cat /word; echo guest > /word"]
-    done = project.run("vm", "bench", *words)
-    assert "guest 1> of the host" in done.stderr
-    assert (rootfs / "word").read_text() == "of the host\n"
+    (rootfs / "etc").mkdir(parents=True)
+    (rootfs / "etc/word").write_text("of the host\n")
+    if tools:
+        [busybox] = project.realize("busybox")
+        (rootfs / "bin").mkdir()
+        shutil.copy(busybox / "busybox", rootfs / "bin")
+        (rootfs / "bin/sh").symlink_to("busybox")
+    for tool in tools:
+        program = rootfs / "bin" / tool
+        program.write_text(
+            f'#!/bin/busybox sh\nfor url; do :; done\nbusybox wget -O /dev/null "$url"; echo {tool} > /etc/word\n'
+        )
+        program.chmod(0o755)
+    script = 'read -r word < /etc/word; echo "$word"; echo > /etc/word'
+    words = ["--iterations", "1", "--rootfs-dir", str(rootfs), "--guest-log-command", script]
+    done = project.run("vm", "bench", *words, "--http-smoke-url", f"http://10.0.2.2:{port}/good")
+    assert asked == ["/good"]
+    assert f"guest 1> {tools[-1] if tools else 'of the host'}" in done.stderr
+    assert (rootfs / "etc/word").read_text() == "of the host\n"

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.guests import LIMIT_SECS, archive, descendants
-from vzrepro.errors import VzreproError
-from vzrepro.vm import boot
+from vzrepro.base.errors import VzreproError
+from vzrepro.guest.vm import boot
 
 ROOT = Path(__file__).parents[2]
 BOOT = [sys.executable, "-m", "vzrepro", "vm", "boot", "container-bundle"]
@@ -58,17 +58,17 @@ def test_a_guest_that_is_given_no_time_fails_with_its_console() -> None:
 def test_no_guest_outlives_us(number: signal.Signals) -> None:
     command = subprocess.Popen(BOOT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + LIMIT_SECS
         while len(ours := descendants(command.pid).keys() & guests()) < 2:
             assert command.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(command.pid, number)
-        command.communicate(timeout=60)
+        command.communicate(timeout=LIMIT_SECS)
     finally:
         command.kill()
         command.communicate()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + LIMIT_SECS
     while left := ours & guests():
         assert time.monotonic() < deadline, f"still running: {left}"
         time.sleep(0.05)

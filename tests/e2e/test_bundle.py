@@ -55,7 +55,7 @@ def test_version_json(bundle: Path, project: Cli) -> None:
     assert version["sha256_youki"] == _sha256(bundle / "youki")
     assert version["capabilities"] == sorted(
         "vsock virtiofs hvc0_serial ext4_root overlayfs netns seccomp io_uring btrfs_snapshots device_mapper dm_crypt "
-        "nfsd container_sandbox".split()
+        "memory_reclaim snapshot_safe nfsd container_sandbox".split()
     )
     assert version["agent_protocol_revision"] == 1
     shown = json.loads(project.run("show", "kernel-container", "--json").stdout)
@@ -64,8 +64,8 @@ def test_version_json(bundle: Path, project: Cli) -> None:
 
 def test_what_is_declared_is_what_the_kernels_build_and_the_guest_proved(bundle: Path, project: Cli) -> None:
     declared = json.loads((bundle / "version.json").read_text())["capabilities"]
-    kernel, probed = project.realize("kernel-container", "container-probes")
-    assert declared == json.loads((kernel / "capabilities.json").read_text())
+    config, probed = project.realize("kernel-container-config", "container-probes")
+    assert declared == json.loads((config / "capabilities.json").read_text())
     report = json.loads((probed / "probes.json").read_text())
     assert declared == sorted(report["capabilities"])
     assert {one["verdict"] for one in (*report["capabilities"].values(), *report["absent"].values())} == {"PROVEN"}

@@ -16,6 +16,7 @@ import pytest
 
 from tests.bundles import make_bundle
 from tests.e2e.conftest import Cli
+from vzrepro.guest.metadata import KernelProfile
 
 FOUR = ["initramfs.img", "version.json", "vmlinux", "youki"]
 
@@ -76,6 +77,53 @@ def test_the_environment_and_the_workspace(cli: Cli, tmp_path: Path) -> None:
     assert answer(elsewhere, "-C", str(cli.root), *words)["source"] == "workspace"
 
 
+def test_hosts_that_refuse_it_are_told_of_and_what_to_type(cli: Cli, tmp_path: Path) -> None:
+    declared = sorted([*KernelProfile.CONTAINER.default_capabilities, "dm_crypt", "snapshot_safe"])
+    place = str(make_bundle(tmp_path / "b", "container", capabilities=declared))
+    words = ("--kernel-profile", "container", "--bundle-dir", place)
+    told = cli.run("bundle", "install", *words).stderr
+    [line] = [line for line in told.splitlines() if "0.3.15" in line]
+    assert "refuse this bundle, since they do not know dm_crypt, snapshot_safe; for them: " in line
+    command = line.partition("for them: ")[2].split()
+    assert command == "vzrepro bundle install --kernel-profile container --host-version 0.3.15".split()
+    assert "0.3.15" not in cli.run(*command[1:], "--bundle-dir", place).stderr
+    version = json.loads((tmp_path / "home/.vz/linux/container/version.json").read_text())
+    assert version["capabilities"] == sorted(KernelProfile.CONTAINER.default_capabilities)
+    found = answer(cli, "bundle", "ensure", "--kernel-profile", "container", "--host-version", "v0.3.15")
+    assert (found["version"], found["changed"]) == (version, False)
+    told = cli.run("bundle", "ensure", "--kernel-profile", "container", "--host-version", "0.4").stderr
+    assert "nothing is known of hosts after 0.3.15: 0.4 is given what that one knows" in " ".join(told.split())
+    for verb in ("install", "ensure"):
+        assert "0.3.14" in cli.run("bundle", verb, *words, "--host-version", "0.3.14", code=2).stderr
+
+    export = ("bundle", "export", place, "--version", "1", "--out")
+    told = cli.run(*export, str(tmp_path / "whole")).stderr
+    assert f"vzrepro bundle export {place} --version 1 --out DIR --host-version 0.3.15" in " ".join(told.split())
+    cli.run(*export, str(tmp_path / "out"), "--host-version", "0.3.14", code=2)
+    told = cli.run(*export, str(tmp_path / "out"), "--host-version", "0.3.15").stderr
+    assert "no attestations lie beside" in told
+    with tarfile.open(tmp_path / "out/vz-linux-container-v1-arm64.tar.gz") as archive:
+        file = archive.extractfile("version.json")
+        assert file is not None
+        assert json.load(file) == version
+
+
+def test_the_developer_bundle_is_in_both_places(cli: Cli, tmp_path: Path) -> None:
+    make_bundle(tmp_path / "d")
+    make_bundle(tmp_path / "c", "container")
+    linux = tmp_path / "home/.vz/linux"
+    cli.run("bundle", "install", "--kernel-profile", "container", "--bundle-dir", str(tmp_path / "c"))
+    first = answer(cli, "bundle", "install", "--bundle-dir", str(tmp_path / "d"))
+    assert (first["directory"], first["changed"]) == (str(linux / "developer"), True)
+    assert sorted(path.name for path in linux.iterdir()) == sorted(["container", "developer", *FOUR])
+    for name in FOUR:
+        assert (linux / name).read_bytes() == (linux / "developer" / name).read_bytes()
+    cli.run("bundle", "verify")
+    # As a host without profiles, and as a user who names the directory.
+    found = answer(cli, "bundle", "ensure", "--install-dir", str(linux))
+    assert (found["directory"], found["profile"], found["changed"]) == (str(linux), "developer", False)
+
+
 Break = Callable[[Path], object]
 
 
@@ -90,8 +138,14 @@ Break = Callable[[Path], object]
             "initramfs.img is damaged",
         ),
         ("missing", lambda place: (place / "youki").unlink(), 2, "it lacks youki"),
+        (
+            "checksum",
+            lambda place: make_bundle(place, "container", sha256_youki="none"),
+            102,
+            "youki is damaged or another one",
+        ),
         ("no json", lambda place: (place / "version.json").write_text("{"), 2, "version.json is not JSON"),
-        ("no keys", lambda place: (place / "version.json").write_text("{}"), 2, "version.json lacks kernel, profile"),
+        ("no keys", lambda place: (place / "version.json").write_text("{}"), 2, "version.json lacks kernel, busybox"),
         ("profile", lambda place: make_bundle(place, "developer"), 1, "wanted: container; found: developer"),
         ("agent", lambda place: make_bundle(place, "container", agent="0.0.1"), 1, "has another guest agent"),
         ("revision", lambda place: make_bundle(place, "container", agent_protocol_revision=9), 1, "another revision"),

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from tests import PATIENCE_SECS
+from tests.caches import new_cache
 from tests.e2e.conftest import LOW_SH, SMALL, Cli, interrupt_when
 from tests.servers import S3Server
 from vzrepro import nar
-from vzrepro.cache import BinaryCache, SigningKey, TrustedKeys
+from vzrepro.base.model import DrvHash, StorePath, canonical_json
+from vzrepro.cache import SigningKey, TrustedKeys
+from vzrepro.cache.backend import read_whole
 from vzrepro.cache.narinfo import narinfo_key
 from vzrepro.cache.places import open_backend
 from vzrepro.cache.remote import Patience
-from vzrepro.model import StorePath
 
 CONTENT = "low\nThu Jan  1 00:00:00 UTC 2026\n"
 
@@ -54,11 +57,11 @@ class Team:
     def key(self, name: str) -> Path:
         file = self.place / f"{name}.key"
         if not file.exists():
-            Cli(self.root, self.place / "unused").run("key", "generate", name, "--out", str(file))
+            SigningKey.generate(name).save(file)
         return file
 
     def public(self, name: str) -> str:
-        return Cli(self.root, self.place / "unused").run("key", "public", str(self.key(name))).stdout.strip()
+        return str(SigningKey.load(self.key(name)).public)
 
 
 @pytest.fixture
@@ -178,15 +181,15 @@ def test_what_a_revoked_key_lied_about_is_replaced(team: Team) -> None:
 def _forge(team: Team, builder: Cli, low: Path, content: bytes) -> None:
     key = SigningKey.load(team.key("team-1"))
     backend = open_backend(team.url, Patience(), team.root)
-    cache = BinaryCache(backend, TrustedKeys([key.public]), key)
+    cache = new_cache(backend, TrustedKeys([key.public]), key)
     path = StorePath.parse(low.name)
-    info = cache.query(path)
+    info = cache.reader.query(path)
     assert info is not None
     tree = team.place / "forged"
     tree.mkdir()
     (tree / "low").write_bytes(content)
     nar_hash, nar_size = nar.nar_hash(tree)
-    taken = cache.fetch(info, team.place / "taken")
+    taken = cache.reader.fetch(info, team.place / "taken")
     backend.delete([narinfo_key(path)])
     cache.push(replace(taken, nar_hash=nar_hash, nar_size=nar_size, voucher=None), tree)
 
@@ -238,6 +241,25 @@ def test_why_missing_names_what_differs(team: Team) -> None:
     found = json.loads(colleague.run("cache", "why-missing", "high", "--json").stdout)
     assert [change["target"] for change in found["changes"]][:2] == ["high", "low"]
     assert "never saw a recipe called image-tools" in colleague.run("cache", "why-missing", "image-tools").stdout
+
+
+def test_why_missing_is_not_fooled_by_entries_that_nobody_signed(team: Team) -> None:
+    builder = team.member("builder", seeded=True, key="team-1", trusts=("team-1",))
+    builder.realize("high")
+    backend = open_backend(team.url, Patience(), team.root)
+    opened = [(entry.key, backend.get(entry.key)) for entry in backend.list("drv/")]
+    known = [json.loads(read_whole(each, 1 << 20, key)) for key, each in opened if each is not None]
+    [high] = [each for each in known if each["name"] == "high"]
+    title, red = "\x1b]0;title\x07", "\x1b[31m"
+    hostile = {**high, "command": [f"{title}\x1b[2J{red}nothing is missing"], "env": {"X": red}}
+    backend.delete([entry.key for entry in backend.list() if entry.key.endswith(".narinfo")])
+    backend.delete([entry.key for entry in backend.list("drv/")])
+    for data in (b"not json", b'{"name": "high", "version": null}', canonical_json(hostile)):
+        backend.put(f"drv/{DrvHash.of(data)}.json", data)
+    told = team.member("colleague", trusts=("team-1",)).run("cache", "why-missing", "high")
+    assert all(line.isprintable() for line in (told.stdout + told.stderr).splitlines())
+    assert "\nhigh, compared with the nearest one in the cache:\n" in told.stdout
+    assert "\n  env.X:  → absent\n" in told.stdout
 
 
 def test_with_mirrors_gone_everything_is_realized_from_the_cache(team: Team) -> None:
@@ -324,7 +346,10 @@ def test_without_a_cache_it_says_how_to_name_one(team: Team) -> None:
 
 
 def test_keys_are_not_overwritten_nor_open_to_others(team: Team) -> None:
-    key = team.key("team-1")
+    key = team.place / "team-1.key"
+    somebody = team.member("somebody")
+    made = somebody.run("key", "generate", "team-1", "--out", str(key)).stdout
+    assert made == somebody.run("key", "public", str(key)).stdout == f"{team.public('team-1')}\n"
     somebody = team.member("somebody", key="team-1")
     assert "there already" in somebody.run("key", "generate", "team-1", "--out", str(key), code=2).stderr
     assert key.stat().st_mode & 0o777 == 0o600
@@ -437,12 +462,12 @@ def test_ctrl_c_does_not_wait_for_a_silent_server(team: Team, words: tuple[str, 
         url = f"s3://silent?endpoint=http://127.0.0.1:{listening.getsockname()[1]}"
         member.env |= {"VZREPRO_CACHES": url, "VZREPRO_CACHE_PATIENCE_SECS": "3600"}
         process = member.start(*words)
-        listening.settimeout(60)
+        listening.settimeout(PATIENCE_SECS)
         connection, _ = listening.accept()
         with connection:
             assert connection.recv(1000)
             process.send_signal(signal.SIGINT)
-            _out, err = process.communicate(timeout=60)
+            _out, err = process.communicate(timeout=PATIENCE_SECS)
     assert process.returncode == 130, err
     assert "Traceback" not in err
 
@@ -463,6 +488,6 @@ def test_a_directory_is_served_to_a_lan(team: Team) -> None:
         assert "cannot be listed" in colleague.run("cache", "ls", code=2).stderr
     finally:
         server.send_signal(signal.SIGINT)
-        _out, err = server.communicate(timeout=30)
+        _out, err = server.communicate(timeout=PATIENCE_SECS)
     assert server.returncode == 0, err
     assert "Traceback" not in err

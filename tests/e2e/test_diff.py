@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
+from tests import PATIENCE_SECS
 from tests.differing import Newc, newc, tar
 from tests.e2e.conftest import PROJECT, Cli, containers
-from vzrepro import lock
-from vzrepro.audit.inside import sections
-from vzrepro.evaluate import evaluate
+from vzrepro.proof.audit.inside import sections
+from vzrepro.recipe import lock
+from vzrepro.recipe.evaluate import evaluate
 
 Finding = dict[str, Any]
 
@@ -205,7 +206,7 @@ def test_ctrl_c_leaves_nothing_behind(cli: Cli, sides: tuple[Path, Path]) -> Non
         time.sleep(0.1)
         assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE_SECS)
     assert process.returncode == 130, err
     assert "interrupted" in err
     assert out == ""
@@ -273,7 +274,7 @@ def test_outside_of_a_workspace(sides: tuple[Path, Path], tmp_path: Path) -> Non
     (sides[1] / "same").write_text("other\n")
     done = nowhere.run("diff", *map(str, sides), code=1)
     assert "same (text line" in done.stdout
-    assert "this is no workspace" in done.stderr
+    assert "without diffoscope" in done.stderr
     assert nowhere.run("diff", str(sides[0]), "guest-agent", code=2).stderr.startswith(
         "error: guest-agent: no such file"
     )

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from tests import trixie
-from vzrepro.image import ImageId, image_tag
+from vzrepro.sources.image import ImageId, image_tag
 
 DOCKER = os.environ.get("VZREPRO_DOCKER", "docker")
 

@@ -20,7 +20,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOME = "".join(re.findall(r"^(?:click|zstandard)==.*(?:\n    .*)*\n", (ROOT / "requirements.lock").read_text(), re.M))
 SAYS = """\
-    import sys
+    import site, sys
+    site.main()  # the start script leaves it to the program
     import vzrepro, zstandard
     print(sys.argv[1:], vzrepro.__file__)
     """
@@ -116,6 +117,13 @@ def test_missing_programs_are_named_and_nothing_is_done(clone: Path, bare_path: 
     done = run(clone, "realize", "busybox", PATH=bare_path, VZREPRO_DOCKER="")
     assert (done.stdout, done.returncode) == ("", 2)
     assert done.stderr.startswith("error: missing on this machine: docker\n  hint: ")
+
+
+def test_the_fast_tests_need_no_programs(clone: Path, bare_path: str) -> None:
+    every = run(clone, "test", PATH=bare_path, VZREPRO_DOCKER="")
+    assert "docker qemu git cpio nix chromium" in every.stderr.splitlines()[0]
+    fast = run(clone, "test", "--fast", PATH=bare_path, VZREPRO_DOCKER="")
+    assert fast.stderr.startswith("error: no Python 3.11 or later")  # the first thing that it needs
 
 
 def test_a_machine_without_python_is_told_so(clone: Path, bare_path: str) -> None:

@@ -16,16 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from tests import faults, servers, trixie
+from tests import PATIENCE_SECS, faults, servers, trixie
+from tests.caches import new_cache
 from tests.contract.served import Serving
 from tests.e2e.conftest import Cli
 from tests.faults import FaultyProxy
-from vzrepro import events, nar
-from vzrepro.cache import BinaryCache, Damaged, DirectoryBackend, Kept, NarInfo, SigningKey, TrustedKeys
-from vzrepro.cache.narinfo import MAX_SIZE, narinfo_key
-from vzrepro.cache.places import open_backend
-from vzrepro.cache.remote import Patience
-from vzrepro.model import (
+from vzrepro import nar
+from vzrepro.base import events
+from vzrepro.base.model import (
     BuildKey,
     Derivation,
     DrvHash,
@@ -36,8 +34,21 @@ from vzrepro.model import (
     canonical_json,
     store_path,
 )
+from vzrepro.cache import (
+    CacheReader,
+    CacheWriter,
+    Damaged,
+    DirectoryBackend,
+    NarInfo,
+    PushOutcome,
+    SigningKey,
+    TrustedKeys,
+)
+from vzrepro.cache.narinfo import MAX_SIZE, narinfo_key
+from vzrepro.cache.places import open_backend
+from vzrepro.cache.remote import Patience
+from vzrepro.realize.transfer import Pusher
 from vzrepro.store import LocalStore
-from vzrepro.transfer import Pusher
 
 KEY = SigningKey.generate("vzrepro-test-1")
 SECOND = SigningKey.generate("vzrepro-test-2")
@@ -71,7 +82,7 @@ class Nix:
         (self.root / "home").mkdir(parents=True, exist_ok=True)
         return subprocess.run(
             [*self.command, *map(str, args)],
-            env=self.environ, input=given, text=True, capture_output=True, check=False, timeout=120,
+            env=self.environ, input=given, text=True, capture_output=True, check=False, timeout=PATIENCE_SECS,
         )  # fmt: skip
 
     def ok(self, *args: object, given: str = "") -> str:
@@ -114,13 +125,13 @@ def fail(message: str) -> None:
     raise AssertionError(message)
 
 
-def opened(backend: DirectoryBackend, signer: SigningKey | None = KEY) -> BinaryCache:
+def opened(backend: DirectoryBackend, signer: SigningKey | None = KEY) -> CacheWriter:
     """The cache as somebody sees it who trusts our key, and signs with `signer`."""
-    return BinaryCache(backend, TrustedKeys([KEY.public]), signer, warn=fail)
+    return new_cache(backend, TrustedKeys([KEY.public]), signer, warn=fail)
 
 
 @pytest.fixture
-def cache(backend: DirectoryBackend) -> BinaryCache:
+def cache(backend: DirectoryBackend) -> CacheWriter:
     return opened(backend)
 
 
@@ -128,7 +139,7 @@ def cache(backend: DirectoryBackend) -> BinaryCache:
 class Place:
     """A cache, and the URL by which a Nix client reads it."""
 
-    cache: BinaryCache
+    cache: CacheWriter
     url: str
 
 
@@ -155,9 +166,9 @@ class Shop:
     agent: ObjectInfo
     bundle: ObjectInfo
 
-    def push_all(self, cache: BinaryCache) -> None:
+    def push_all(self, cache: CacheWriter) -> None:
         done = Pusher(self.store, events.ignore, threading.Event()).push_all(cache, [self.bundle, self.agent], jobs=2)
-        assert set(done.kept[Kept.NEW]) == {self.agent.path, self.bundle.path}
+        assert set(done.kept[PushOutcome.NEW]) == {self.agent.path, self.bundle.path}
 
 
 @pytest.fixture
@@ -252,8 +263,8 @@ def test_it_hashes_a_tree_as_we_do(nix: Nix, shop: Shop) -> None:
 def test_one_trusted_signature_of_two_suffices(nix: Nix, shop: Shop, backend: DirectoryBackend) -> None:
     both = TrustedKeys([KEY.public, SECOND.public])
     tree = shop.store.location(shop.agent.path)
-    for signer, kept in ((SECOND, Kept.NEW), (KEY, Kept.HEALED)):
-        assert BinaryCache(backend, both, signer).push(shop.agent, tree).kept is kept
+    for signer, kept in ((SECOND, PushOutcome.NEW), (KEY, PushOutcome.HEALED)):
+        assert new_cache(backend, both, signer).push(shop.agent, tree).kept is kept
     names = [text.partition(":")[0] for text in narinfo_of(backend, shop.agent.path).signatures]
     assert names == ["vzrepro-test-2", "vzrepro-test-1"]
     nix.ok("nix", "copy", "--from", backend.url, "--to", nix.root, shop.agent.path)
@@ -261,13 +272,13 @@ def test_one_trusted_signature_of_two_suffices(nix: Nix, shop: Shop, backend: Di
     assert nix.run("nix", "store", "verify", "--store", nix.root, "--sigs-needed", "2", shop.agent.path).returncode
 
 
-def test_it_takes_a_copy_by_its_new_name(nix: Nix, shop: Shop, cache: BinaryCache, backend: DirectoryBackend) -> None:
+def test_it_takes_a_copy_by_its_new_name(nix: Nix, shop: Shop, cache: CacheWriter, backend: DirectoryBackend) -> None:
     """Early cutoff: another derivation with equal inputs, so the earlier NAR is named once more and never sent."""
     shop.push_all(cache)
     drv_hash = DrvHash.of(b"changed")
     renamed = store_path(drv_hash, shop.bundle.path.name)
     copied = replace(shop.bundle, path=renamed, drv_hash=drv_hash, outcome=Outcome.COPIED)
-    assert cache.push(copied, shop.store.location(shop.bundle.path)).kept is Kept.NEW
+    assert cache.push(copied, shop.store.location(shop.bundle.path)).kept is PushOutcome.NEW
     assert narinfo_of(backend, renamed).url == narinfo_of(backend, shop.bundle.path).url
     nix.ok("nix", "copy", "--from", backend.url, "--to", nix.root, renamed)
     nix.ok("nix", "store", "verify", "--store", nix.root, "-r", "--sigs-needed", "1", renamed)
@@ -278,7 +289,7 @@ def test_it_takes_a_copy_by_its_new_name(nix: Nix, shop: Shop, cache: BinaryCach
 
 
 def test_it_refuses_what_a_stranger_signed(nix: Nix, shop: Shop, backend: DirectoryBackend) -> None:
-    stranger = BinaryCache(backend, TrustedKeys([STRANGER.public]), STRANGER)
+    stranger = new_cache(backend, TrustedKeys([STRANGER.public]), STRANGER)
     stranger.push(shop.agent, shop.store.location(shop.agent.path))
     refused = nix.run("nix", "copy", "--from", backend.url, "--to", nix.root, shop.agent.path)
     assert refused.returncode != 0
@@ -288,7 +299,7 @@ def test_it_refuses_what_a_stranger_signed(nix: Nix, shop: Shop, backend: Direct
 
 @pytest.mark.parametrize("fault", ["other bytes", "cut off"])
 def test_neither_side_takes_a_nar_that_was_tampered_with(
-    nix: Nix, shop: Shop, cache: BinaryCache, backend: DirectoryBackend, tmp_path: Path, fault: str
+    nix: Nix, shop: Shop, cache: CacheWriter, backend: DirectoryBackend, tmp_path: Path, fault: str
 ) -> None:
     """By one who may write to the cache: the narinfo's unsigned fields are made to agree."""
     shop.push_all(cache)
@@ -307,7 +318,7 @@ def test_neither_side_takes_a_nar_that_was_tampered_with(
     assert fault == "cut off" or "hash mismatch" in refused.stderr
     # What has been unpacked may lie there, but is nobody's.
     assert nix.run("nix-store", "--store", nix.root, "--check-validity", info.path).returncode != 0
-    reading = BinaryCache(backend, TrustedKeys([KEY.public]))
+    reading = CacheReader(backend, TrustedKeys([KEY.public]))
     found = reading.query(info.path)
     assert found is not None
     with pytest.raises(Damaged):
@@ -319,7 +330,7 @@ def test_neither_side_takes_a_nar_that_was_tampered_with(
 
 
 def test_we_read_what_it_copies_to_a_cache_and_add_our_fields_again(
-    nix: Nix, shop: Shop, cache: BinaryCache, backend: DirectoryBackend, tmp_path: Path
+    nix: Nix, shop: Shop, cache: CacheWriter, backend: DirectoryBackend, tmp_path: Path
 ) -> None:
     shop.push_all(cache)
     bundle = shop.bundle
@@ -327,20 +338,20 @@ def test_we_read_what_it_copies_to_a_cache_and_add_our_fields_again(
     back = DirectoryBackend(tmp_path / "back")
     nix.ok("nix", "copy", "--from", nix.root, "--to", f"{back.url}?compression=zstd", bundle.path)
 
-    found = opened(back).query(bundle.path)
+    found = opened(back).reader.query(bundle.path)
     assert found is not None
-    got = opened(back).fetch(found, tmp_path / "dest")
+    got = opened(back).reader.fetch(found, tmp_path / "dest")
     # Nix keeps our signature and drops the fields it does not know.
     kept = replace(bundle, drv_hash=None, build_key=None, origin=None)
     assert got == replace(kept, outcome=Outcome.SUBSTITUTED, voucher=found.render())
     assert nar.nar_hash(tmp_path / "dest") == (bundle.nar_hash, bundle.nar_size)
 
     tree = shop.store.location(bundle.path)
-    assert opened(back).push(bundle, tree).kept is Kept.HEALED
+    assert opened(back).push(bundle, tree).kept is PushOutcome.HEALED
     healed = narinfo_of(back, bundle.path)
     assert healed.own_signatures == narinfo_of(backend, bundle.path).own_signatures
     assert healed.url == found.url
-    assert opened(back).push(bundle, tree).kept is Kept.PRESENT
+    assert opened(back).push(bundle, tree).kept is PushOutcome.PRESENT
     nix.ok("nix", "store", "verify", "--store", back.url, "-r", "--sigs-needed", "1", bundle.path)
 
 
@@ -355,9 +366,9 @@ def test_we_read_what_it_signs_itself(nix: Nix, tmp_path: Path) -> None:
     nix.ok("nix", "copy", "--from", nix.root, "--to", f"{back.url}?compression=none&secret-key={key_file}", dep)
     info = narinfo_of(back, dep)
     assert TrustedKeys([KEY.public]).signers(info.fingerprint, info.signatures) == {KEY.public}
-    found = opened(back).query(dep)
+    found = opened(back).reader.query(dep)
     assert found is not None
-    opened(back).fetch(found, tmp_path / "dest")
+    opened(back).reader.fetch(found, tmp_path / "dest")
     assert (tmp_path / "dest").read_text() == "dep\n"
 
 

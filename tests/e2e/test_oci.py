@@ -12,23 +12,20 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import struct
-import subprocess
-import sys
 import termios
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests import trixie
-from tests.e2e.conftest import PROJECT
+from tests.containers import PROJECT, Oci, fetched, gone, until
 from tests.guests import LIMIT_SECS, descendants
 from tests.servers import free_ports
-from vzrepro.vm.rootfs import image_root
+from vzrepro.guest.vm.rootfs import image_root
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
 
@@ -42,57 +39,6 @@ http { access_log off; server { listen 80; root /srv/www; } }
 """
 
 
-class Oci:
-    """`vzrepro oci` with a runtime directory of its own."""
-
-    def __init__(self, bundle: Path, runtime: Path) -> None:
-        self.bundle, self.runtime = bundle, runtime
-        self.env = {**os.environ, "XDG_RUNTIME_DIR": str(runtime)}
-
-    def words(self, *words: str) -> list[str]:
-        booting = ["--bundle-dir", str(self.bundle), "--timeout-secs", str(LIMIT_SECS)]
-        own = booting if words[0] in ("run", "create") else []
-        return [sys.executable, "-m", "vzrepro", "oci", words[0], *own, *words[1:]]
-
-    def __call__(self, *words: str, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            self.words(*words),
-            cwd=PROJECT,
-            env=self.env,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=2 * LIMIT_SECS,
-        )
-        assert done.returncode == code, f"exit {done.returncode}, wanted {code}\n{done.stdout}\n{done.stderr}"
-        return done
-
-    def start(self, *words: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            self.words(*words),
-            cwd=PROJECT,
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
-    def left(self) -> list[str]:
-        """What there is of containers and of runs."""
-        return sorted(path.name for path in self.runtime.glob("vz/*"))
-
-
-@pytest.fixture(scope="module")
-def oci(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Oci:
-    return Oci(bundle, tmp_path_factory.mktemp("r"))
-
-
-@pytest.fixture(scope="module")
-def image() -> str:
-    return str(trixie.service_image())
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("site")
@@ -100,32 +46,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "index.html").write_text("from the host\n")
     (path / "nginx.conf").write_text(NGINX)
     return path
-
-
-def fetched(port: int, process: subprocess.Popen[bytes] | None = None) -> str:
-    """What is served on the port, once something is."""
-    deadline = time.monotonic() + LIMIT_SECS
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
-                return str(answer.read().decode())
-        except urllib.error.HTTPError:
-            raise
-        except OSError:
-            assert process is None or process.poll() is None, process.stdout.read() if process.stdout else ""
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-
-
-def until(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_SECS
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def gone(pids: set[int]) -> bool:
-    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_a_command_with_its_streams_limits_and_exit_code(oci: Oci, image: str, tmp_path: Path) -> None:
@@ -168,6 +88,37 @@ def test_a_command_with_its_streams_limits_and_exit_code(oci: Oci, image: str, t
     assert done.stderr.splitlines()[-1] == "to stderr"
     assert (tmp_path / "rw/out").read_text() == "guest file\n"
     assert oci.left() == []
+
+
+def test_a_container_on_the_developer_kernel(bundle_of: Callable[[str], Path], image: str, oci: Oci) -> None:
+    """It limits no memory by cgroup, and the guest has what `--memory-mib` says and 256 MiB."""
+    oci = Oci(bundle_of("developer"), oci.runtime)
+    script = "busybox uname -r; busybox grep MemTotal /proc/meminfo; cat /sys/fs/cgroup/pids.max"
+    release, memory, pids = oci("run", "--memory-mib", "64", image, "--", "sh", "-c", script).stdout.splitlines()
+    assert release.endswith("-vz-developer")
+    assert (64 << 10) < int(memory.split()[1]) < (64 + 256) << 10
+    assert pids == "1024"
+
+
+def test_nothing_set_uid_is_left_in_a_mount(oci: Oci, image: str, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root's shares keep the owners of the guest")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    script = """
+        cd /shared
+        cp /bin/busybox tool && busybox chmod 0755 tool
+        busybox chmod 4755 tool || echo no set-uid
+        busybox install -m 4755 tool other || echo no set-uid either
+        busybox mkdir folder && busybox chmod 3777 folder
+        busybox mknod device c 1 3 || echo no device
+        busybox mkfifo pipe
+    """
+    done = oci("run", "--mount", f"{shared}:/shared", image, "--", "sh", "-c", script)
+    assert done.stdout.splitlines() == ["no set-uid", "no set-uid either", "no device"]
+    modes = {path.name: stat.filemode(path.lstat().st_mode) for path in shared.iterdir() if path.name != "other"}
+    assert modes == {"tool": "-rwxr-xr-x", "folder": "drwxrwsrwt", "pipe": "prw-r--r--"}
+    assert not any(path.lstat().st_mode & stat.S_ISUID for path in shared.iterdir())
 
 
 def test_a_root_directory_is_not_changed_and_a_signal_is_128_and_its_number(
@@ -258,14 +209,6 @@ def test_a_terminal(oci: Oci, image: str) -> None:
     assert oci.left() == []
 
 
-@pytest.fixture
-def container(oci: Oci) -> Iterator[str]:
-    """An id that is free again afterwards, whatever happened."""
-    yield "web"
-    if "web" in oci.left():
-        oci("delete", "--force", "web")
-
-
 def test_the_life_of_a_container(oci: Oci, image: str, site: Path, container: str) -> None:
     [port] = free_ports(1)
     wishes = ["--mount", f"{site}:/srv/www:ro", "--publish", f"{port}:80", "--env", "A=1"]
@@ -276,14 +219,33 @@ def test_the_life_of_a_container(oci: Oci, image: str, site: Path, container: st
         found: dict[str, object] = json.loads(oci("state", container).stdout)
         return found
 
+    def listed_as(status: str) -> dict[str, object]:
+        deadline = time.monotonic() + LIMIT_SECS
+        while True:
+            [found] = [json.loads(line) for line in oci("ps", "--json").stdout.splitlines()]
+            if found["status"] == status:
+                return dict(found)
+            assert time.monotonic() < deadline, found
+
     created = state()
+    listed = listed_as("created")
+    assert (listed["id"], listed["image"], listed["command"]) == (container, image, command)
+    assert listed["ports"] == [{"host_port": port, "guest_port": 80, "protocol": "tcp"}]
+    assert (listed["profile"], listed["started"]) == ("container", None)
     assert (created["ociVersion"], created["id"], created["status"]) == ("1.0.2", container, "created")
     assert isinstance(created["pid"], int)
     assert "already" in oci("create", container, image, "--", "true", code=2).stderr
     assert "is created" in oci("exec", container, "--", "true", code=1).stderr
+    assert "is created" in oci("stop", container, code=1).stderr
 
     oci("start", container)
     assert state()["status"] == "running"
+    listed = listed_as("running")
+    assert str(listed["created"]) < str(listed["started"])
+    table = oci("ps").stdout.splitlines()
+    assert len(table) == 2
+    assert f"127.0.0.1:{port}->80/tcp" in table[1]
+    assert oci("ps", "--kernel-profile", "developer", "--json").stdout == ""
     assert fetched(port) == "from the host\n"
     assert "is running" in oci("start", container, code=1).stderr
     assert "--force" in oci("delete", container, code=1).stderr
@@ -295,30 +257,21 @@ def test_the_life_of_a_container(oci: Oci, image: str, site: Path, container: st
     )
     assert done.stdout.split() == ["65534", "/tmp"]
     assert "nosuch" in oci("exec", container, "--", "nosuch", code=127).stderr
+    assert "/etc/passwd" in oci("exec", container, "--", "/etc/passwd", code=126).stderr
 
     oci("kill", container)
     until(lambda: state()["status"] == "stopped")
+    listed_as("stopped")
     assert "is stopped" in oci("kill", container, code=1).stderr
-    supervisor = json.loads((oci.runtime / "vz" / container / "state.json").read_text())["pid"]
+    assert "is stopped" in oci("start", container, code=1).stderr
+    assert oci("stop", container).stderr == ""
+    supervisor = oci.supervisor(container)
     ours = {supervisor, *descendants(supervisor)}
     oci("delete", container)
     until(lambda: gone(ours))
     assert oci.left() == []
+    assert oci("ps", "--json").stdout == ""
     assert "no container" in oci("state", container, code=2).stderr
-
-
-def test_a_container_whose_supervisor_was_killed(oci: Oci, image: str, container: str) -> None:
-    oci("create", container, image, "--", "sleep", "1000")
-    oci("start", container)
-    supervisor = json.loads((oci.runtime / "vz" / container / "state.json").read_text())["pid"]
-    ours = {supervisor, *descendants(supervisor)}
-    os.kill(supervisor, signal.SIGKILL)
-    until(lambda: gone(ours))
-    assert json.loads(oci("state", container).stdout)["status"] == "stopped"
-    assert f"oci delete {container}" in oci("exec", container, "--", "true", code=1).stderr
-    assert "its guest is gone" in oci("create", container, image, "--", "true", code=2).stderr
-    oci("delete", container)
-    assert oci.left() == []
 
 
 def test_what_fails_before_a_guest_is_booted(oci: Oci, image: str, tmp_path: Path) -> None:
@@ -327,6 +280,10 @@ def test_what_fails_before_a_guest_is_booted(oci: Oci, image: str, tmp_path: Pat
 
     refused(image, "--", "nosuch", code=127, says="the image has no nosuch")
     refused(image, "--", "/bin/nosuch", code=127, says="the image has no /bin/nosuch")
+    refused(image, "--", "/etc/passwd", code=126, says="the image's /etc/passwd cannot be executed")
+    refused("--kernel-profile", "developer", image, "--", "true", code=2, says="is a bundle of the container profile")
+    refused("--volume", "../x:/x", image, "--", "true", code=2, says="is no volume")
+    refused("--volume", "x:/x", "--mount", "/tmp:/x", image, "--", "true", code=2, says="are to be at /x")
     refused(str(tmp_path / "none"), "--", "true", code=2, says="there is no image")
     refused("--mount", "/no/such/place:/x", image, "--", "true", code=2, says="does not exist")
     refused("--user", "somebody", image, "--", "true", code=2, says="no user 'somebody'")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import PATIENCE_SECS
 from tests.e2e.conftest import LOW_SH, SMALL, Cli, containers, interrupt_when
 
 
@@ -181,14 +182,14 @@ def test_interrupt_leaves_nothing(small: Cli, number: int) -> None:
 
 
 def test_interrupted_twice(small: Cli) -> None:
-    (small.root / "recipes/small/low.sh").write_text("trap '' INT TERM; sleep 100\n")
+    (small.root / "recipes/small/low.sh").write_text("trap '' INT TERM; sleep 1000\n")
     process = small.start("realize", "high")
     while not containers(small):
         assert process.poll() is None, process.communicate()
     for _ in range(5):
         process.send_signal(signal.SIGINT)
         time.sleep(0.05)
-    _out, err = process.communicate(timeout=120)
+    _out, err = process.communicate(timeout=PATIENCE_SECS)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert containers(small) == []
@@ -261,17 +262,18 @@ S = debian_source("{name}", series="1", suite="trixie")
 build("{name}", image=TOOLS_IMAGE, command=["cp", "/in/s", "/out/s"], inputs={{"s": S}})
 """
     )
-    from vzrepro import lock as locks
-    from vzrepro.evaluate import evaluate
-    from vzrepro.lock import PinnedFile, SourcePin
-    from vzrepro.model import FileHash
+    from vzrepro.base.model import FileHash
+    from vzrepro.recipe import lock as locks
+    from vzrepro.recipe.evaluate import evaluate
+    from vzrepro.recipe.lock import PinnedFile, SourcePin
+    from vzrepro.recipe.lock.writing import render
 
     lock_file = cli.root / "lock.toml"
     lock = locks.load(lock_file)
     wants = evaluate(cli.root, lock, "linux/amd64", lenient=True).wants
     (want,) = (want for want in wants if want.name == name)
     pin = SourcePin(want.request, "1.0", PinnedFile(f"mirror://debian/{path}", FileHash(sha256), size))
-    text = locks.render(locks.Lock({**lock.sources, name: pin}, lock.images, lock.crate_sets), lock_file.read_text())
+    text = render(locks.Lock({**lock.sources, name: pin}, lock.images, lock.crate_sets), lock_file.read_text())
     lock_file.write_text(text)
 
 
@@ -336,7 +338,7 @@ def test_full_disk(small: Cli, mounted: Callable[[str], Path], seeded: Path, fre
     with ballast.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, free - free_kib * 1024)
     result = cli.start("realize", "high")
-    _out, err = result.communicate(timeout=120)
+    _out, err = result.communicate(timeout=PATIENCE_SECS)
     assert result.returncode in (1, 100), err
     assert "Traceback" not in err
     assert "No space left" in err or "full" in err, err

@@ -25,10 +25,12 @@ from typing import Any
 
 import pytest
 
+from tests import PATIENCE_SECS
 from tests.e2e.conftest import Cli
-from vzrepro import image, sandbox
-from vzrepro.errors import BuildFailed, Interrupted, TimedOut, VzreproError
+from vzrepro import sandbox
+from vzrepro.base.errors import BuildFailed, Interrupted, TimedOut, VzreproError
 from vzrepro.sandbox import engine
+from vzrepro.sources import image
 
 STORE_PATH = re.compile(rb"[0-9a-df-np-sv-z]{32}-")
 EPOCH = 1767225600
@@ -509,7 +511,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from vzrepro import sandbox
-from vzrepro.errors import VzreproError
+from vzrepro.base.errors import VzreproError
 from vzrepro.sandbox import engine
 
 def terminate(_, frame):
@@ -553,7 +555,7 @@ def test_signals_end_the_container(new_job: Callable[..., sandbox.Job], signals:
     for number in signals:
         child.send_signal(number)
         time.sleep(0.02)  # so that they are not merged into one
-    assert child.wait(timeout=60) == 130
+    assert child.wait(timeout=PATIENCE_SECS) == 130
     assert containers(job.label) == []
 
 
@@ -594,7 +596,7 @@ def test_shell_opens_the_same_sandbox(new_job: Callable[..., sandbox.Job], tmp_p
             if not chunk:
                 break
             seen += chunk
-        assert shell.wait(timeout=60) == 5
+        assert shell.wait(timeout=PATIENCE_SECS) == 5
     os.close(master)
     assert b"@1000 /build 0022 r 2 content@" in seen
     assert b"make it so" in seen, "the shell shows the command it stands in for"

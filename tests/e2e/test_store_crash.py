@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from tests.crashing import Doom, ended, forked
-from vzrepro import disk, nar
-from vzrepro.errors import VzreproError
-from vzrepro.model import BuildKey, Derivation, DrvHash, ObjectInfo, StorePath, canonical_json, store_path
+from vzrepro import nar
+from vzrepro.base import disk
+from vzrepro.base.errors import VzreproError
+from vzrepro.base.model import BuildKey, Derivation, DrvHash, ObjectInfo, StorePath, canonical_json, store_path
 from vzrepro.store import LocalStore, ReadOnlyStore
 
 root_on_linux = pytest.mark.skipif(

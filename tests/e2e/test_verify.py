@@ -16,11 +16,11 @@ import pytest
 from tests.bundles import make_bundle
 from tests.e2e.conftest import Cli
 from vzrepro import nar
-from vzrepro.attest import dsse
-from vzrepro.attest.provenance import Build
-from vzrepro.attest.statement import Statement, subjects_of
+from vzrepro.base.model import BuildKey, DrvHash, store_path
 from vzrepro.cache import SigningKey
-from vzrepro.model import BuildKey, DrvHash, store_path
+from vzrepro.proof.attest import dsse
+from vzrepro.proof.attest.provenance import Build
+from vzrepro.proof.attest.statement import Statement, subjects_of
 
 KEYS = {name: SigningKey.generate(f"{name}-1") for name in ("alice", "bob", "release")}
 

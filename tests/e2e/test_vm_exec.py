@@ -179,9 +179,7 @@ def test_a_root_file_system_of_the_host(here: Cli, bundle: Path, tmp_path: Path)
     rootfs = tmp_path / "rootfs"
     (rootfs / "etc").mkdir(parents=True)
     (rootfs / "etc/issue").write_text("of the host\n")
-    done = here.run(
-        "vm", "exec", "--rootfs-dir", str(rootfs), str(bundle), "--", "/run/vz/busybox", "cat", "/etc/issue"
-    )
+    done = here.run("vm", "exec", "--rootfs-dir", str(rootfs), str(bundle), "--", "/bin/busybox", "cat", "/etc/issue")
     assert done.stdout == "of the host\n"
 
 

@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 
 from tests.bundles import make_bundle
+from tests.caches import new_cache
 from tests.e2e.conftest import Cli, make_small
 from tests.servers import CREDENTIALS, S3Server, refusing
 from vzrepro import nar
-from vzrepro.attest import dsse
-from vzrepro.attest.statement import Statement, Subject, subjects_of
-from vzrepro.cache import BinaryCache, SigningKey, TrustedKeys
+from vzrepro.base.model import DrvHash, StorePath, store_path
+from vzrepro.cache import CacheWriter, SigningKey, TrustedKeys
 from vzrepro.cache.narinfo import narinfo_key
 from vzrepro.cache.places import open_backend
 from vzrepro.cache.remote import Patience
-from vzrepro.model import DrvHash, StorePath, store_path
+from vzrepro.proof.attest import dsse
+from vzrepro.proof.attest.statement import Statement, Subject, subjects_of
 
 LIE = b"low\nThu Jan  1 00:00:01 UTC 2026\n"
 
@@ -63,10 +64,10 @@ class Crew:
             env["VZREPRO_UPLOAD_KEY"] = str(self.place / f"{key}.key")
         return Cli(self.root, home / "store", env)
 
-    def cache(self, name: str) -> BinaryCache:
+    def cache(self, name: str) -> CacheWriter:
         """A builder's cache, which it can write."""
         key = self.key(name)
-        return BinaryCache(open_backend(self.urls[name], Patience(), self.root), TrustedKeys([key.public]), key)
+        return new_cache(open_backend(self.urls[name], Patience(), self.root), TrustedKeys([key.public]), key)
 
     def policy(
         self, file: Path, *names: str, threshold: int = 2, version: int = 1, tail: str = "", **keys: str
@@ -81,7 +82,7 @@ class Crew:
 
     def statements(self, *names: str) -> bytes:
         """What these have signed about `high`, a line each."""
-        return b"".join(data + b"\n" for name in names for data in self.cache(name).attestations(self.drv_hash))
+        return b"".join(data + b"\n" for name in names for data in self.cache(name).reader.attestations(self.drv_hash))
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +113,16 @@ def crew(tmp_path_factory: pytest.TempPathFactory, seeded: Path, seaweed: S3Serv
 def lie(crew: Crew, name: str) -> None:
     """Have other bytes in somebody's cache, and everything there signed accordingly."""
     cache, key = crew.cache(name), crew.key(name)
-    info = cache.query(crew.high)
+    info = cache.reader.query(crew.high)
     assert info is not None
     tree = crew.place / f"{name}-lie"
     tree.mkdir()
     (tree / "high").write_bytes(LIE)
     nar_hash, nar_size = nar.nar_hash(tree)
-    taken = cache.fetch(info, crew.place / f"{name}-taken")
-    [honest] = cache.attestations(crew.drv_hash)
-    cache.backend.delete([narinfo_key(crew.high), *(each.key for each in cache.backend.list("attest/"))])
-    cache.backend.delete([each.key for each in cache.backend.list("build/")])
+    taken = cache.reader.fetch(info, crew.place / f"{name}-taken")
+    [honest] = cache.reader.attestations(crew.drv_hash)
+    cache.access.backend.delete([narinfo_key(crew.high), *(each.key for each in cache.access.backend.list("attest/"))])
+    cache.access.backend.delete([each.key for each in cache.access.backend.list("build/")])
     cache.push(replace(taken, nar_hash=nar_hash, nar_size=nar_size, voucher=None), tree)
     statement = Statement.of(dsse.parse(honest))
     cache.put_attestation(
@@ -194,7 +195,7 @@ def test_the_liars_bytes_are_caught(crew: Crew, user: Cli, tmp_path: Path) -> No
 
 def test_equal_numbers_on_both_sides_are_a_hard_stop(crew: Crew, user: Cli, tmp_path: Path) -> None:
     """A second liar: two operators for either result."""
-    [lied] = crew.cache("eve").attestations(crew.drv_hash)
+    [lied] = crew.cache("eve").reader.attestations(crew.drv_hash)
     statement = Statement.of(dsse.parse(lied))
     mallory = crew.key("mallory")
     predicate = json.loads(json.dumps(statement.predicate).replace(crew.key("eve").public.id, mallory.public.id))

@@ -31,7 +31,8 @@ def source(tmp_path: Path) -> Path:
         (source / path).write_bytes(content)
     (source / "kernel/config").write_text("CONFIG_ARM64=y\n")
     (source / "kernel/System.map").write_text("0 T start\n")
-    (source / "kernel/capabilities.json").write_text('["vsock", "btrfs_snapshots"]')
+    (source / "config").mkdir()
+    (source / "config/capabilities.json").write_text('["vsock", "btrfs_snapshots"]')
     (source / "metadata.json").write_text(json.dumps(METADATA, sort_keys=True))
     (source / "probes").mkdir()
     write_report(source)
@@ -94,7 +95,7 @@ def test_built_is_the_epochs_time(source: Path) -> None:
         ("metadata.json", json.dumps({**METADATA, "agent_protocol_revision": "1"}), "wanted int, found '1'"),
         ("metadata.json", json.dumps({**METADATA, "youki": None}), "youki: wanted str, found None"),
         ("metadata.json", "{", "metadata.json is not JSON"),
-        ("kernel/capabilities.json", "[]", "capabilities.json: wanted a list of names"),
+        ("config/capabilities.json", "[]", "capabilities.json: wanted a list of names"),
         ("youki/youki", "", "youki/youki is empty"),
     ],
 )

@@ -16,25 +16,27 @@ from in_toto_attestation.v1.resource_descriptor import ResourceDescriptor
 from in_toto_attestation.v1.statement import Statement as TheirStatement
 
 from tests.attestations import Shop, open_shop, put
-from vzrepro.attest import dsse
-from vzrepro.attest.audit import AuditResult, Tree, audit_statement
-from vzrepro.attest.dsse import Malformed
-from vzrepro.attest.provenance import BUILD_TYPE, NotBuiltHere, Provenance, build_of
-from vzrepro.attest.review import Keys, Standing, review
-from vzrepro.attest.shelf import HERE, Shelf, gather
-from vzrepro.attest.statement import Statement, Subject, subjects_of
-from vzrepro.attest.vsa import Summary, summary_statement
-from vzrepro.attest.witness import attest, pushed_along
-from vzrepro.cache import BinaryCache, DirectoryBackend, SigningKey, TrustedKeys
-from vzrepro.errors import HashMismatch, UsageError
-from vzrepro.model import BuildKey, Derivation, FileHash, NarHash, Outcome
+from tests.caches import new_cache
+from vzrepro.base.errors import HashMismatch, UsageError
+from vzrepro.base.model import BuildKey, Derivation, FileHash, NarHash, Outcome
+from vzrepro.cache import DirectoryBackend, SigningKey, TrustedKeys
+from vzrepro.proof.attest import dsse
+from vzrepro.proof.attest.audit import AuditResult, OutputTree, audit_statement
+from vzrepro.proof.attest.dsse import Malformed
+from vzrepro.proof.attest.provenance import BUILD_TYPE, NotBuiltHere, Provenance, build_of
+from vzrepro.proof.attest.review import review
+from vzrepro.proof.attest.shelf import HERE, Shelf, gather
+from vzrepro.proof.attest.signers import Keys, SignerStanding
+from vzrepro.proof.attest.statement import Statement, Subject, subjects_of
+from vzrepro.proof.attest.vsa import Summary, summary_statement
+from vzrepro.proof.attest.witness import attest, pushed_along
 from vzrepro.store import OLD_SECS, LocalStore
 
 KEY = SigningKey.generate("ours-1")
 TEAM = SigningKey.generate("team-1")
 STRANGER = SigningKey.generate("theirs-1")
 REVOKED = SigningKey.generate("lost-1")
-KEYS = Keys((KEY.public,), TrustedKeys([TEAM.public], revoked=[REVOKED.public]))
+KEYS = Keys((KEY.public,), (TEAM.public,), (REVOKED.public,))
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def provenance(shop: Shop) -> Statement:
 
 def result(shop: Shop, **changes: Any) -> AuditResult:
     assert shop.built.build_key is not None
-    ours = Tree(shop.built.nar_hash, shop.built.nar_size)
+    ours = OutputTree(shop.built.nar_hash, shop.built.nar_size)
     plain = AuditResult(
         path=shop.built.path,
         drv_hash=shop.drv_hash,
@@ -210,7 +212,7 @@ def test_provenance_needs_one_output(shop: Shop) -> None:
     "changes",
     [
         {},
-        {"verdict": "DIFFERS", "rebuilt": Tree(NarHash.of(b"other"), 7), "reason": "umask"},
+        {"verdict": "DIFFERS", "rebuilt": OutputTree(NarHash.of(b"other"), 7), "reason": "umask"},
         {"verdict": "BUILD_FAILED", "rebuilt": None, "reason": "exit 1", "axes": (), "held": (), "observed": {}},
     ],
 )
@@ -338,10 +340,10 @@ def test_attestations_outlive_their_object_for_a_while(tmp_path: Path) -> None:
 def test_gathering_says_where(shop: Shop, tmp_path: Path) -> None:
     ours = attest(shop.store, shop.built, KEY).envelope
     theirs = provenance(shop).signed(STRANGER)
-    cache = BinaryCache(DirectoryBackend(tmp_path / "cache"), TrustedKeys())
+    cache = new_cache(DirectoryBackend(tmp_path / "cache"), TrustedKeys())
     for envelope in (ours, theirs):
         cache.put_attestation(shop.drv_hash, envelope)
-    found = gather(shop.drv_hash, Shelf(shop.store), [cache], lambda *_: pytest.fail("the cache has not failed"))
+    found = gather(shop.drv_hash, Shelf(shop.store), [cache.reader], lambda *_: pytest.fail("the cache has not failed"))
     assert found == {ours: (HERE, cache.url), theirs: (cache.url,)}
 
 
@@ -351,13 +353,13 @@ def test_gathering_says_where(shop: Shop, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "name", "standing"),
     [
-        (KEY, "ours-1", Standing.OWN),
-        (TEAM, "team-1", Standing.TRUSTED),
-        (REVOKED, "lost-1", Standing.REVOKED),
-        (STRANGER, None, Standing.UNKNOWN),
+        (KEY, "ours-1", SignerStanding.OWN),
+        (TEAM, "team-1", SignerStanding.TRUSTED),
+        (REVOKED, "lost-1", SignerStanding.REVOKED),
+        (STRANGER, None, SignerStanding.UNKNOWN),
     ],
 )
-def test_who_signed_is_told(shop: Shop, key: SigningKey, name: str | None, standing: Standing) -> None:
+def test_who_signed_is_told(shop: Shop, key: SigningKey, name: str | None, standing: SignerStanding) -> None:
     seen = review(provenance(shop).signed(key), KEYS, shop.built)
     [signer] = seen.signers
     assert (signer.name, signer.keyid, signer.standing) == (name, key.public.id, standing)
@@ -367,14 +369,14 @@ def test_who_signed_is_told(shop: Shop, key: SigningKey, name: str | None, stand
 def test_a_key_id_that_is_borrowed_is_told(shop: Shop) -> None:
     data = provenance(shop).signed(STRANGER).replace(STRANGER.public.id.encode(), TEAM.public.id.encode())
     [signer] = review(data, KEYS, shop.built).signers
-    assert (signer.name, signer.standing) == ("team-1", Standing.FORGED)
+    assert (signer.name, signer.standing) == ("team-1", SignerStanding.FORGED)
 
 
 def test_another_result_is_told(shop: Shop) -> None:
     ours = replace(shop.built, nar_hash=NarHash.of(b"ours"))
     assert review(provenance(shop).signed(TEAM), KEYS, ours).agrees is False
     assert review(provenance(shop).signed(TEAM), KEYS, None).agrees is None
-    differs = audited(shop, verdict="DIFFERS", rebuilt=Tree(NarHash.of(b"other"), 7), reason="it differs")
+    differs = audited(shop, verdict="DIFFERS", rebuilt=OutputTree(NarHash.of(b"other"), 7), reason="it differs")
     seen = review(differs.signed(TEAM), KEYS, shop.built)
     assert (seen.kind, seen.agrees, seen.result) == ("audit", False, NarHash.of(b"other"))
     assert seen.detail == "DIFFERS, varied: host-name, umask"

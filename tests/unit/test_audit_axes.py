@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vzrepro import sandbox
-from vzrepro.audit import observed
-from vzrepro.audit.axes import AXES
-from vzrepro.audit.changes import World, baseline
+from vzrepro.proof.audit import observed
+from vzrepro.proof.audit.axes import AXES
+from vzrepro.proof.audit.changes import World, baseline
 from vzrepro.sandbox.confine import run_arguments
 
 IMAGE = "sha256:" + "ab" * 32
@@ -215,7 +217,7 @@ def test_without_the_tools_nothing_is_changed_and_nothing_available(
     new_job: Callable[..., sandbox.Job], world: World
 ) -> None:
     for job, here, why in (
-        (new_job(), replace(world, tools=None), "vzrepro realize audit-tools"),
+        (new_job(), replace(world, tools=None), "audit-tools is not there"),
         (new_job(platform="linux/arm64"), world, "linux/arm64"),
     ):
         assert baseline(job, here) == job
@@ -362,6 +364,20 @@ def test_only_the_observers_line_is_read() -> None:
 )
 def test_when_an_axis_took_effect(name: str, changes: dict[str, str], effective: bool) -> None:
     assert BY_NAME[name].took_effect(SEEN, {**SEEN, **changes}) is effective
+
+
+SAID = st.text(st.sampled_from("0123456789.-xabcdef:é "), max_size=8) | st.sampled_from(
+    ["9" * 5000, "9" * 18, "-1.0", ""]
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(SEEN)), SAID), st.sets(st.sampled_from(sorted(SEEN))))
+def test_whatever_a_builder_pretends_to_have_seen_is_text_or_nothing(said: dict[str, str], gone: set[str]) -> None:
+    seen = {name: value for name, value in {**SEEN, **said}.items() if name not in gone}
+    for axis in AXES:
+        found = axis.seen(seen)
+        assert found is None or isinstance(found, str)
+        assert axis.took_effect(SEEN, seen) in (True, False)
 
 
 def test_when_an_axis_was_held() -> None:

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from vzrepro import cli, lock, sandbox
-from vzrepro.audit.records import Records
-from vzrepro.cache.signing import SigningKey
+from vzrepro import cli, sandbox
+from vzrepro.base.errors import NotDeterministic
+from vzrepro.base.signing import SigningKey
 from vzrepro.cli import audit
-from vzrepro.errors import NotDeterministic
-from vzrepro.evaluate import evaluate
+from vzrepro.proof.audit.records import Records
+from vzrepro.recipe import lock
+from vzrepro.recipe.evaluate import evaluate
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECIPE = """

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from vzrepro.audit import blame
-from vzrepro.audit.blame import LOOK, AxisPlan, Case, Ending, Experiment, Judgement, Result
-from vzrepro.audit.model import REPEAT, Explanation, Verdict
-from vzrepro.audit.records import Asked, Collected, Record, Records, expected_secs
-from vzrepro.errors import UsageError
+from vzrepro.base.errors import UsageError
+from vzrepro.proof.audit import blame
+from vzrepro.proof.audit.blame import LOOK, AxisPlan, Case, Ending, Experiment, ExperimentResult, Judgement
+from vzrepro.proof.audit.model import REPEAT, Explanation, Verdict
+from vzrepro.proof.audit.records import RebuildRequest, Record, Records, RemovedRecords, expected_secs
 from vzrepro.store import OLD_SECS
 
 PLAIN = ("host-name", "user", "umask")
 NOISE = ("clock", "randomness")
 
-Build = Callable[[Experiment], Result]
+Build = Callable[[Experiment], ExperimentResult]
 
 
 def _axes(**changes: AxisPlan) -> tuple[AxisPlan, ...]:
@@ -46,7 +46,7 @@ def _case(**changes: object) -> Case:
 
 def _audit(case: Case, build: Build) -> tuple[Judgement, list[Experiment]]:
     """Make what is asked for until there is a judgement; also, in order, all that was made."""
-    done: dict[Experiment, Result] = {}
+    done: dict[Experiment, ExperimentResult] = {}
     for _ in range(30):
         answer = blame.judge(case, done)
         if isinstance(answer, Judgement):
@@ -61,11 +61,11 @@ def _leaking(*leaks: str, noise: Iterable[str] = (), registered: str = "good", d
     """A build that tells the axes of `leaks`, and what is in `noise`, which is never the same twice unless held."""
     counter = itertools.count()
 
-    def build(experiment: Experiment) -> Result:
+    def build(experiment: Experiment) -> ExperimentResult:
         told = [f"{name} {experiment.round}" for name in experiment.axes if name in leaks and name not in dead]
         told += [f"{name} {next(counter)}" for name in noise if name not in experiment.held]
         told += [f"{name} held" for name in noise if name in experiment.held]
-        return Result(Ending.BUILT, ", ".join(told) or registered, observed=_seen(experiment, dead))
+        return ExperimentResult(Ending.BUILT, ", ".join(told) or registered, observed=_seen(experiment, dead))
 
     return build
 
@@ -123,13 +123,13 @@ def test_noise_that_nothing_holds_has_no_cause() -> None:
 def test_noise_that_the_first_rebuild_did_not_meet_blames_no_axis() -> None:
     """A race that is mostly won: one axis's rebuild loses it, and so do others with nothing varied."""
 
-    def build(experiment: Experiment) -> Result:
+    def build(experiment: Experiment) -> ExperimentResult:
         lost = experiment == Experiment(("user",)) or (not experiment.axes and experiment.attempt == 1)
         held = "cores" in experiment.held
         value = "good" if held or not lost else f"race {experiment}"
         if experiment.held and not held:
             value = f"race {experiment}"
-        return Result(Ending.BUILT, value, observed=_seen(experiment))
+        return ExperimentResult(Ending.BUILT, value, observed=_seen(experiment))
 
     judgement, _ = _audit(_case(axes=_axes(cores=AxisPlan("cores", holds=True))), build)
     assert judgement.causes == ("cores",)
@@ -141,9 +141,9 @@ def test_an_axis_that_lets_in_noise_is_the_cause() -> None:
     """More jobs at once than one, for instance, and they end in any order."""
     counter = itertools.count()
 
-    def build(experiment: Experiment) -> Result:
+    def build(experiment: Experiment) -> ExperimentResult:
         value = f"odd {next(counter)}" if "user" in experiment.axes else "good"
-        return Result(Ending.BUILT, value, observed=_seen(experiment))
+        return ExperimentResult(Ending.BUILT, value, observed=_seen(experiment))
 
     judgement, made = _audit(_case(), build)
     assert judgement.causes == ("user",), "what agrees with nothing held is not to blame"
@@ -153,9 +153,9 @@ def test_an_axis_that_lets_in_noise_is_the_cause() -> None:
 
 
 def test_an_axis_that_differs_only_once_is_not_believed() -> None:
-    def build(experiment: Experiment) -> Result:
+    def build(experiment: Experiment) -> ExperimentResult:
         odd = experiment == Experiment(("user",))
-        return Result(Ending.BUILT, "odd" if odd else "good", observed=_seen(experiment))
+        return ExperimentResult(Ending.BUILT, "odd" if odd else "good", observed=_seen(experiment))
 
     judgement, made = _audit(_case(), build)
     assert judgement.causes == ()
@@ -168,9 +168,9 @@ def test_an_axis_that_differs_only_once_is_not_believed() -> None:
 @pytest.mark.parametrize("ending", [Ending.LOST, Ending.FAILED])
 @pytest.mark.parametrize("unconfirmed", [Experiment(("user",), attempt=1), Experiment(attempt=1)])
 def test_an_axis_is_no_cause_before_it_is_confirmed(ending: Ending, unconfirmed: Experiment) -> None:
-    def build(experiment: Experiment) -> Result:
+    def build(experiment: Experiment) -> ExperimentResult:
         if experiment == unconfirmed:
-            return Result(ending, reason="out of time")
+            return ExperimentResult(ending, reason="out of time")
         return _leaking("user")(experiment)
 
     judgement, _ = _audit(_case(), build)
@@ -184,11 +184,11 @@ def test_an_axis_is_no_cause_before_it_is_confirmed(ending: Ending, unconfirmed:
 
 
 def test_a_failing_axis_is_told_of_amid_noise() -> None:
-    def build(experiment: Experiment) -> Result:
+    def build(experiment: Experiment) -> ExperimentResult:
         if "umask" in experiment.axes:
-            return Result(Ending.FAILED, reason="exit code 1", observed=_seen(experiment))
+            return ExperimentResult(Ending.FAILED, reason="exit code 1", observed=_seen(experiment))
         odd = "user" in experiment.axes or (not experiment.axes and not experiment.held and experiment.attempt)
-        return Result(Ending.BUILT, f"odd {experiment}" if odd else "good", observed=_seen(experiment))
+        return ExperimentResult(Ending.BUILT, f"odd {experiment}" if odd else "good", observed=_seen(experiment))
 
     judgement, _ = _audit(_case(), build)
     assert judgement.findings["umask"].verdict is Verdict.BUILD_FAILED
@@ -201,9 +201,11 @@ def test_coin_flips_are_mostly_traced_to_what_flips_them() -> None:
     for seed in range(300):
         coins = random.Random(seed)
 
-        def build(experiment: Experiment, coins: random.Random = coins) -> Result:
+        def build(experiment: Experiment, coins: random.Random = coins) -> ExperimentResult:
             held = "randomness" in experiment.held
-            return Result(Ending.BUILT, "good" if held or coins.random() < 0.5 else "bad", observed=_seen(experiment))
+            return ExperimentResult(
+                Ending.BUILT, "good" if held or coins.random() < 0.5 else "bad", observed=_seen(experiment)
+            )
 
         causes = _audit(_case(), build)[0].causes
         right += causes == ("randomness",)
@@ -229,9 +231,9 @@ def test_an_output_that_was_made_from_other_inputs_says_so() -> None:
 def test_an_axis_that_gives_the_registered_output_is_the_cause() -> None:
     """It was registered by a build whose host name was what the axis makes it."""
 
-    def build(experiment: Experiment) -> Result:
+    def build(experiment: Experiment) -> ExperimentResult:
         value = "good" if "host-name" in experiment.axes else "other"
-        return Result(Ending.BUILT, value, observed=_seen(experiment))
+        return ExperimentResult(Ending.BUILT, value, observed=_seen(experiment))
 
     judgement, _ = _audit(_case(), build)
     assert judgement.causes == ("host-name",)
@@ -239,10 +241,10 @@ def test_an_axis_that_gives_the_registered_output_is_the_cause() -> None:
 
 
 def test_a_failing_axis_is_no_difference() -> None:
-    def build(experiment: Experiment) -> Result:
+    def build(experiment: Experiment) -> ExperimentResult:
         if "umask" in experiment.axes:
-            return Result(Ending.FAILED, reason="exit code 1", observed=_seen(experiment))
-        return Result(Ending.BUILT, "good", observed=_seen(experiment))
+            return ExperimentResult(Ending.FAILED, reason="exit code 1", observed=_seen(experiment))
+        return ExperimentResult(Ending.BUILT, "good", observed=_seen(experiment))
 
     judgement, _ = _audit(_case(), build)
     assert judgement.verdict is Verdict.BUILD_FAILED
@@ -256,7 +258,7 @@ def test_a_failing_axis_is_no_difference() -> None:
     ("ending", "verdict"), [(Ending.FAILED, Verdict.BUILD_FAILED), (Ending.LOST, Verdict.INCONCLUSIVE)]
 )
 def test_without_an_output_with_nothing_varied_no_axis_is_tried(ending: Ending, verdict: Verdict) -> None:
-    judgement, made = _audit(_case(), lambda _experiment: Result(ending, reason="no way"))
+    judgement, made = _audit(_case(), lambda _experiment: ExperimentResult(ending, reason="no way"))
     assert made == [LOOK, Experiment()]
     assert judgement.verdict is verdict
     assert judgement.findings[REPEAT].reason == "no way"
@@ -273,9 +275,9 @@ def test_an_axis_without_effect_is_inconclusive() -> None:
 def _effective_from(first: int) -> Build:
     """A good build in surroundings where an axis shows only from a certain round on."""
 
-    def build(experiment: Experiment) -> Result:
+    def build(experiment: Experiment) -> ExperimentResult:
         seen = {name: experiment.round for name in experiment.axes if experiment.round >= first or name != "user"}
-        return Result(Ending.BUILT, "good", observed={name: str(value + 1) for name, value in seen.items()})
+        return ExperimentResult(Ending.BUILT, "good", observed={name: str(value + 1) for name, value in seen.items()})
 
     return build
 
@@ -298,7 +300,7 @@ def test_another_value_is_tried_where_the_first_has_no_effect() -> None:
 
 
 def test_another_value_may_be_the_one_that_differs() -> None:
-    def build(experiment: Experiment) -> Result:
+    def build(experiment: Experiment) -> ExperimentResult:
         result = _effective_from(2)(experiment)
         return dataclasses.replace(result, nar_hash="bad") if "user" in experiment.axes and experiment.round else result
 
@@ -308,7 +310,7 @@ def test_another_value_may_be_the_one_that_differs() -> None:
 
 
 def test_an_axis_that_was_not_observed_is_inconclusive() -> None:
-    judgement, _ = _audit(_case(), lambda _experiment: Result(Ending.BUILT, "good"))
+    judgement, _ = _audit(_case(), lambda _experiment: ExperimentResult(Ending.BUILT, "good"))
     assert judgement.findings[REPEAT].verdict is Verdict.REPRODUCED
     assert judgement.findings["umask"].verdict is Verdict.INCONCLUSIVE
 
@@ -317,16 +319,16 @@ def test_what_is_unavailable_or_held_is_neither_tried_nor_passed() -> None:
     axes = _axes(user=AxisPlan("user", excuse="not here"), umask=AxisPlan("umask", held="by contract"))
     judgement, made = _audit(_case(axes=axes), _leaking())
     assert {name for each in made for name in each.axes} == {"host-name", "clock"}
-    assert judgement.findings["user"] == blame.Finding(Verdict.INCONCLUSIVE, "not here")
+    assert judgement.findings["user"] == blame.CellFinding(Verdict.INCONCLUSIVE, "not here")
     assert judgement.findings["umask"].verdict is Verdict.UNTESTED
     assert judgement.findings["umask"].held == "by contract"
     assert judgement.verdict is Verdict.REPRODUCED, "on all that could be tried"
 
 
 def test_rounds_try_as_many_values() -> None:
-    def build(experiment: Experiment) -> Result:
+    def build(experiment: Experiment) -> ExperimentResult:
         value = "third" if "user" in experiment.axes and experiment.round == 2 else "good"
-        return Result(Ending.BUILT, value, observed=_seen(experiment))
+        return ExperimentResult(Ending.BUILT, value, observed=_seen(experiment))
 
     judgement, made = _audit(_case(rounds=2), build)
     assert judgement.verdict is Verdict.REPRODUCED
@@ -369,8 +371,8 @@ def test_quick_counts_only_axes_that_took_effect() -> None:
     ("ending", "verdict"), [(Ending.FAILED, Verdict.BUILD_FAILED), (Ending.LOST, Verdict.INCONCLUSIVE)]
 )
 def test_quick_that_gives_no_output(ending: Ending, verdict: Verdict) -> None:
-    def build(experiment: Experiment) -> Result:
-        return Result(ending if experiment.builds else Ending.BUILT, reason="no way", observed={})
+    def build(experiment: Experiment) -> ExperimentResult:
+        return ExperimentResult(ending if experiment.builds else Ending.BUILT, reason="no way", observed={})
 
     judgement, _ = _audit(_case(quick=True), build)
     assert judgement.verdict is verdict
@@ -392,7 +394,7 @@ def test_labels() -> None:
 
 
 def _record(**changes: object) -> Record:
-    asked = Asked("d" * 64, "b" * 64, "a" * 64, "0123456789abcdef", {"user": 1}, {}, 0, 0)
+    asked = RebuildRequest("d" * 64, "b" * 64, "a" * 64, "0123456789abcdef", {"user": 1}, {}, 0, 0)
     record = Record(
         asked, Ending.BUILT, "a" * 64, 120, "2026-01-01T00:00:00Z", "2026-01-01T00:00:07Z", 7000, None, {"user": "1:1"}
     )
@@ -509,13 +511,13 @@ def test_what_belongs_to_no_object_is_removed(tmp_path: Path) -> None:
     names = _names(records)
     assert len(names) == 3
     sizes = sum((records.root / name).stat().st_size for name in names)
-    assert records.collect({"d" * 64}) == Collected((), 0)
-    assert records.collect(set(), dry_run=True) == Collected(tuple(names), sizes)
+    assert records.collect({"d" * 64}) == RemovedRecords((), 0)
+    assert records.collect(set(), dry_run=True) == RemovedRecords(tuple(names), sizes)
     assert _names(records) == names
-    assert records.collect(set()) == Collected(tuple(names), sizes)
+    assert records.collect(set()) == RemovedRecords(tuple(names), sizes)
     assert _names(records) == []
     assert not (records.root / "rebuilds" / ("d" * 64)).exists()
-    assert Records(tmp_path / "nothing", pytest.fail).collect(set()) == Collected((), 0)
+    assert Records(tmp_path / "nothing", pytest.fail).collect(set()) == RemovedRecords((), 0)
 
 
 def test_what_is_young_stays_and_what_it_names(tmp_path: Path) -> None:

@@ -15,24 +15,28 @@ from typing import Any, cast
 
 import pytest
 
-from vzrepro import events, nar, sandbox
-from vzrepro.attest import dsse
-from vzrepro.attest.shelf import Shelf
-from vzrepro.attest.statement import Statement
-from vzrepro.audit import blame, rebuild
-from vzrepro.audit.axes import AXES, Axis
-from vzrepro.audit.blame import Ending
-from vzrepro.audit.changes import World
-from vzrepro.audit.engine import Audit, Found, Request, Subject
-from vzrepro.audit.model import Verdict
-from vzrepro.audit.rebuild import Rebuilder
-from vzrepro.audit.records import Asked, Record, Records
-from vzrepro.audit.statements import Signer
-from vzrepro.cache.signing import SigningKey
-from vzrepro.errors import BuildFailed, HashMismatch, Interrupted, RemoteError, TimedOut, UsageError, VzreproError
-from vzrepro.model import Derivation, ObjectInfo, store_path
-from vzrepro.realize import Realizer
-from vzrepro.recipe import Node
+from tests import PATIENCE_SECS
+from vzrepro import nar, sandbox
+from vzrepro.base.errors import BuildFailed, HashMismatch, Interrupted, RemoteError, TimedOut, UsageError, VzreproError
+from vzrepro.base.model import Derivation, ObjectInfo, store_path
+from vzrepro.base.signing import SigningKey
+from vzrepro.proof.attest import dsse
+from vzrepro.proof.attest.shelf import Shelf
+from vzrepro.proof.attest.statement import Statement
+from vzrepro.proof.audit import blame, rebuild
+from vzrepro.proof.audit.axes import AXES, Axis
+from vzrepro.proof.audit.blame import Ending
+from vzrepro.proof.audit.changes import World
+from vzrepro.proof.audit.engine import Audit, AuditOutcome, AuditSubject, Request
+from vzrepro.proof.audit.model import Verdict
+from vzrepro.proof.audit.rebuild import Rebuilder
+from vzrepro.proof.audit.records import RebuildRequest, Record, Records
+from vzrepro.proof.audit.statements import StatementSigner
+from vzrepro.realize.inventory import Inventory
+from vzrepro.realize.maker import Inputs, Maker
+from vzrepro.realize.realizer import Realizer
+from vzrepro.recipe.graph import DrvGraph, Node
+from vzrepro.sources.fetch import Mirrors
 from vzrepro.store import LocalStore
 
 HOST, UMASK = (axis for axis in AXES if axis.name in ("host-name", "umask"))
@@ -51,6 +55,18 @@ def _write(tree: Path, content: str) -> None:
     (tree / "x").write_text(content)
 
 
+class LabMaker(Maker):
+    """A maker whose jobs have no image."""
+
+    loaded: list[str]
+
+    def job(self, node: Node, inputs: Inputs, scratch: Path) -> sandbox.Job:
+        return sandbox.Job(node.target, "sha256:0", ("make",), scratch, scratch / "log", 0, 1)
+
+    def load_image(self, node: Node, inputs: Inputs) -> None:
+        self.loaded.append(node.target)
+
+
 class Lab:
     """A store with the node `thing`, which is made from `source`, and audits of it."""
 
@@ -66,7 +82,7 @@ class Lab:
         self.fresh = False
         self.builder = "0123456789abcdef"
         self.explain: Callable[..., str | None] = lambda *_: None
-        self.sign: Callable[[Subject, Record], str] = lambda *_: "0" * 64
+        self.sign: Callable[[AuditSubject, Record], str] = lambda *_: "0" * 64
         self.made: list[str] = []
         self.loaded: list[str] = []
         self.warnings: list[str] = []
@@ -98,7 +114,9 @@ class Lab:
     def good(self, _what: str, job: sandbox.Job) -> None:
         _write(job.out, f"from {(self.store.location(self.source.path) / 'x').read_text()}")
 
-    def run_sandbox(self, job: sandbox.Job, *, on_line: Callable[[str], None], stop: threading.Event) -> None:
+    def run_sandbox(
+        self, job: sandbox.Job, *, on_line: Callable[[str], None], stop: threading.Event
+    ) -> sandbox.RunLimits:
         around = job.surroundings
         varied = [HOST.name] * (around.hostname != "localhost") + [UMASK.name] * (around.umask != 0o022)
         seen = {"umask": f"{around.umask:03o}", "host": around.hostname, "domain": str(around.domainname)}
@@ -108,27 +126,25 @@ class Lab:
             what = varied[0] if varied else "repeat"
             self.made.append(what)
             self.build(what, job)
+        return sandbox.RunLimits(job, stop)
 
     def realizer(self) -> Realizer:
         nodes = {node.drv_hash: node for node in (self.source, self.thing)}
+        maker = LabMaker(
+            self.store, cast(Any, SimpleNamespace(build_jobs=lambda: 2)), Mirrors({}), None, self.store.add
+        )
+        maker.loaded = self.loaded
         made = SimpleNamespace(
-            graph=SimpleNamespace(nodes=nodes, closure=lambda _targets: list(nodes.values())),
+            graph=DrvGraph(self.store.root, {"thing": self.thing}, nodes, (), frozenset()),
+            inventory=Inventory(self.store, ()),
+            maker=maker,
             store=self.store,
-            config=SimpleNamespace(build_jobs=lambda: 2),
-            mirrors=None,
-            snapshot=None,
-            stop=threading.Event(),
-            report=events.ignore,
-            have=self.store.query_many,
+            config=maker.config,
+            stop=maker.stop,
+            report=maker.report,
             realize=lambda nodes: nodes,
-            expected_secs=lambda _target, _verb: None,
-            load_image=lambda node: self.loaded.append(node.target),
-            job=self.job,
         )
         return cast(Realizer, made)
-
-    def job(self, _node: Node, scratch: Path) -> sandbox.Job:
-        return sandbox.Job("thing", "sha256:0", ("make",), scratch, scratch / "log", 0, 1)
 
     def audit(self) -> Audit:
         axes = {axis.name: axis for axis in self.axes}
@@ -145,12 +161,12 @@ class Lab:
     def records(self) -> Records:
         return Records(self.store.root / ".vzrepro" / "audit", self.warnings.append)
 
-    def run(self) -> Found:
+    def run(self) -> AuditOutcome:
         self.made.clear()
         return self.audit().run()
 
 
-def verdicts(found: Found) -> Mapping[str, str]:
+def verdicts(found: AuditOutcome) -> Mapping[str, str]:
     judgement = found.subjects[0].judgement
     assert judgement is not None
     return {name: finding.verdict.value for name, finding in judgement.findings.items()}
@@ -266,7 +282,7 @@ def test_what_is_registered_counts_not_what_became_of_it(lab: Lab) -> None:
 
 def test_of_a_corrupt_output_no_file_is_signed(lab: Lab) -> None:
     key = SigningKey.generate("ours")
-    lab.sign = Signer(lab.store, key, {}, {}, (), lab.warnings.append).sign
+    lab.sign = StatementSigner(lab.store, key, {}, {}, (), lab.warnings.append).sign
     lab.axes = ()
     named = []
     for _ in range(2):
@@ -276,7 +292,7 @@ def test_of_a_corrupt_output_no_file_is_signed(lab: Lab) -> None:
         named.append(sorted(Statement.of(dsse.parse(envelope)).files))
         lab.corrupt(lab.thing)
         lab.fresh = True
-        lab.sign = Signer(lab.store, key, {}, {}, (), lab.warnings.append).sign
+        lab.sign = StatementSigner(lab.store, key, {}, {}, (), lab.warnings.append).sign
     assert named == [["x"], []]
     assert len(lab.warnings) == 1
     assert "thing is corrupt" in lab.warnings[0]
@@ -285,13 +301,17 @@ def test_of_a_corrupt_output_no_file_is_signed(lab: Lab) -> None:
 def test_an_interrupt_keeps_what_was_found(lab: Lab) -> None:
     """What ends by itself after Ctrl-C counts as well."""
     realizers: list[Realizer] = []
+    both = threading.Event()
 
     def build(what: str, job: sandbox.Job) -> None:
         if what == "umask":
+            # The main thread has begun both by then: it is not in the middle of starting the other one's thread.
+            assert both.wait(PATIENCE_SECS)
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-            assert realizers[0].stop.wait(10)
+            assert realizers[0].stop.wait(PATIENCE_SECS)
         if what == "host-name":
-            assert realizers[0].stop.wait(10)
+            both.set()
+            assert realizers[0].stop.wait(PATIENCE_SECS)
             raise Interrupted("interrupted")
         lab.good(what, job)
 
@@ -320,13 +340,16 @@ def test_an_interrupt_stops_hashing(lab: Lab) -> None:
 def test_a_bug_does_not_wait_for_hours(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     def judge(_case: object, done: object) -> object:
         if done:
+            assert building.wait(PATIENCE_SECS)
             raise AssertionError("a bug")
         return (blame.LOOK, blame.Experiment())
 
     def build(_what: str, _job: sandbox.Job) -> None:
-        stopped.append(audit.rebuilder.realizer.stop.wait(10))
+        building.set()
+        stopped.append(audit.rebuilder.realizer.stop.wait(PATIENCE_SECS))
         raise Interrupted("interrupted")
 
+    building = threading.Event()
     stopped: list[bool] = []
     monkeypatch.setattr(blame, "judge", judge)
     lab.build = build
@@ -340,7 +363,7 @@ def test_two_audits_at_once(lab: Lab) -> None:
     both = threading.Barrier(2)
 
     def build(what: str, job: sandbox.Job) -> None:
-        both.wait(10)
+        both.wait(PATIENCE_SECS)
         lab.good(what, job)
 
     lab.build = build
@@ -385,7 +408,7 @@ def test_the_engine_is_asked_for_an_image_now_and_then(lab: Lab, monkeypatch: py
     lab.build = build
     rebuilder, records = lab.audit().rebuilder, []
     for axes in ((), (), ("umask",), ("umask",), ("host-name",), ("umask",)):
-        asked = Asked("d" * 64, "", _registered(lab), "", dict.fromkeys(axes, 1), {}, 0, 0)
+        asked = RebuildRequest("d" * 64, "", _registered(lab), "", dict.fromkeys(axes, 1), {}, 0, 0)
         before = len(lab.loaded)
         record = rebuilder.build(lab.thing, asked, say=lambda _: None, keep_log=lambda _: None, compare=lambda *_: None)
         records.append((record.ending, len(lab.loaded) - before))
@@ -406,7 +429,7 @@ def image(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Lab:
         lab.made.append("image")
         lab.build("image", cast(sandbox.Job, SimpleNamespace(out=tree)))
 
-    monkeypatch.setattr(rebuild.image, "write_image", write)
+    monkeypatch.setattr("vzrepro.sources.image.write_image", write)
     return lab
 
 

@@ -11,18 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from vzrepro.vm.bench import (
+from vzrepro.base import events
+from vzrepro.guest.vm.bench import (
     PHASES,
+    BenchedBundle,
+    BenchReport,
     Boot,
     Distribution,
     Label,
-    Report,
-    Subject,
+    Options,
+    console,
     distribution,
     durations,
     ratio,
 )
-from vzrepro.vm.bench_page import page
+from vzrepro.guest.vm.bench_page import page
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "bench.schema.json"
 
@@ -75,10 +78,10 @@ def test_no_time_has_no_ratio() -> None:
     assert ratio([0.0, 0.0], [1.0]).ratio is None
 
 
-def _report(names: tuple[str, ...] = ("one",), *, error: str | None = None) -> Report:
+def _report(names: tuple[str, ...] = ("one",), *, error: str | None = None) -> BenchReport:
     labels: list[Label] = ["a", "b"]
     boots: list[Boot] = []
-    subjects: list[Subject] = []
+    subjects: list[BenchedBundle] = []
     for label, name in zip(labels, names, strict=False):
         times = {phase: [0.5 + number / 10 for number in range(4)] for phase in PHASES}
         boots += [
@@ -92,7 +95,7 @@ def _report(names: tuple[str, ...] = ("one",), *, error: str | None = None) -> R
             for number in range(4)
         ]
         subjects.append(
-            Subject(
+            BenchedBundle(
                 label=label,
                 name=name,
                 kernel_bytes=10_000_000,
@@ -103,7 +106,7 @@ def _report(names: tuple[str, ...] = ("one",), *, error: str | None = None) -> R
         )
     if error is not None:
         boots.append(Boot(bundle="a", number=9, durations={"kernel": 1.0}, http=None, error=error))
-    return Report(
+    return BenchReport(
         started="2026-01-01T00:00:00Z",
         host="2 cores",
         iterations=4,
@@ -152,7 +155,7 @@ def test_the_page_refers_to_nothing_and_holds_its_data() -> None:
     assert "url(" not in text and "@import" not in text
     found = re.search(r'<script type="application/json" id="report">(.*?)</script>', text, re.DOTALL)
     assert found is not None
-    assert Report.model_validate_json(found[1].replace("<\\/", "</")) == report
+    assert BenchReport.model_validate_json(found[1].replace("<\\/", "</")) == report
     assert text.count("<circle") == len(PHASES) * len(report.boots)
 
 
@@ -173,8 +176,22 @@ def test_a_run_in_which_every_boot_failed_has_a_page() -> None:
 
 def test_the_schema_in_the_documentation_is_the_reports() -> None:
     """To write it anew: python -m tests.unit.test_bench"""
-    assert json.loads(SCHEMA.read_text(encoding="utf-8")) == Report.model_json_schema()
+    assert json.loads(SCHEMA.read_text(encoding="utf-8")) == BenchReport.model_json_schema()
 
 
 if __name__ == "__main__":
-    SCHEMA.write_text(json.dumps(Report.model_json_schema(), indent=2) + "\n", encoding="utf-8")
+    SCHEMA.write_text(json.dumps(BenchReport.model_json_schema(), indent=2) + "\n", encoding="utf-8")
+
+
+def test_a_console_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "0001-a.log").symlink_to("/dev/full")
+    said: list[events.Event] = []
+    options = Options(iterations=1, timeout_secs=1, console_directory=tmp_path)
+    with console(options, "0001-a.log", 1, said.append) as on_console:
+        on_console("one")
+        on_console("two")
+    [notice] = said
+    assert isinstance(notice, events.Notice)
+    assert (
+        notice.message == f"boot 1: its console could not be written to {tmp_path}/0001-a.log: No space left on device"
+    )

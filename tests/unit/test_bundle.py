@@ -1,43 +1,28 @@
-"""What a bundle is checked for, where one is looked for and in which order, what installing does to what is there."""
+"""What a bundle is checked for, where one is looked for, and in which order."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import stat
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import vzrepro
-from tests.bundles import CONTENT, make_bundle
-from vzrepro import bundle as bundles
-from vzrepro.bundle import (
-    Installed,
+from tests.bundles import CONTAINER, CONTENT, DEVELOPER, FOUR, find, make_bundle, make_surroundings, names
+from vzrepro.base.errors import HashMismatch, UsageError, VzreproError
+from vzrepro.guest import bundle as bundles
+from vzrepro.guest.bundle import (
+    BundleRequirements,
+    HostSurroundings,
+    Installation,
     KernelBundleOptions,
-    KernelPaths,
     KernelProfile,
     Resolution,
-    RuntimeConfig,
-    Surroundings,
-    Wanted,
     examine,
-    install,
     resolve,
     verify,
 )
-from vzrepro.errors import HashMismatch, UsageError, VzreproError
-
-DEVELOPER, CONTAINER = KernelProfile.DEVELOPER, KernelProfile.CONTAINER
-FOUR = ["initramfs.img", "version.json", "vmlinux", "youki"]
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
-
+from vzrepro.guest.metadata import AGENT_VERSION
 
 # --- checking one
 
@@ -106,53 +91,76 @@ def test_files_without_a_declared_checksum_are_taken_as_they_are(tmp_path: Path)
     assert examine(place).digests["youki"] == hashlib.sha256(b"any").hexdigest()
 
 
+def test_a_checksum_in_capitals_is_the_same(tmp_path: Path) -> None:
+    capitals = {f"sha256_{name}": hashlib.sha256(CONTENT[name]).hexdigest().upper() for name in ("vmlinux", "youki")}
+    assert len(examine(make_bundle(tmp_path / "b", **capitals)).digests) == 4
+
+
+def test_a_checksum_that_is_none_is_a_mismatch(tmp_path: Path) -> None:
+    with pytest.raises(HashMismatch, match=r"expected: sha256 abc\n") as caught:
+        examine(make_bundle(tmp_path / "b", sha256_youki="abc"))
+    assert caught.value.exit_code == 102
+
+
 def test_what_a_caller_asks_for(tmp_path: Path) -> None:
     found = examine(make_bundle(tmp_path / "b", "container", agent="9.9.9", agent_protocol_revision=2))
-    Wanted().check(found)
-    Wanted(CONTAINER, frozenset({"nfsd"})).check(found)
+    BundleRequirements().check(found)
+    BundleRequirements(CONTAINER, frozenset({"nfsd"})).check(found)
     with pytest.raises(VzreproError, match=r"is of another profile\n  reason: wanted: developer; found: container"):
-        Wanted(DEVELOPER).check(found)
+        BundleRequirements(DEVELOPER).check(found)
     with pytest.raises(VzreproError, match=r"does not declare nested_virt, tun\n  reason: declared: btrfs_snapshots, "):
-        Wanted(capabilities=frozenset({"tun", "nested_virt", "vsock"})).check(found)
+        BundleRequirements(capabilities=frozenset({"tun", "nested_virt", "vsock"})).check(found)
     with pytest.raises(VzreproError, match=r"has another guest agent\n  reason: wanted: 0.*; found: 9\.9\.9"):
-        Wanted(exact_agent=True).check(found)
+        BundleRequirements(exact_agent=True).check(found)
     found = examine(make_bundle(tmp_path / "c", "container", agent_protocol_revision=2))
     with pytest.raises(VzreproError, match=r"another revision of the agent's protocol\n  reason: wanted: 1; found: 2"):
-        Wanted(exact_agent=True).check(found)
+        BundleRequirements(exact_agent=True).check(found)
+
+
+@pytest.mark.parametrize("agent", [AGENT_VERSION, "9.9.9"])
+def test_old_hosts_and_new_bundles_are_told_the_revision(tmp_path: Path, agent: str) -> None:
+    for revision in (0, 2):
+        found = examine(make_bundle(tmp_path / "b", agent=agent, agent_protocol_revision=revision))
+        with pytest.raises(VzreproError) as caught:
+            BundleRequirements(exact_agent=True).check(found)
+        assert f"needs a host that speaks revision {revision}, and this one speaks 1;" in (caught.value.hint or "")
+
+
+def test_a_missing_revision_passes_when_the_agent_need_not_be_exact(tmp_path: Path) -> None:
+    found = examine(make_bundle(tmp_path / "b", agent_protocol_revision=None))
+    BundleRequirements(DEVELOPER).check(found)
+    with pytest.raises(VzreproError, match=r"wanted: 1; found: none that is declared"):
+        BundleRequirements(exact_agent=True).check(found)
+
+
+def test_a_profile_that_is_asked_for_must_be_declared(tmp_path: Path) -> None:
+    found = examine(make_bundle(tmp_path / "b", profile=None, security_profile=None))
+    BundleRequirements(exact_agent=True).check(found)
+    with pytest.raises(VzreproError, match=r"wanted: container; found: none that is declared"):
+        BundleRequirements(CONTAINER).check(found)
 
 
 # --- looking for one
 
 
 @pytest.fixture
-def around(tmp_path: Path) -> Surroundings:
-    """A home and a workspace with nothing in them."""
-    start = tmp_path / "workspace" / "below"
-    start.mkdir(parents=True)
-    (tmp_path / "home").mkdir()
-    return Surroundings({"HOME": str(tmp_path / "home")}, start)
+def around(tmp_path: Path) -> HostSurroundings:
+    return make_surroundings(tmp_path)
 
 
-def find(around: Surroundings, options: KernelBundleOptions, **environ: Path | str) -> Resolution:
-    named = {name: str(value) for name, value in environ.items()}
-    return resolve(options, surroundings=Surroundings({**around.environ, **named}, around.start))
-
-
-def test_the_order_of_the_search(tmp_path: Path, around: Surroundings) -> None:
+def test_the_order_of_the_search(tmp_path: Path, around: HostSurroundings) -> None:
     """Every place has another kernel; the places are taken away one by one, the first one first."""
     home = Path(around.environ["HOME"])
     bundle = {name: make_bundle(tmp_path / name, kernel=name) for name in ("argument", "own", "generic")}
     workspace = make_bundle(around.start.parent / "linux/out", kernel="workspace")
-    make_bundle(home / ".vz/linux", kernel="legacy")
-    make_bundle(home / ".vz/linux/developer", kernel="installed")
+    make_bundle(around.start / "linux/out", kernel="below the workspace")
     make_bundle(around.start / "linux/out/container", "container")
     variables = {"VZ_LINUX_DEVELOPER_BUNDLE_DIR": bundle["own"], "VZ_LINUX_BUNDLE_DIR": bundle["generic"]}
     other = {"VZ_LINUX_CONTAINER_BUNDLE_DIR": tmp_path / "not looked at"}
 
     def found(argument: Path | None, **environ: Path | str) -> tuple[str, str]:
-        options = KernelBundleOptions(DEVELOPER, bundle_dir=argument, install_dir=tmp_path / "target")
-        result = find(around, options, **environ, **other)
-        assert result.paths.directory == tmp_path / "target"
+        result = find(around, KernelBundleOptions(DEVELOPER, bundle_dir=argument), **environ, **other)
+        assert result.paths.directory == home / ".vz/linux/developer"
         return result.paths.version.kernel, result.source
 
     assert found(bundle["argument"], **variables) == ("argument", "argument")
@@ -164,8 +172,7 @@ def test_the_order_of_the_search(tmp_path: Path, around: Surroundings) -> None:
     assert found(None) == ("workspace", "installed")
 
     options = KernelBundleOptions(DEVELOPER)
-    result = find(around, options)
-    assert (result.paths.version.kernel, result.source) == ("installed", "installed")
+    (home / ".vz/linux/developer").chmod(0o755)
     for path in (home / ".vz/linux/developer").iterdir():
         path.unlink()
     assert find(around, options).paths.directory == home / ".vz/linux"
@@ -181,21 +188,98 @@ def test_the_order_of_the_search(tmp_path: Path, around: Surroundings) -> None:
     assert caught.value.exit_code == 1
 
 
-def test_the_container_profile_has_no_legacy_directory(around: Surroundings) -> None:
+def test_with_an_install_directory_the_workspace_is_not_looked_at(tmp_path: Path, around: HostSurroundings) -> None:
+    make_bundle(around.start.parent / "linux/out", kernel="workspace")
+    own = make_bundle(tmp_path / "own", kernel="own")
+    options = KernelBundleOptions(DEVELOPER, install_dir=own)
+    assert [place.source for place in bundles.places(options, around)] == ["installed"]
+    assert (find(around, options).source, find(around, options).paths.version.kernel) == ("installed", "own")
+    with pytest.raises(VzreproError, match="there is no developer bundle") as caught:
+        find(around, KernelBundleOptions(DEVELOPER, install_dir=tmp_path / "nothing"))
+    assert "linux/out is not looked at with an install directory" in (caught.value.reason or "")
+    assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("missing", FOUR)
+def test_what_is_incomplete_is_passed_over(around: HostSurroundings, missing: str) -> None:
+    """In the workspace, and where profiles are installed; what is whole further on is taken."""
+    linux = Path(around.environ["HOME"]) / ".vz/linux"
+    for place in (around.start.parent / "linux/out", linux / "developer"):
+        (make_bundle(place, kernel="half") / missing).unlink()
+    make_bundle(linux, kernel="legacy")
+    for profile in (DEVELOPER, None):
+        found = find(around, KernelBundleOptions(profile))
+        assert (found.source, found.paths.directory, found.done) == ("installed", linux, Installation.PRESENT)
+    (linux / missing).unlink()
+    with pytest.raises(UsageError, match=f"{linux}/developer is not a boot bundle\n  reason: it lacks {missing}"):
+        find(around, KernelBundleOptions(DEVELOPER))
+
+
+def test_what_is_complete_and_damaged_is_not_passed_over(around: HostSurroundings) -> None:
+    linux = Path(around.environ["HOME"]) / ".vz/linux"
+    make_bundle(linux, kernel="legacy")
+    for place in (linux / "developer", around.start.parent / "linux/out"):
+        (make_bundle(place) / "youki").write_bytes(b"damaged")
+        with pytest.raises(HashMismatch, match=str(place)):
+            find(around, KernelBundleOptions(DEVELOPER))
+
+
+def test_no_workspace_is_the_start_directory_alone(around: HostSurroundings) -> None:
+    (around.start.parent / "recipes").rmdir()
+    make_bundle(around.start.parent / "linux/out")
+    with pytest.raises(VzreproError, match="there is no developer bundle"):
+        find(around, KernelBundleOptions(DEVELOPER))
+    make_bundle(around.start / "linux/out")
+    assert find(around, KernelBundleOptions(DEVELOPER)).source == "workspace"
+
+
+def test_without_a_profile_a_named_directory_may_hold_any(tmp_path: Path, around: HostSurroundings) -> None:
+    place = make_bundle(tmp_path / "b", "container")
+    linux = Path(around.environ["HOME"]) / ".vz/linux"
+    found = find(around, KernelBundleOptions(), VZ_LINUX_BUNDLE_DIR=place)
+    assert (found.source, found.paths.directory) == ("env", linux / "container")
+    assert names(linux) == ["container"]
+    assert find(around, KernelBundleOptions(bundle_dir=place)).done is Installation.PRESENT
+    assert find(around, KernelBundleOptions(install_dir=place)).paths.version.profile == "container"
+    with pytest.raises(VzreproError, match=r"is of another profile\n  reason: wanted: developer; found: container"):
+        find(around, KernelBundleOptions(DEVELOPER), VZ_LINUX_BUNDLE_DIR=place)
+    # A place that is named after a profile holds no other.
+    with pytest.raises(VzreproError, match="is of another profile"):
+        find(around, KernelBundleOptions(), VZ_LINUX_DEVELOPER_BUNDLE_DIR=place)
+    make_bundle(linux / "developer", "container")
+    with pytest.raises(VzreproError, match="is of another profile"):
+        find(around, KernelBundleOptions())
+
+
+def test_a_bundle_older_than_profiles(tmp_path: Path, around: HostSurroundings) -> None:
+    """It is accepted where no profile is asked for, and goes where the developer's go."""
+    old = make_bundle(tmp_path / "old", profile=None, security_profile=None, capabilities=None)
+    linux = Path(around.environ["HOME"]) / ".vz/linux"
+    found = find(around, KernelBundleOptions(), VZ_LINUX_BUNDLE_DIR=old)
+    assert found.paths.directory == linux / "developer"
+    assert found.paths.version.profile is None
+    assert find(around, KernelBundleOptions()).source == "installed"
+    with pytest.raises(VzreproError, match="wanted: developer; found: none that is declared"):
+        find(around, KernelBundleOptions(DEVELOPER))
+
+
+def test_the_container_profile_has_no_legacy_directory(around: HostSurroundings) -> None:
     home = Path(around.environ["HOME"])
     make_bundle(home / ".vz/linux", "container")
     with pytest.raises(VzreproError, match="there is no container bundle"):
         find(around, KernelBundleOptions(CONTAINER))
 
 
-def test_the_workspaces_container_bundle(around: Surroundings) -> None:
+def test_the_workspaces_container_bundle(around: HostSurroundings) -> None:
     make_bundle(around.start.parent / "linux/out/container", "container")
     result = find(around, KernelBundleOptions(CONTAINER))
     assert result.source == "workspace"
     assert result.paths.directory == Path(around.environ["HOME"]) / ".vz/linux/container"
 
 
-def test_a_broken_bundle_is_an_error_even_when_a_good_one_is_installed(tmp_path: Path, around: Surroundings) -> None:
+def test_a_broken_bundle_is_an_error_even_when_a_good_one_is_installed(
+    tmp_path: Path, around: HostSurroundings
+) -> None:
     options = KernelBundleOptions(CONTAINER)
     find(around, KernelBundleOptions(CONTAINER, bundle_dir=make_bundle(tmp_path / "b", "container")))
     (tmp_path / "b/vmlinux").write_bytes(b"")
@@ -206,7 +290,7 @@ def test_a_broken_bundle_is_an_error_even_when_a_good_one_is_installed(tmp_path:
         find(around, options, VZ_LINUX_CONTAINER_BUNDLE_DIR=tmp_path / "nowhere")
 
 
-def test_a_bundle_of_another_profile_is_not_installed(tmp_path: Path, around: Surroundings) -> None:
+def test_a_bundle_of_another_profile_is_not_installed(tmp_path: Path, around: HostSurroundings) -> None:
     options = KernelBundleOptions(CONTAINER, bundle_dir=make_bundle(tmp_path / "b", "developer"))
     with pytest.raises(VzreproError, match="is of another profile"):
         find(around, options)
@@ -214,7 +298,7 @@ def test_a_bundle_of_another_profile_is_not_installed(tmp_path: Path, around: Su
 
 
 def test_a_profile_asks_for_its_defaults_and_no_profile_for_the_oldest_four(
-    tmp_path: Path, around: Surroundings
+    tmp_path: Path, around: HostSurroundings
 ) -> None:
     old = make_bundle(tmp_path / "old", capabilities=None)
     assert find(around, KernelBundleOptions(bundle_dir=old)).paths.version.profile == "developer"
@@ -227,7 +311,7 @@ def test_a_profile_asks_for_its_defaults_and_no_profile_for_the_oldest_four(
         find(around, KernelBundleOptions(bundle_dir=less))
 
 
-def test_the_agent_must_be_exact_unless_any_will_do(tmp_path: Path, around: Surroundings) -> None:
+def test_the_agent_must_be_exact_unless_any_will_do(tmp_path: Path, around: HostSurroundings) -> None:
     place = make_bundle(tmp_path / "b", agent_protocol_revision=2)
     with pytest.raises(VzreproError, match="speaks another revision"):
         find(around, KernelBundleOptions(DEVELOPER, bundle_dir=place))
@@ -235,21 +319,21 @@ def test_the_agent_must_be_exact_unless_any_will_do(tmp_path: Path, around: Surr
     assert find(around, options).paths.version.agent_protocol_revision == 2
 
 
-def test_a_tampered_install_is_healed_from_the_bundle_or_is_an_error(tmp_path: Path, around: Surroundings) -> None:
+def test_a_tampered_install_is_healed_from_the_bundle_or_is_an_error(tmp_path: Path, around: HostSurroundings) -> None:
     options = KernelBundleOptions(CONTAINER, bundle_dir=make_bundle(tmp_path / "b", "container"))
-    assert find(around, options).done is Installed.NEW
-    assert find(around, options).done is Installed.PRESENT
+    assert find(around, options).done is Installation.NEW
+    assert find(around, options).done is Installation.PRESENT
     installed = Path(around.environ["HOME"]) / ".vz/linux/container"
     (installed / "youki").unlink()
     (installed / "youki").write_bytes(b"somebody else's")
     with pytest.raises(HashMismatch, match=str(installed / "youki")):
         find(around, KernelBundleOptions(CONTAINER))
-    assert find(around, options).done is Installed.HEALED
-    assert find(around, KernelBundleOptions(CONTAINER)).done is Installed.PRESENT
+    assert find(around, options).done is Installation.HEALED
+    assert find(around, KernelBundleOptions(CONTAINER)).done is Installation.PRESENT
 
 
 @pytest.mark.parametrize("wrong", ["half", "no json", "other profile"])
-def test_an_install_that_is_none(tmp_path: Path, around: Surroundings, wrong: str) -> None:
+def test_an_install_that_is_none(tmp_path: Path, around: HostSurroundings, wrong: str) -> None:
     installed = make_bundle(Path(around.environ["HOME"]) / ".vz/linux/container", "container")
     expected: type[VzreproError] = UsageError
     if wrong == "half":
@@ -263,11 +347,11 @@ def test_an_install_that_is_none(tmp_path: Path, around: Surroundings, wrong: st
     with pytest.raises(expected):
         find(around, KernelBundleOptions(CONTAINER))
     options = KernelBundleOptions(CONTAINER, bundle_dir=make_bundle(tmp_path / "b", "container"))
-    assert find(around, options).done is (Installed.REPLACED if wrong == "other profile" else Installed.HEALED)
+    assert find(around, options).done is (Installation.REPLACED if wrong == "other profile" else Installation.HEALED)
     assert names(installed) == FOUR
 
 
-def test_realizing_is_the_last_resort(tmp_path: Path, around: Surroundings) -> None:
+def test_realizing_is_the_last_resort(tmp_path: Path, around: HostSurroundings) -> None:
     calls: list[KernelProfile] = []
 
     def realize(profile: KernelProfile) -> Path:
@@ -281,12 +365,12 @@ def test_realizing_is_the_last_resort(tmp_path: Path, around: Surroundings) -> N
     assert calls == [CONTAINER]
     (Path(around.environ["HOME"]) / ".vz/linux/container/vmlinux").unlink()
     healed = run()
-    assert (healed.source, healed.done) == ("realized", Installed.HEALED)
+    assert (healed.source, healed.done) == ("realized", Installation.HEALED)
     again = run(accept_installed=False)
-    assert (again.source, again.done, len(calls)) == ("realized", Installed.PRESENT, 3)
+    assert (again.source, again.done, len(calls)) == ("realized", Installation.PRESENT, 3)
 
 
-def test_verify_changes_nothing(tmp_path: Path, around: Surroundings) -> None:
+def test_verify_changes_nothing(tmp_path: Path, around: HostSurroundings) -> None:
     place = make_bundle(tmp_path / "b", "container")
     assert verify(KernelBundleOptions(bundle_dir=place), surroundings=around).metadata.profile == "container"
     assert verify(KernelBundleOptions(CONTAINER, install_dir=place), surroundings=around).directory == place
@@ -297,127 +381,3 @@ def test_verify_changes_nothing(tmp_path: Path, around: Surroundings) -> None:
     with pytest.raises(VzreproError, match="there is no container bundle"):
         verify(KernelBundleOptions(CONTAINER), surroundings=around)
     assert list(Path(around.environ["HOME"]).iterdir()) == []
-
-
-# --- installing
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> bundles.Bundle:
-    return examine(make_bundle(tmp_path / "source", "container"))
-
-
-def test_what_is_installed_is_the_bundle_and_read_only(tmp_path: Path, source: bundles.Bundle) -> None:
-    target = tmp_path / "a/b/container"
-    assert install(source, target) is Installed.NEW
-    assert examine(target).digests == source.digests
-    modes = {name: stat.S_IMODE((target / name).stat().st_mode) for name in names(target)}
-    assert modes == {"initramfs.img": 0o444, "version.json": 0o444, "vmlinux": 0o444, "youki": 0o555}
-    assert names(target.parent) == ["container"]
-
-
-def test_the_same_bundle_is_not_installed_twice(tmp_path: Path, source: bundles.Bundle) -> None:
-    target = tmp_path / "target"
-    install(source, target)
-    before = target.stat().st_ino
-    assert install(source, target) is Installed.PRESENT
-    assert target.stat().st_ino == before
-    other = examine(make_bundle(tmp_path / "other", "container", extra="a new key"))
-    assert install(other, target) is Installed.REPLACED
-    assert names(tmp_path) == ["other", "source", "target"]
-
-
-@pytest.mark.parametrize("exchange", [True, False])
-def test_replacing(tmp_path: Path, source: bundles.Bundle, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not exchange:
-        monkeypatch.setattr("vzrepro.disk.exchange", lambda one, other: False)
-    target = tmp_path / "target"
-    make_bundle(target, "container", kernel="older")
-    target.chmod(0o555)
-    assert install(source, target) is Installed.REPLACED
-    assert examine(target).digests == source.digests
-    assert names(tmp_path) == ["source", "target"]
-
-
-def test_an_empty_directory_is_nothing(tmp_path: Path, source: bundles.Bundle) -> None:
-    (tmp_path / "target").mkdir()
-    assert install(source, tmp_path / "target") is Installed.NEW
-    assert names(tmp_path / "target") == FOUR
-
-
-def test_a_link_stays_one(tmp_path: Path, source: bundles.Bundle) -> None:
-    (tmp_path / "link").symlink_to("disk/place")
-    install(source, tmp_path / "link")
-    assert (tmp_path / "link").is_symlink()
-    assert names(tmp_path / "disk/place") == FOUR
-
-
-def test_files_of_somebody_else_are_not_lost(tmp_path: Path, source: bundles.Bundle) -> None:
-    target = make_bundle(tmp_path / "linux", kernel="legacy")
-    make_bundle(target / "developer")
-    with pytest.raises(UsageError, match="has more than a bundle's files: developer") as caught:
-        install(source, target)
-    assert f"--install-dir {target}/container" in (caught.value.hint or "")
-    assert names(target) == ["developer", *FOUR]
-    assert examine(target).metadata.kernel == "legacy"
-    (tmp_path / "file").write_text("precious")
-    with pytest.raises(UsageError, match="is not a directory"):
-        install(source, tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "precious"
-
-
-def test_a_bundle_that_changes_while_it_is_copied(tmp_path: Path, source: bundles.Bundle) -> None:
-    target = tmp_path / "target"
-    (source.directory / "initramfs.img").write_bytes(b"another")
-    with pytest.raises(HashMismatch, match="initramfs"):
-        install(source, target)
-    assert names(tmp_path) == ["source"]
-
-
-# --- the Python interface
-
-
-def test_the_names_hosts_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    for variable in ("DEVELOPER_BUNDLE_DIR", "CONTAINER_BUNDLE_DIR", "BUNDLE_DIR"):
-        monkeypatch.delenv(f"VZ_LINUX_{variable}", raising=False)
-    monkeypatch.setenv("VZ_LINUX_CONTAINER_BUNDLE_DIR", str(make_bundle(tmp_path / "c", "container")))
-    monkeypatch.setenv("VZ_LINUX_DEVELOPER_BUNDLE_DIR", str(make_bundle(tmp_path / "d")))
-    calls: dict[str, Callable[[], KernelPaths]] = {
-        "developer": vzrepro.ensure_kernel,
-        "container": lambda: vzrepro.ensure_kernel_profile(vzrepro.KernelProfile.CONTAINER),
-    }
-    for profile, call in calls.items():
-        paths = call()
-        assert isinstance(paths, vzrepro.KernelPaths)
-        assert paths.directory == tmp_path / ".vz/linux" / profile
-        assert paths.kernel.read_bytes() == CONTENT["vmlinux"]
-        assert paths.initramfs.read_bytes() == CONTENT["initramfs.img"]
-        assert paths.youki.read_bytes() == CONTENT["youki"]
-        assert paths.version.profile == profile
-    options = vzrepro.KernelBundleOptions(
-        profile=vzrepro.KernelProfile.CONTAINER,
-        required_capabilities={"nfsd"},
-        install_dir=tmp_path / "own",
-        bundle_dir=tmp_path / "c",
-        require_exact_agent_version=True,
-    )
-    assert vzrepro.ensure_kernel_bundle(options).directory == tmp_path / "own"
-    assert vzrepro.RuntimeConfig is RuntimeConfig
-    assert RuntimeConfig(linux_profile=DEVELOPER).ensure_kernel().version.profile == "developer"
-    assert RuntimeConfig().ensure_kernel().version.profile == "container"
-
-
-def test_importing_vzrepro_loads_nothing_else() -> None:
-    script = "import sys, vzrepro; print([name for name in sys.modules if name.startswith('vzrepro.')])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_every_public_name_is_documented_and_none_is_a_recipes() -> None:
-    page = (Path(__file__).parents[2] / "docs/bundle.md").read_text()
-    for name in vzrepro.API:
-        assert name in page
-        assert getattr(vzrepro, name) is getattr(bundles, name)
-    assert not set(vzrepro.API) & set(vzrepro.DSL)

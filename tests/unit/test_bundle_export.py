@@ -12,21 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.bundles import CONTENT, make_bundle
-from vzrepro.attest.dsse import sign
-from vzrepro.attest.statement import Statement, Subject
-from vzrepro.bundle import examine, export
-from vzrepro.bundle.export import write_tar
-from vzrepro.bundle.files import FILES
+from tests.bundles import CONTENT, make_bundle, names
+from vzrepro.base.errors import HashMismatch, UsageError, VzreproError
 from vzrepro.cache import SigningKey
-from vzrepro.errors import HashMismatch, UsageError, VzreproError
+from vzrepro.guest.bundle import examine, export
+from vzrepro.guest.bundle.export import write_tar
+from vzrepro.guest.bundle.files import FILES
+from vzrepro.proof.attest.dsse import sign
+from vzrepro.proof.attest.statement import Statement, Subject, files_named
 
 TAR_SHA256 = "4211464e2fa7943971a9f48ee9f9cc6029260daae650a59f07ea1b19956969f4"
 """Of the tar layer of the bundle below. Another one is another format: published archives could not be made again."""
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
 
 
 def test_the_tar_layer_is_a_format(tmp_path: Path) -> None:
@@ -140,7 +136,7 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
     (tmp_path / "empty/child").mkdir(parents=True)
     for place in (tmp_path / "empty", tmp_path / "nowhere"):
         with pytest.raises(UsageError, match="is not a boot bundle"):
-            export(place, "1", tmp_path / "out")
+            export(place, "1", tmp_path / "out", files_of=files_named)
 
 
 def test_an_out_that_is_a_file(tmp_path: Path) -> None:
@@ -187,7 +183,7 @@ def test_attestations_of_these_very_files_lie_beside_the_archive(tmp_path: Path)
         b"junk",
         good[0] + b"\n",
     ]
-    [made] = export(place, "1", tmp_path / "out", [*others, *good])
+    [made] = export(place, "1", tmp_path / "out", [*others, *good], files_of=files_named)
     assert made.attestations == 2
     beside = tmp_path / "out/vz-linux-container-v1-arm64.intoto.jsonl"
     assert beside.read_bytes() == b"".join(line + b"\n" for line in sorted(good))
@@ -201,13 +197,13 @@ def test_attestations_become_more_and_archives_stay(tmp_path: Path) -> None:
     assert [each.attestations for each in export(place, "1", tmp_path / "out")] == [0, 0]
     assert not list((tmp_path / "out").glob("*.jsonl"))
     archives = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    export(place, "1", tmp_path / "out", [first])
-    again = export(place, "1", tmp_path / "out", [second])
+    export(place, "1", tmp_path / "out", [first], files_of=files_named)
+    again = export(place, "1", tmp_path / "out", [second], files_of=files_named)
     assert [(each.written, each.attestations) for each in again] == [(False, 2)] * 2
     assert {path: path.read_bytes() for path in archives} == archives
     both = [path.read_bytes() for path in sorted((tmp_path / "out").glob("*.jsonl"))]
     assert both == [b"".join(line + b"\n" for line in sorted([first, second]))] * 2, "the historical name has them too"
-    export(place, "1", tmp_path / "out")
+    export(place, "1", tmp_path / "out", files_of=files_named)
     assert [path.read_bytes() for path in sorted((tmp_path / "out").glob("*.jsonl"))] == both, "none is taken away"
 
 
@@ -216,5 +212,5 @@ def test_what_is_no_file_of_attestations_is_refused(tmp_path: Path) -> None:
     beside = tmp_path / "out/vz-linux-container-v1-arm64.intoto.jsonl"
     beside.mkdir(parents=True)
     with pytest.raises(UsageError, match="no file of attestations"):
-        export(place, "1", tmp_path / "out", [attestation(place)])
+        export(place, "1", tmp_path / "out", [attestation(place)], files_of=files_named)
     assert names(tmp_path / "out") == [beside.name], "nothing else was written"

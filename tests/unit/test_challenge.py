@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vzrepro.audit.challenge import HERE, Challenge, Evidence, State, Way, compare
-from vzrepro.errors import NotDeterministic, VzreproError
-from vzrepro.model import BuildKey, NarHash
+from vzrepro.base.errors import NotDeterministic, VzreproError
+from vzrepro.base.model import BuildKey, NarHash
+from vzrepro.proof.attest.challenge import Challenge, ResultState, compare
+from vzrepro.proof.attest.evidence import HERE, Evidence, Way
 
 A, B, C = (NarHash(digit * 64) for digit in "abc")
 FED, FED_OTHER = BuildKey("1" * 64), BuildKey("2" * 64)
@@ -19,7 +20,7 @@ def said(builder: str, result: NarHash | None, way: Way = Way.PROVENANCE, **more
     return Evidence(builder, known, way, f"{builder}'s", result, **{"build_key": FED, **more})  # type: ignore[arg-type]
 
 
-def states(found: Challenge) -> dict[str, State]:
+def states(found: Challenge) -> dict[str, ResultState]:
     return {row.builder: row.state for row in found.rows}
 
 
@@ -29,44 +30,49 @@ def one(*its: Evidence) -> Challenge:
 
 def test_the_result_that_most_have_is_the_same_and_the_other_different() -> None:
     found = one(said("x", A), said("y", A), said("z", B), said(HERE, A, Way.STORE))
-    assert states(found) == {HERE: State.SAME, "x": State.SAME, "y": State.SAME, "z": State.DIFFERENT}
+    assert states(found) == {
+        HERE: ResultState.SAME,
+        "x": ResultState.SAME,
+        "y": ResultState.SAME,
+        "z": ResultState.DIFFERENT,
+    }
     assert [row.builder for row in found.rows] == [HERE, "x", "y", "z"]
     [split] = found.splits
     assert dict(split.results) == {A: (HERE, "x", "y"), B: ("z",)}
 
 
 def test_where_it_is_a_tie_all_are_different() -> None:
-    assert set(states(one(said("x", A), said("y", B))).values()) == {State.DIFFERENT}
+    assert set(states(one(said("x", A), said("y", B))).values()) == {ResultState.DIFFERENT}
 
 
 def test_strangers_are_not_a_majority() -> None:
     strangers = [said(f"s{number} (unknown)", B) for number in range(5)]
     found = one(said("x", A), *strangers)
-    assert states(found)["x"] is State.SAME
-    assert {states(found)[each.builder] for each in strangers} == {State.DIFFERENT}
-    assert set(states(one(*strangers)).values()) == {State.SAME}
+    assert states(found)["x"] is ResultState.SAME
+    assert {states(found)[each.builder] for each in strangers} == {ResultState.DIFFERENT}
+    assert set(states(one(*strangers)).values()) == {ResultState.SAME}
 
 
 def test_who_is_alone_confirms_nothing() -> None:
-    assert states(one(said("x", A), said("x", A, Way.NARINFO))) == {"x": State.ALONE}
+    assert states(one(said("x", A), said("x", A, Way.NARINFO))) == {"x": ResultState.ALONE}
 
 
 def test_who_has_two_results_contradicts_itself() -> None:
     found = one(said("x", A), said("x", B, Way.NARINFO), said("y", A))
-    assert states(found) == {"x": State.CONTRADICTORY, "y": State.SAME}
+    assert states(found) == {"x": ResultState.CONTRADICTORY, "y": ResultState.SAME}
     with pytest.raises(NotDeterministic):
         found.check("n")
 
 
 def test_an_experiment_is_not_a_second_result() -> None:
     experiment = said("x", B, Way.AUDIT, varied=("clock",))
-    assert states(one(said("x", A), experiment, said("y", A))) == {"x": State.SAME, "y": State.SAME}
-    assert states(one(experiment, said("y", A)))["x"] is State.DIFFERENT
+    assert states(one(said("x", A), experiment, said("y", A))) == {"x": ResultState.SAME, "y": ResultState.SAME}
+    assert states(one(experiment, said("y", A)))["x"] is ResultState.DIFFERENT
 
 
 def test_a_forgery_is_no_result_but_is_shown() -> None:
     found = one(said("x", A), said("y", A), said("x (forged)", None))
-    assert states(found)["x (forged)"] is State.FORGED
+    assert states(found)["x (forged)"] is ResultState.FORGED
     assert found.splits == ()
     found.check("n")
 
@@ -74,10 +80,10 @@ def test_a_forgery_is_no_result_but_is_shown() -> None:
 def test_who_has_nothing_of_a_node_is_absent_there() -> None:
     found = compare({"m": [said("x", A)], "n": [said("x", A), said("y", A)]}, {})
     assert [(row.node, row.builder, row.state) for row in found.rows] == [
-        ("m", "x", State.ALONE),
-        ("m", "y", State.ABSENT),
-        ("n", "x", State.SAME),
-        ("n", "y", State.SAME),
+        ("m", "x", ResultState.ALONE),
+        ("m", "y", ResultState.ABSENT),
+        ("n", "x", ResultState.SAME),
+        ("n", "y", ResultState.SAME),
     ]
 
 
@@ -91,12 +97,12 @@ def test_a_stranger_is_a_row_only_where_it_has_something() -> None:
 
 def test_what_nobody_has_is_one_row() -> None:
     found = compare({"m": [], "n": [said("x", A), said("y", A)]}, {})
-    assert [(row.builder, row.state) for row in found.rows if row.node == "m"] == [("nobody", State.ABSENT)]
+    assert [(row.builder, row.state) for row in found.rows if row.node == "m"] == [("nobody", ResultState.ABSENT)]
 
 
 def test_what_was_only_taken_is_no_majority() -> None:
     taken = Evidence(HERE, False, Way.STORE, HERE, A)
-    assert set(states(one(said("x", A), said("y", B), taken)).values()) == {State.DIFFERENT}
+    assert set(states(one(said("x", A), said("y", B), taken)).values()) == {ResultState.DIFFERENT}
 
 
 def test_a_difference_arises_where_the_inputs_were_the_same() -> None:

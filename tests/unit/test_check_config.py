@@ -13,12 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-KERNEL = Path(__file__).parents[2] / "recipes" / "kernel"
+ROOT = Path(__file__).parents[2]
+KERNEL = ROOT / "recipes/kernel"
+SCRIPT = ROOT / "vzrepro/recipes/files/kernel/check_config.py"
 
 
-def load(name: str) -> ModuleType:
+def load(path: Path) -> ModuleType:
     """A file of the kernel recipe as a module, without evaluating the recipe itself."""
-    spec = importlib.util.spec_from_file_location(f"kernel_{name}", KERNEL / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"kernel_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -26,8 +28,8 @@ def load(name: str) -> ModuleType:
     return module
 
 
-check_config = load("check_config")
-capabilities = load("capabilities")
+check_config = load(SCRIPT)
+capabilities = load(KERNEL / "capabilities.py")
 
 CONFIG = """\
 #
@@ -44,7 +46,7 @@ def requirements(**changes: Any) -> dict[str, Any]:
         "profile": "test",
         "base": "allnoconfig",
         "fragment": "test.config",
-        "hardening": "hardening.txt",
+        "lists": ["hardening.txt", "hosts.txt"],
         "capabilities": {"vsock": {"VSOCKETS": "y", "VSOCKETS_LOOPBACK": "n"}},
         "forbidden": ["TUN"],
     }
@@ -53,8 +55,8 @@ def requirements(**changes: Any) -> dict[str, Any]:
 
 def problems(fragment: str, *, config: str = CONFIG, hardening: str = "", **changes: Any) -> list[str]:
     requests, found = check_config.parse_fragment("test.config", fragment)
-    wanted, more = check_config.parse_hardening("hardening.txt", hardening)
-    verdict = check_config.check(check_config.parse_config(config), requests, wanted, requirements(**changes))
+    listed, more = check_config.parse_list("hardening.txt", hardening)
+    verdict = check_config.check(check_config.parse_config(config), requests, listed, requirements(**changes))
     return [*found, *more, *verdict.problems]
 
 
@@ -118,12 +120,15 @@ def test_missing_capability_is_not_proven() -> None:
     )
 
 
-def test_hardening_score_and_its_errors() -> None:
-    text = "VSOCKETS=y\nTUN=y  exception: nobody here tunnels\n"
-    wanted, wrong = check_config.parse_hardening("hardening.txt", text)
-    verdict = check_config.check(check_config.parse_config(CONFIG), [], wanted, requirements())
-    assert (wrong, verdict.problems) == ([], ())
-    assert verdict.hardening == {"checked": 2, "hold": 1, "exceptions": {"TUN=y": "nobody here tunnels"}}
+def test_the_scores_of_lists_and_their_errors() -> None:
+    texts = {"hardening.txt": "VSOCKETS=y\nTUN=y  exception: nobody here tunnels\n", "hosts.txt": "NR_CPUS=64\n"}
+    read = [check_config.parse_list(name, text) for name, text in texts.items()]
+    assert [wrong for _, wrong in read] == [[], []]
+    verdict = check_config.check(
+        check_config.parse_config(CONFIG), [], [line for lines, _ in read for line in lines], requirements()
+    )
+    assert verdict.problems == ()
+    assert verdict.scores == {"hardening.txt": (1, 2), "hosts.txt": (1, 1)}
 
     twice, noise, stale, unmet = problems("", hardening="VSOCKETS=y exception: no\nTUN=y\nTUN=y\nKASLR: yes\n")
     assert stale.startswith("hardening.txt:1:")
@@ -136,21 +141,24 @@ def test_the_program_lists_all_problems_at_once(tmp_path: Path) -> None:
     (tmp_path / ".config").write_text(CONFIG + "CONFIG_TUN=y\n")
     (tmp_path / "test.config").write_text("CONFIG_NFT_META=y\nCONFIG_HVC_VIRTIO=y\n")
     (tmp_path / "hardening.txt").write_text("RANDOMIZE_BASE=y\n")
+    (tmp_path / "hosts.txt").write_text('# what hosts ask for\nNR_CPUS=64\nLSM="yama"\nTTY=y  exception: none\n')
     (tmp_path / "requirements.json").write_text(json.dumps(requirements(capabilities={"tty": {"TTY": "y"}})))
-    command = [sys.executable, str(KERNEL / "check_config.py"), "--config", ".config", "--source", "."]
+    command = [sys.executable, str(SCRIPT), "--config", ".config", "--source", "."]
     command += ["--requirements", "requirements.json", "--out", "."]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     places = ["test.config:1:", "test.config:2:", "forbidden: CONFIG_TUN", "capability tty:", "hardening.txt:1:"]
+    places += ['hosts.txt:3: CONFIG_LSM: wanted "yama", found "landlock,yama"']
     assert [place for place in places if place in done.stdout] == places
-    assert "5 problem(s)" in done.stdout
+    assert "6 problem(s)" in done.stdout
     assert not (tmp_path / "capabilities.json").exists()
 
     (tmp_path / ".config").write_text(CONFIG + "CONFIG_TTY=y\nCONFIG_RANDOMIZE_BASE=y\n")
     (tmp_path / "test.config").write_text("CONFIG_TTY=y\n")
+    (tmp_path / "hosts.txt").write_text("NR_CPUS=64\nTUN=y  exception: nobody here tunnels\n")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads((tmp_path / "capabilities.json").read_text()) == ["tty"]
-    assert "hardening 1/1" in done.stdout
+    assert "hardening.txt 1/1, hosts.txt 1/2" in done.stdout
 
 
 @given(
@@ -169,8 +177,8 @@ def test_a_config_proves_the_fragment_it_came_from(symbols: dict[str, str]) -> N
 def test_each_profile_is_consistent(profile: Any) -> None:
     """What the records promise, its fragment asks for; what they forbid, no file asks for; both lists are readable."""
     requests, wrong = check_config.parse_fragment(profile.fragment, (KERNEL / profile.fragment).read_text())
-    wanted, wrong_hardening = check_config.parse_hardening(profile.hardening, (KERNEL / profile.hardening).read_text())
-    assert [*wrong, *wrong_hardening] == []
+    lists = [check_config.parse_list(name, (KERNEL / name).read_text()) for name in profile.lists]
+    assert [*wrong, *(problem for _, problems in lists for problem in problems)] == []
     asked = {request.symbol: request.value for request in requests}
     assert {name: asked.get(name, "n") for name in (item.symbol for item in profile.forbidden)} == {
         item.symbol: "n" for item in profile.forbidden
@@ -179,7 +187,7 @@ def test_each_profile_is_consistent(profile: Any) -> None:
     assert not set(promised) & {item.symbol for item in profile.forbidden}
     assert {name: asked[name] for name in promised if name in asked and asked[name] != promised[name]} == {}
     assert len({capability.name for capability in profile.capabilities}) == len(profile.capabilities)
-    assert all(line.exception == "" or asked.get(line.symbol, "n") != line.value for line in wanted)
+    assert all(line.exception == "" or asked.get(line.symbol) != line.value for listed, _ in lists for line in listed)
 
 
 def test_the_container_profile_promises_what_the_sandbox_needs() -> None:
@@ -188,6 +196,7 @@ def test_the_container_profile_promises_what_the_sandbox_needs() -> None:
     assert set(written["capabilities"]) == {
         *("vsock", "virtiofs", "hvc0_serial", "ext4_root", "overlayfs", "netns", "seccomp", "io_uring"),
         *("btrfs_snapshots", "device_mapper", "dm_crypt", "nfsd", "container_sandbox"),
+        *("memory_reclaim", "snapshot_safe"),
     }
     missing = {*("IKCONFIG", "KVM", "TUN", "USB", "USB_GADGET", "SCSI", "ATA", "NFS_FS", "NET_9P", "9P_FS", "SQUASHFS")}
     assert missing | {"FAT_FS", "VFAT_FS"} <= set(written["forbidden"])
@@ -202,7 +211,8 @@ def test_the_developer_profile_is_for_hosts() -> None:
 
 
 def test_the_plain_profile_is_the_container_profile_without_hardening_and_tuning() -> None:
-    """Same features: what it asks for, the container asks for; what it leaves out is hardening or listed here."""
+    """Same features under another name: what it asks for, the container asks for; what it leaves out is hardening or
+    listed here."""
     tuning = {
         *("CC_OPTIMIZE_FOR_SIZE", "RELR", "RAID6_PQ_BENCHMARK", "NO_HZ_IDLE", "HIGH_RES_TIMERS", "DEBUG_BUGVERBOSE"),
     }
@@ -214,4 +224,26 @@ def test_the_plain_profile_is_the_container_profile_without_hardening_and_tuning
     assert {item.symbol: item.value for item in plain} == {
         **{item.symbol: item.value for item in features if item.symbol not in tuning},
         "RAID6_PQ_BENCHMARK": "y",
+        "LOCALVERSION": '"-vz-plain"',
     }
+
+
+SWITCHED_OFF = {
+    "developer": (
+        "9P_FS AIO ARM_PMU ATA AUDIT CMA FAT_FS FTRACE INPUT KALLSYMS MEMCG NFS_FS NUMA PERF_EVENTS PROFILING SCSI "
+        "SECURITY SQUASHFS SWAP TRANSPARENT_HUGEPAGE USB VFAT_FS VT WIRELESS ZONE_DMA ZONE_DMA32"
+    ),
+    "container": "ZONE_DMA ZONE_DMA32 TRANSPARENT_HUGEPAGE NUMA SWAP CMA",
+}
+"""What the contract says that existing hosts switch off by name, and that no profile has a reason to keep."""
+
+
+@pytest.mark.parametrize("profile", capabilities.PROFILES, ids=lambda profile: str(profile.name))
+def test_what_existing_hosts_ask_for_is_asked_for(profile: Any) -> None:
+    listed, _ = check_config.parse_list("", (KERNEL / f"hosts-{profile.name}.txt").read_text())
+    wanted = {line.symbol: line.value for line in listed if not line.exception}
+    off = SWITCHED_OFF[profile.name].split()
+    assert {name: wanted.get(name) for name in off} == dict.fromkeys(off, "n")
+    on = "VIRTIO_BALLOON DEVTMPFS_MOUNT IP_NF_FILTER IP_NF_NAT IP_NF_TARGET_MASQUERADE".split()
+    assert {name: wanted.get(name) for name in on} == dict.fromkeys(on, "y")
+    assert wanted["LOCALVERSION"] == f'"-vz-{profile.name}"'

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vzrepro.config import Config, find_workspace, load
-from vzrepro.errors import UsageError
+from vzrepro.base.config import Config, find_workspace, load
+from vzrepro.base.errors import UsageError
 
 
 def _load(root: Path, environ: dict[str, str] | None = None, user: str = "") -> Config:
@@ -58,6 +58,8 @@ def test_absolute_store(tmp_path: Path) -> None:
         ("nonsense = 1\n", {}, "user.toml: nonsense"),
         ("cores = -1\n", {}, "user.toml: cores"),
         ("cores = [", {}, "user.toml: cannot be read as TOML"),
+        ("cores = " + "9" * 5000, {}, "user.toml: cannot be read as TOML"),
+        ("cores = " + "[" * 5000, {}, "user.toml: cannot be read as TOML"),
         ("", {"VZREPRO_JOBS": "many"}, "VZREPRO_JOBS: jobs"),
         ("require-signatures = 0", {}, "user.toml: require-signatures"),
         ("cache-patience-secs = 0", {}, "user.toml: cache-patience-secs"),
@@ -77,6 +79,12 @@ def test_mistakes_are_named(tmp_path: Path, user: str, environ: dict[str, str], 
 )
 def test_memory_is_bounded_by_the_user(asked: int | None, limit: int | None, wanted: int | None) -> None:
     assert Config.model_validate({"memory-gib": limit}).memory_bytes(asked) == wanted
+
+
+@pytest.mark.parametrize(("asked", "gib"), [(None, 100), (5 << 30, 5), (500 << 30, 100)])
+def test_disk_space_is_bounded_by_the_user(asked: int | None, gib: int) -> None:
+    assert Config().disk_bytes(asked) == gib << 30
+    assert Config.model_validate({"disk-gib": 2}).disk_bytes(asked) == 2 << 30
 
 
 def test_workspace_is_found_upwards(tmp_path: Path) -> None:

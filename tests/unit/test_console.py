@@ -21,9 +21,9 @@ from pathlib import Path
 
 import pytest
 
-from vzrepro.console import Console, Mode, clean, duration, size
-from vzrepro.errors import BuildFailed, VzreproError
-from vzrepro.events import (
+from tests import PATIENCE_SECS
+from vzrepro.base.errors import BuildFailed, VzreproError
+from vzrepro.base.events import (
     Event,
     Finished,
     LogLine,
@@ -35,6 +35,8 @@ from vzrepro.events import (
     Started,
     Waiting,
 )
+from vzrepro.base.words import duration, size
+from vzrepro.console import Console, Mode, clean
 
 ROOT = Path(__file__).parents[2]
 EPOCH = 1_767_225_600.0
@@ -141,6 +143,7 @@ def test_json_gives_every_event_as_one_line_on_stdout_and_nothing_else() -> None
         "action": "fetch",
         "expected_secs": None,
         "total_bytes": 146_000_000,
+        "worker": None,
     }
     assert lines[-2]["event"] == "result" and lines[-2]["location"] == "/ws/store/b-kernel"
     assert lines[-1] == {
@@ -267,6 +270,20 @@ def test_size(count: int, text: str) -> None:
     assert size(count) == text
 
 
+HOSTILE = "\x1b]0;title\x07\x1b[2J\x1b[31mall is well\x1b[0m\x9b5m \x1b]52;c;unfinished"
+
+
+def test_answers_cannot_drive_a_terminal() -> None:
+    """Whoever their text is by: caches, builders, images."""
+    setup = Setup()
+    setup.console.print_text(f"{HOSTILE}\nthe next line")
+    setup.console.print_table(("name", HOSTILE), [(HOSTILE, 1), ("other", 2)])
+    printed = setup.out
+    assert printed.splitlines()[:2] == ["all is well5m ", "the next line"]
+    assert all(line.isprintable() for line in printed.splitlines())
+    assert printed.count("all is well") == 3
+
+
 def test_clean_keeps_tabs_and_umlauts() -> None:
     assert clean("a\tä\x1b[1;31mb\x1b(Bc\x07\x00") == "a\täbc"
 
@@ -317,8 +334,8 @@ def script(*parts: str) -> list[str]:
     head = """\
         import sys, os, time, threading
         from vzrepro.console import Console
-        from vzrepro.errors import *
-        from vzrepro.events import *
+        from vzrepro.base.errors import *
+        from vzrepro.base.events import *
         """
     return [sys.executable, "-c", "".join(textwrap.dedent(part) for part in (head, *parts))]
 
@@ -371,9 +388,9 @@ class Terminal:
 
     def until(self, wanted: bytes) -> None:
         """Read until `wanted` was shown. Fails when the program ends without it."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_SECS
         while wanted not in self.screen:
-            assert time.monotonic() < deadline, f"{wanted!r} was not shown in 30 s: {self.screen[-2000:]!r}"
+            assert time.monotonic() < deadline, f"{wanted!r} was not shown: {self.screen[-2000:]!r}"
             assert self._read(), f"{wanted!r} was never shown: {self.screen!r}"
 
     def type(self, data: bytes) -> None:
@@ -562,7 +579,7 @@ def test_a_log_says_that_silent_work_goes_on(monkeypatch: pytest.MonkeyPatch) ->
     setup = Setup()
     setup.at(0, Started("kernel", "/nix/store/b-kernel", "build", 300.0))
     setup.clock.elapsed = 75
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_SECS
     while "still runs" not in setup.err and time.monotonic() < deadline:
         time.sleep(0.005)
     assert setup.err.splitlines()[-1] == "2026-01-01T00:01:15Z build kernel still runs, 1m15s of about 5m00s"
@@ -571,5 +588,5 @@ def test_a_log_says_that_silent_work_goes_on(monkeypatch: pytest.MonkeyPatch) ->
     ticker = setup.console._ticker
     assert ticker is not None
     setup.at(76, Finished("kernel", "/nix/store/b-kernel", "build", "built", 76, 1))
-    ticker.join(10)
+    ticker.join(PATIENCE_SECS)
     assert not ticker.is_alive()

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
+import json
 import tarfile
 from collections.abc import Mapping, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vzrepro.crates import Crate, lock_of, manifest_of, reached
-from vzrepro.errors import UsageError, VzreproError
-from vzrepro.model import FileHash
+from vzrepro.base.errors import UsageError, VzreproError
+from vzrepro.base.model import FileHash
+from vzrepro.sources.cfg import linux_cfg
+from vzrepro.sources.crates import LINUX_TARGETS, Crate, index_entries, lock_of, manifest_of, reached
 
 Packages = Mapping[str, tuple[str, Sequence[str]]]
 """`name version` → the manifest's text below [package], and the `dependencies` of its lock entry."""
+
+
+PUBLIC = "registry+https://github.com/rust-lang/crates.io-index"
 
 
 def checksum(package: str) -> str:
@@ -30,7 +36,7 @@ def lock(packages: Packages) -> str:
         name, version = package.split()
         parts += ["[[package]]", f'name = "{name}"', f'version = "{version}"']
         if name != "root":
-            parts += ['source = "registry+https://example.org/index"', f'checksum = "{checksum(package)}"']
+            parts += [f'source = "{PUBLIC}"', f'checksum = "{checksum(package)}"']
         parts.append(f"dependencies = {list(edges)}")
     return "\n".join(parts)
 
@@ -408,5 +414,170 @@ def test_a_crate_whose_manifest_claims_gigabytes_is_an_error() -> None:
         manifest_of(gzip.compress(header.tobuf(tarfile.GNU_FORMAT)))
 
 
+@settings(max_examples=100)
+@given(st.binary(max_size=64), st.integers(0, 511))
+def test_any_header_of_a_crate_is_read_or_an_error(data: bytes, at: int) -> None:
+    raw = bytearray(gzip.decompress(crate_file({"a-1.0.0/Cargo.toml": b"toml"})))
+    raw[at : at + len(data)] = data
+    raw[148:156] = b"%06o\0 " % (sum(raw[:148]) + sum(raw[156:512]) + 8 * 0x20)
+    with contextlib.suppress(VzreproError):
+        assert isinstance(manifest_of(gzip.compress(bytes(raw), 1)), str)
+
+
+@settings(max_examples=100)
+@given(
+    st.dictionaries(
+        st.sampled_from(["vers", "cksum", "yanked", "x"]), st.sampled_from(["1.0.0", "0" * 64, 1, None, []])
+    ),
+    st.binary(max_size=40),
+)
+def test_any_line_of_an_index_is_read_or_passed_over(fields: dict[str, object], junk: bytes) -> None:
+    good = {"vers": "1.0.0", "cksum": "0" * 64}
+    lines = [json.dumps(good).encode(), json.dumps(good | fields).encode(), junk.replace(b"\n", b"")]
+    found = index_entries(b"\n".join(lines), "a")
+    assert found[0].version.text == "1.0.0"
+    assert len(found) <= 2
+
+
+def test_a_cfg_that_is_nested_too_deeply_is_an_error() -> None:
+    with pytest.raises(UsageError, match="not a cfg expression"):
+        linux_cfg(LINUX_TARGETS[0]).may_match("cfg(" + "not(" * 5000)
+
+
 def test_file_names_are_cargos() -> None:
     assert Crate("a", "1.0.0", FileHash.of(b"")).file_name == "a-1.0.0.crate"
+
+
+# --- documents of every kind ------------------------------------------------------------------------------------------
+
+
+def crates_of(lock_text: str, manifest_text: str) -> list[str]:
+    def get(wave: Sequence[Crate]) -> dict[Crate, str]:
+        return {crate: manifest(f"{crate.name} {crate.version}", "") for crate in wave}
+
+    return [asked_for(crate) for crate in reached(lock_text, manifest_text, get)]
+
+
+def test_a_lock_of_format_1_has_its_checksums_in_metadata() -> None:
+    text = f"""
+[root]
+name = "root"
+version = "1.0.0"
+dependencies = ["a 1.0.0 ({PUBLIC})"]
+[[package]]
+name = "a"
+version = "1.0.0"
+source = "{PUBLIC}"
+[[package]]
+name = "unused"
+version = "1.0.0"
+source = "git+https://example.org/x#0"
+[metadata]
+"checksum a 1.0.0 ({PUBLIC})" = "{"0" * 64}"
+"checksum unused 1.0.0 (git+https://example.org/x#0)" = "<none>"
+"""
+    needs_a = manifest("root 1.0.0", '[dependencies]\na = "1"')
+    assert crates_of(text, needs_a) == ["a 1.0.0"]
+    with pytest.raises(UsageError, match=r"no checksum for a 1\.0\.0"):
+        crates_of(text.partition("[metadata]")[0], needs_a)
+    with pytest.raises(UsageError, match=r"the checksum of a 1\.0\.0 is none"):
+        crates_of(text.replace("0" * 64, "00"), needs_a)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "registry+https://crates.example/index",
+        "sparse+https://crates.example/index/",
+        f"{PUBLIC}.example/",
+        "registry+file:///srv/index",
+    ],
+)
+def test_a_private_registrys_crate_is_asked_of_nobody(source: str) -> None:
+    packages = {"root 1.0.0": ('[dependencies]\na = "1"', ["a"]), "a 1.0.0": ("", [])}
+
+    def get(wave: Sequence[Crate]) -> dict[Crate, str]:
+        raise AssertionError(wave)
+
+    with pytest.raises(UsageError, match=r"a 1\.0\.0 is of the registry") as caught:
+        reached(lock(packages).replace(PUBLIC, source), manifest("root 1.0.0", packages["root 1.0.0"][0]), get)
+    assert source in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("before", "version"),
+    [
+        ('[workspace.package]\nversion = "0.3.0"\n[package]\nversion.workspace = true', "0.3.0"),
+        ("[package]", "0.0.0"),
+        ('\ufeff[package]\nversion = "0.3.0"', "0.3.0"),
+        ('[project]\nversion = "0.3.0"', "0.3.0"),
+    ],
+)
+def test_where_a_package_may_have_its_version(before: str, version: str) -> None:
+    packages = {f"root {version}": ("", ["a"]), "a 1.0.0": ("", [])}
+    assert crates_of("\ufeff" + lock(packages), f'{before}\nname = "root"\n[dependencies]\na = "1"') == ["a 1.0.0"]
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("version.workspace = true", "inherits its version from a workspace that is in another file"),
+        ("version = 1", "cannot be read"),
+        ("version = { path = 'x' }", "cannot be read"),
+        ("version = '1.0.0'\n[features]\nx = 'y'", "cannot be read"),
+        ("version = '1.0.0'\n[dependencies]\na = { version = 1 }", "cannot be read"),
+        ("version = '1.0.0'\n[dependencies]\na = '" + "9" * 5000 + "'", "not a version requirement"),
+        ("version = '1.0.0'\n[dependencies]\na = '1.2.3.4'", "not a version requirement"),
+        ("version = '1.0.0'\nedition = " + "9" * 5000, "cannot be read"),
+        ("version = '1.0.0'\nx = " + "[" * 5000, "cannot be read"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_an_error(body: str, why: str) -> None:
+    text = lock({"root 1.0.0": ("", ["a"]), "a 1.0.0": ("", [])})
+    with pytest.raises(UsageError, match=why):
+        crates_of(text, f'[package]\nname = "root"\n{body}')
+
+
+VALUES = st.recursive(
+    st.sampled_from(["1.0.0", "a", "a 1.0.0", "1.0", "", PUBLIC, "0" * 64, "x/y", "dep:a", "^1", "é", 1, True]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["workspace", "version", "features", "optional", "package", "a"]), inner)
+    ),
+    max_leaves=4,
+)
+
+
+def toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + "}"
+    return f"[{', '.join(map(toml, value))}]" if isinstance(value, list) else json.dumps(value, ensure_ascii=False)
+
+
+@given(st.dictionaries(st.sampled_from(["name", "version", "source", "checksum", "dependencies"]), VALUES, max_size=2))
+def test_any_package_of_a_lock_is_read_or_an_error(fields: dict[str, object]) -> None:
+    package = {"name": "a", "version": "1.0.0", "source": PUBLIC, "checksum": "0" * 64, **fields}
+    body = "\n".join(f"{key} = {toml(value)}" for key, value in package.items())
+    text = lock({"root 1.0.0": ("", ["a"])}) + f"\n[[package]]\n{body}\n"
+    try:
+        found = crates_of(text, manifest("root 1.0.0", '[dependencies]\na = "1"'))
+    except UsageError:
+        return
+    assert [name.partition(" ")[0] for name in found] == ["a"]
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["package", "features", "dependencies", "build-dependencies", "target", "workspace"]),
+        VALUES,
+        max_size=3,
+    )
+)
+def test_any_manifest_is_read_or_an_error(tables: dict[str, object]) -> None:
+    text = lock({"root 1.0.0": ("", ["a"]), "a 1.0.0": ("", [])})
+    body = {"package": {"name": "root", "version": "1.0.0"}, **tables}
+    try:
+        found = crates_of(text, "\n".join(f"{key} = {toml(value)}" for key, value in body.items()))
+    except UsageError:
+        return
+    assert found in ([], ["a 1.0.0"])

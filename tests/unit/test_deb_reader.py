@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.debs import Item, ar, deb, file, folder, hardlink, header, member, padded, symlink, tar
-from vzrepro.deb import read_deb
-from vzrepro.errors import UsageError
+from vzrepro.base.errors import UsageError
+from vzrepro.sources.deb import read_deb
 
 LIMIT = 1 << 24
 

@@ -7,6 +7,7 @@ import gzip
 import lzma
 import os
 import random
+import tarfile
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,11 @@ from hypothesis import strategies as st
 
 from tests.differing import Newc, elf, newc, tar
 from vzrepro import nar
-from vzrepro.audit import compare
-from vzrepro.audit.compare import Difference, differences, differing
-from vzrepro.audit.diff import LIMITS, explain
-from vzrepro.audit.inside import Bounds, Place, places, sections
-from vzrepro.errors import Interrupted
+from vzrepro.base.errors import Interrupted
+from vzrepro.proof.audit import compare
+from vzrepro.proof.audit.compare import Difference, differences, differing
+from vzrepro.proof.audit.diff import LIMITS, explain
+from vzrepro.proof.audit.inside import Bounds, ContentPlace, places, sections
 
 # --- trees
 
@@ -128,7 +129,7 @@ def test_large_files_are_compared_in_chunks(tmp_path: Path) -> None:
 # --- inside files
 
 
-def members(found: list[Place]) -> list[tuple[tuple[str, ...], str]]:
+def members(found: list[ContentPlace]) -> list[tuple[tuple[str, ...], str]]:
     return [(each.member, each.kind) for each in found]
 
 
@@ -301,6 +302,13 @@ def test_what_is_cut_off_or_garbled_is_no_error(good: bytes) -> None:
                 bad[luck.randrange(len(bad))] = luck.randrange(256)
         found = places(good, bad)  # bytes that differ need not mean anything: padding, a checksum
         assert found == [] or bytes(bad) != good
+
+
+def test_a_tar_whose_headers_speak_of_the_next_is_bytes() -> None:
+    header = tarfile.TarInfo("f")
+    header.type = tarfile.XHDTYPE
+    chain = header.tobuf(tarfile.GNU_FORMAT) * 3000
+    assert members(places(chain + b"a", chain + b"b")) == [((), "bytes")]
 
 
 def test_a_member_count_is_bounded() -> None:

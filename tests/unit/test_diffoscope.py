@@ -10,12 +10,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vzrepro.audit import diffoscope
-from vzrepro.audit.diffoscope import parse
-from vzrepro.audit.inside import Place
-from vzrepro.errors import Interrupted
-from vzrepro.realize import Realizer
+from vzrepro.base.errors import Interrupted
+from vzrepro.proof.audit import diffoscope
+from vzrepro.proof.audit.diffoscope import parse
+from vzrepro.proof.audit.inside import ContentPlace
+from vzrepro.realize.realizer import Realizer
 from vzrepro.sandbox import Job
 
 
@@ -57,7 +59,7 @@ def test_levels_become_members() -> None:
         (("./bin/sh", "strings"), "metadata"),
         (("./blob",), "bytes"),
     ]
-    assert found[2] == Place(("./etc/passwd",), "text line", None, None, "@@ -1 +1 @@\n-x\n+y")
+    assert found[2] == ContentPlace(("./etc/passwd",), "text line", None, None, "@@ -1 +1 @@\n-x\n+y")
 
 
 def test_names_that_are_no_text_become_text() -> None:
@@ -84,6 +86,21 @@ def test_anything_else_is_nothing(data: bytes) -> None:
     assert parse(data) == ()
 
 
+@settings(max_examples=100)
+@given(
+    st.recursive(
+        st.sampled_from([None, True, 1, "", "a", "\ud800", "strings --all", "x{}"]),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.fixed_dictionaries({"source1": inner, "unified_diff": inner}, optional={"details": st.lists(inner)})
+        ),
+        max_leaves=8,
+    )
+)
+def test_any_json_is_places_or_nothing(document: Any) -> None:
+    assert all(isinstance(each, ContentPlace) for each in parse(json.dumps(document).encode()))
+
+
 def test_there_is_a_limit_of_places() -> None:
     document = node("x", None, *(node(f"m{number}", "-a\n+b\n") for number in range(1000)))
     assert len(parse(json.dumps(document).encode())) == 200
@@ -102,7 +119,7 @@ def test_an_interrupt_is_no_lack_of_memory(tmp_path: Path, monkeypatch: pytest.M
         graph=SimpleNamespace(find=lambda _name: SimpleNamespace(drv=SimpleNamespace(platform="linux/amd64"))),
         realize=lambda _nodes: [SimpleNamespace(path=None)],
         store=SimpleNamespace(location=lambda _path: tmp_path),
-        config=SimpleNamespace(build_cores=lambda: 1, memory_bytes=lambda limit: limit),
+        config=SimpleNamespace(build_cores=lambda: 1, memory_bytes=lambda limit: limit, disk_bytes=lambda limit: limit),
         stop=threading.Event(),
     )
     for name in ("a", "b"):

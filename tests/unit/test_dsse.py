@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -11,17 +12,19 @@ from typing import Any
 import in_toto_attestation.v1.statement_pb2 as statement_pb2
 import pytest
 from google.protobuf import json_format
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from in_toto_attestation.v1.statement import Statement as TheirStatement
 from securesystemslib.dsse import Envelope as TheirEnvelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, SSlibKey
 
 from tests.attestations import TEST_KEY
-from vzrepro.attest import dsse
-from vzrepro.attest.dsse import Malformed, parse, pre_authentication_encoding, sign
-from vzrepro.attest.statement import MAX_FILES, PAYLOAD_TYPE, Statement, Subject, file_subjects, subjects_of
+from vzrepro.base.model import DrvHash, NarHash, store_path
 from vzrepro.cache import PublicKey, SigningKey
-from vzrepro.model import DrvHash, NarHash, store_path
+from vzrepro.proof.attest import dsse
+from vzrepro.proof.attest.dsse import Malformed, parse, pre_authentication_encoding, sign
+from vzrepro.proof.attest.statement import MAX_FILES, PAYLOAD_TYPE, Statement, Subject, file_subjects, subjects_of
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "attest"
 PATH = store_path(DrvHash.of(b"golden"), "agent-1.0")
@@ -305,3 +308,27 @@ def test_many_files_and_odd_names_are_covered_by_the_whole(tmp_path: Path) -> No
     odd.mkdir()
     Path(os.fsdecode(os.fsencode(odd) + b"/\xff")).write_bytes(b"")
     assert file_subjects(odd, "x") == ()
+
+
+JUNK = st.recursive(
+    st.sampled_from([None, True, -1, 1e400, 10**30, "", "a", "\ud800", "0" * 64, "e30=", "é"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["sig", "keyid", "name", "digest"]), inner)
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=100)
+@given(st.dictionaries(st.sampled_from(["payload", "payloadType", "signatures"]), JUNK, max_size=2))
+def test_any_envelope_is_read_or_malformed(changes: dict[str, Any]) -> None:
+    with contextlib.suppress(Malformed):
+        assert parse(envelope(**changes)).signers([OTHER.public]) == set()
+
+
+@settings(max_examples=100)
+@given(st.dictionaries(st.sampled_from(["_type", "subject", "predicateType", "predicate"]), JUNK, max_size=2))
+def test_any_statement_is_read_or_malformed(changes: dict[str, Any]) -> None:
+    payload = json.dumps(STATEMENT.document() | changes).encode()
+    with contextlib.suppress(Malformed):
+        assert isinstance(Statement.parse(payload).output, tuple | None)

@@ -1,4 +1,4 @@
-"""docs/events.md names every event, every field and every fixed value of vzrepro/events.py, and no other."""
+"""docs/events.md names every event, every field and every fixed value of vzrepro/base/events.py, and no other."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 import typing
 from pathlib import Path
 
-from vzrepro import errors, events
-from vzrepro.model import Outcome
+from vzrepro.base import errors, events
+from vzrepro.base.model import Outcome
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "events.md"
 

@@ -8,16 +8,17 @@ import pytest
 import zstandard
 
 from tests.differing import Newc, elf, newc, tar
-from vzrepro.audit.guess import FIXES, Context, guesses
-from vzrepro.audit.inside import Place, places
-from vzrepro.audit.model import Guess
+from vzrepro.proof.audit.causes import FIXES
+from vzrepro.proof.audit.guess import FileContext, guesses
+from vzrepro.proof.audit.inside import ContentPlace, places
+from vzrepro.proof.audit.model import Guess
 
 
-def of_bytes(a: bytes, b: bytes, context: Context | None = None) -> tuple[Guess, ...]:
+def of_bytes(a: bytes, b: bytes, context: FileContext | None = None) -> tuple[Guess, ...]:
     return guesses([("out", place) for place in places(a, b)], context)
 
 
-def of_lines(old: str, new: str, context: Context | None = None) -> list[str]:
+def of_lines(old: str, new: str, context: FileContext | None = None) -> list[str]:
     return [each.cause for each in of_bytes(f"same\n{old}\nsame\n".encode(), f"same\n{new}\nsame\n".encode(), context)]
 
 
@@ -143,7 +144,7 @@ def test_bytes_without_anything_in_common() -> None:
 def test_tables_of_addresses_tell_nothing() -> None:
     diff = "-Entry point address: 0x00000000005995cc\n+Entry point address: 0x00000000004b945c"
     for member, kind in ((("sections",), "metadata"), ((".text",), "ELF section")):
-        assert [each.cause for each in guesses([("out", Place(member, kind, None, None, diff))])] == ["unknown"]
+        assert [each.cause for each in guesses([("out", ContentPlace(member, kind, None, None, diff))])] == ["unknown"]
 
 
 def test_a_hash_comes_last_since_it_follows() -> None:
@@ -183,11 +184,21 @@ def test_one_axis_alone_is_the_cause_whatever_it_looks_like() -> None:
     )
 
 
+@pytest.mark.parametrize("axis", ["file-system", "input-topology", "inodes"])
+def test_of_what_an_axis_brings_about_the_bytes_tell_which(axis: str) -> None:
+    def causes(one: bytes, other: bytes) -> list[str]:
+        return [each.cause for each in of_bytes(one, other, {axis: ("1", "2")})]
+
+    assert causes(b"b\na\nc\n", b"c\na\nb\n") == ["order"]
+    assert causes(newc(Newc("f", ino=1)), newc(Newc("f", ino=2))) == ["inode"]
+    assert causes(b"colour red\n", b"colour blue\n") == ["inode"]
+
+
 def test_the_surest_comes_first_and_each_once() -> None:
     found = [
-        ("a", Place((), "text line", None, None, "-x deadbeef01234567\n+x 0123456789abcdef")),
-        ("b", Place((), "text line", None, None, "-at 1700000000\n+at 1700000001")),
-        ("c", Place((), "text line", None, None, "-at 2026-01-01\n+at 2026-01-02")),
+        ("a", ContentPlace((), "text line", None, None, "-x deadbeef01234567\n+x 0123456789abcdef")),
+        ("b", ContentPlace((), "text line", None, None, "-at 1700000000\n+at 1700000001")),
+        ("c", ContentPlace((), "text line", None, None, "-at 2026-01-01\n+at 2026-01-02")),
     ]
     result = guesses(found)
     assert [each.cause for each in result] == ["timestamp", "random"]
@@ -197,4 +208,4 @@ def test_the_surest_comes_first_and_each_once() -> None:
 
 def test_hostile_text_takes_no_time() -> None:
     lines = "\n".join(["-" + "/a" * 3000, "+" + "/b" * 3000, "-" + "2026-" * 900, "+" + "1234567890" * 400] * 50)
-    assert guesses([("x", Place((), "text line", None, None, lines))])
+    assert guesses([("x", ContentPlace((), "text line", None, None, lines))])

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from vzrepro.vm import qemu
+from vzrepro.guest.vm import qemu
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 HARDENING = RECIPES / "hardening"
+SCRIPT = RECIPES.parent / "vzrepro/recipes/files/hardening/check.py"
 
 
 def load(path: Path) -> ModuleType:
@@ -26,7 +27,7 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-check = load(HARDENING / "check.py")
+check = load(SCRIPT)
 
 
 def result(option: str, wanted: str, *, holds: bool, kind: str = "kconfig") -> dict[str, Any]:
@@ -119,7 +120,7 @@ def test_the_program_writes_a_report_only_of_what_is_explained(tmp_path: Path) -
     for name, text in {"config": "", "line": "quiet\n", "one": "# comment\na.b = 0\n", "two": "a.b = 1\n"}.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "reasons").write_text("")
-    command = [sys.executable, str(HARDENING / "check.py"), "--checker", "checker", "--config", "config"]
+    command = [sys.executable, str(SCRIPT), "--checker", "checker", "--config", "config"]
     command += ["--command-line", "line", "--reasons", "reasons", "--out", "report.json", "--sysctl"]
 
     done = subprocess.run([*command, "one"], cwd=tmp_path, capture_output=True, text=True, check=False)

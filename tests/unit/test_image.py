@@ -8,15 +8,17 @@ import itertools
 import json
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.debs import deb, file, folder, hardlink, symlink, write
-from vzrepro import recipe
-from vzrepro.errors import UsageError
-from vzrepro.image import IMAGE_FORMAT, ImageId, image_id, image_tag, write_image
+from vzrepro.base.errors import UsageError
+from vzrepro.base.model import IMAGE_FORMAT
+from vzrepro.recipe.graph import DrvGraph
+from vzrepro.sources.image import ImageId, image_id, image_tag, write_image
 
 PLATFORM = "linux/amd64"
 
@@ -88,9 +90,17 @@ def test_golden_bytes(tmp_path: Path) -> None:
     assert (IMAGE_FORMAT, identity.hex) == (1, "a9fc2c305de5125e45081b943b0ba75c5d456b5d88d5c25930cef5b9e6198545")
 
 
-def test_the_derivation_carries_this_format() -> None:
-    """Evaluation may not import this module, so it has the number a second time."""
-    assert recipe.IMAGE_FORMAT == IMAGE_FORMAT
+def test_the_derivation_carries_this_format(declare: Callable[..., DrvGraph]) -> None:
+    graph = declare(a="from vzrepro import debian_image\ndebian_image('tools', suite='trixie', packages=['dash'])")
+    assert graph.find("image-tools").drv.env == {"image_format": str(IMAGE_FORMAT)}
+
+
+def test_alternatives_are_made_or_not(declare: Callable[..., DrvGraph]) -> None:
+    image = "from vzrepro import debian_image\ndebian_image('t', suite='trixie', packages=['dash'], alternatives={})"
+    assert declare(a=image.format(True)).find("image-t").drv.env["alternatives"] == "1"
+    assert "alternatives" not in declare(a=image.format(False)).find("image-t").drv.env
+    with pytest.raises(UsageError, match="alternatives= is True or False"):
+        declare(a=image.format("['automake']"))
 
 
 def test_order_names_user_and_place_do_not_matter(tmp_path: Path) -> None:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vzrepro.errors import UsageError
-from vzrepro.lock import CratePin, CrateSetPin, DebPin, ImagePin, Lock, PinnedFile, SourcePin, load, parse, render
-from vzrepro.model import FileHash
+from vzrepro.base.errors import UsageError
+from vzrepro.base.model import FileHash, NarHash
+from vzrepro.recipe.lock import (
+    CratePin,
+    CrateSetPin,
+    DebPin,
+    ImagePin,
+    Lock,
+    PinnedFile,
+    PinnedTree,
+    SourcePin,
+    load,
+    parse,
+)
+from vzrepro.recipe.lock.writing import render
 
 
 def _file(url: str, size: int = 7) -> PinnedFile:
@@ -27,13 +40,20 @@ def _crate(name: str, version: str = "1.0.0") -> CratePin:
 
 REQUEST = "ab" * 32
 FULL = Lock(
-    sources={"linux": SourcePin(REQUEST, "6.12.117", _file("debian/pool/main/l/linux/linux.orig.tar.xz"))},
+    sources={
+        "linux": SourcePin(REQUEST, "6.12.117", _file("debian/pool/main/l/linux/linux.orig.tar.xz")),
+        "one": SourcePin(REQUEST, "v1", PinnedTree("https://git.example/one", "ab" * 20, NarHash("cd" * 32), 1234)),
+        "two": SourcePin(REQUEST, "v2", PinnedTree("mirror://x/two", "ef" * 32, NarHash("cd" * 32), 9)),
+    },
     images={
         ("c", "linux/amd64"): ImagePin(REQUEST, "20261121T091544Z", (_deb("bash"), _deb("gcc"))),
         ("c", "linux/arm64"): ImagePin(REQUEST, "20261121T091544Z", (_deb("bash", "arm64"),)),
     },
     crate_sets={"youki": CrateSetPin(REQUEST, (_crate("anyhow"), _crate("anyhow", "2.0.0")))},
 )
+
+
+FULL_LINUX = FileHash.of(b"debian/pool/main/l/linux/linux.orig.tar.xz")
 
 
 def test_round_trip() -> None:
@@ -90,18 +110,23 @@ def test_one_record_per_file_and_line() -> None:
 
 
 def test_no_host_is_written() -> None:
-    assert "://" not in render(FULL).replace("mirror://", "")
+    text = render(FULL).replace("mirror://", "").replace("https://git.example", "")  # which the recipe has
+    assert "://" not in text
 
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ("format = 1\n[", "not valid TOML"),
+        ("format = 1\nx = " + "9" * 5000, "not valid TOML"),
+        ("format = 1\nx = " + "[" * 5000, "not valid TOML"),
+        (render(FULL).replace('"https://git.example/one"', '"http://["'), "source.one.url"),
         ("format = 2\n", "format 2"),
         ("", "format: Field required"),
         ("format = 1\nunknown = 1\n", "unknown: there is no such key"),
-        (render(FULL).replace(FULL.sources["linux"].file.sha256.hex, "zz"), "source.linux.sha256"),
+        (render(FULL).replace(FULL_LINUX.hex, "zz"), "source.linux.sha256"),
         (render(FULL).replace("size = 7", "size = -7", 1), "source.linux.size"),
+        (render(FULL).replace('commit = "abab', 'commit = "-bab'), "source.one.commit"),
         (render(FULL).replace('"gcc:amd64" = "debian', '"gcc:amd64" = "elsewhere'), "which has no [deb] record"),
         (render(FULL).replace('"anyhow-1.0.0" = "anyhow/1', '"anyhow-1.0.0" = "anyhow/9'), "has no [crate] record"),
     ],
@@ -111,6 +136,15 @@ def test_mistakes_are_named(text: str, complaint: str) -> None:
         parse(text)
     assert complaint in caught.value.message
     assert "\n" not in caught.value.message
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(render(FULL).splitlines()), st.sampled_from(["1", '""', "[]", "{}", "[1]", "{ a = 1 }", "true"]))
+def test_any_value_in_a_lock_is_read_or_named(line: str, value: str) -> None:
+    key, equals, _ = line.partition(" = ")
+    text = render(FULL).replace(line, f"{key} = {value}" if equals else f"{line}\nx = {value}", 1)
+    with contextlib.suppress(UsageError):
+        assert isinstance(parse(text), Lock)
 
 
 def test_missing_file_is_an_empty_lock(tmp_path: Path) -> None:

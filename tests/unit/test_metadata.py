@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vzrepro import metadata
-from vzrepro.errors import UsageError
-from vzrepro.metadata import KernelProfile
+from vzrepro.base.errors import UsageError
+from vzrepro.guest import metadata
+from vzrepro.guest.metadata import KernelProfile
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT: dict[str, Any] = {
@@ -63,13 +65,30 @@ def test_an_older_bundle_counts_as_having_four_capabilities_and_may_lack_checksu
     assert parse(json.loads(metadata.render(found))) == found
 
 
+def test_profiles_and_the_revision_may_be_missing() -> None:
+    """As hosts read it; older bundles have none of them."""
+    optional = ("profile", "security_profile", "agent_protocol_revision")
+    old = {name: value for name, value in DOCUMENT.items() if name not in optional}
+    found = parse(old)
+    assert (found.profile, found.security_profile, found.agent_protocol_revision) == (None, None, None)
+    assert found.kind == KernelProfile.DEVELOPER
+    assert parse({**old, **dict.fromkeys(optional)}) == found
+    assert parse(json.loads(metadata.render(found))) == found
+    assert parse(DOCUMENT).kind == "container"
+
+
+def test_checksums_are_what_hosts_compare() -> None:
+    """In any case; what no file can have is a matter of the file, not of version.json."""
+    found = parse({**DOCUMENT, "sha256_vmlinux": "AB" * 32, "sha256_youki": " none \t"[:-1]})
+    assert found.sha256_vmlinux == "ab" * 32
+    assert found.checksums()["youki"] == "none"
+
+
 def test_capabilities_named_as_none_are_none() -> None:
     assert parse({**DOCUMENT, "capabilities": []}).capabilities == ()
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in DOCUMENT if not name.startswith("sha256") and name != "capabilities"]
-)
+@pytest.mark.parametrize("name", ["kernel", "busybox", "agent", "youki", "built"])
 def test_a_missing_key_is_named(name: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse({key: value for key, value in DOCUMENT.items() if key != name})
@@ -77,7 +96,7 @@ def test_a_missing_key_is_named(name: str) -> None:
 
 
 def test_all_missing_keys_are_named_at_once() -> None:
-    with pytest.raises(UsageError, match="lacks kernel, profile, security_profile, busybox, agent, agent_protocol_r"):
+    with pytest.raises(UsageError, match="lacks kernel, busybox, agent, youki, built"):
         parse({})
 
 
@@ -100,9 +119,9 @@ def test_all_missing_keys_are_named_at_once() -> None:
         ("built", "2026-01-01T00:00:00+02:00"),
         ("built", "2026-13-01T00:00:00Z"),
         ("built", "0001-01-01T00:00:00Z"),
-        ("sha256_vmlinux", "A" * 64),
-        ("sha256_initramfs", "abc"),
+        ("security_profile", 7),
         ("sha256_youki", 7),
+        ("sha256_youki", "a\nb"),
         ("capabilities", "vsock"),
         ("capabilities", ["vsock", 7]),
         ("capabilities", ["vsock", ""]),
@@ -129,6 +148,24 @@ def test_what_is_not_json_is_said_to_be_none(content: bytes) -> None:
 def test_json_that_is_no_object(document: object) -> None:
     with pytest.raises(UsageError, match="is not a JSON object"):
         parse(document)
+
+
+@settings(max_examples=100)
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(DOCUMENT)),
+        st.sampled_from([None, True, -1, 1e400, 10**30, "", "a", "\ud800", "\n", "0001-01-01T00:00:00Z", [], [1], {}]),
+        max_size=3,
+    )
+)
+def test_any_value_is_read_or_shown(changes: dict[str, Any]) -> None:
+    try:
+        found = parse(DOCUMENT | changes)
+    except UsageError as error:
+        assert "here/version.json" in error.message
+    else:
+        assert metadata.parse(metadata.render(found), "again") == found
+        assert found.built_secs >= 0
 
 
 def test_reading_a_directory(tmp_path: Path) -> None:
@@ -172,4 +209,48 @@ def test_profiles_promise_what_their_kernels_are_built_for() -> None:
     recipes = {profile.name: {item.name for item in profile.capabilities} for profile in module.PROFILES}
     assert recipes.keys() <= set(KernelProfile)
     for name, capabilities in recipes.items():
-        assert capabilities == KernelProfile(name).default_capabilities
+        assert capabilities <= metadata.KNOWN_SINCE.keys()
+        unknown = metadata.unknown_to(capabilities, metadata.OLDEST_HOST)
+        assert capabilities - set(unknown) == KernelProfile(name).default_capabilities
+
+
+# --- hosts
+
+
+def test_what_the_oldest_host_knows() -> None:
+    """All but what has come since; a host whose release is not known to take a name is not given it."""
+    new = {"device_mapper", "dm_crypt", "memory_reclaim", "snapshot_safe"}
+    assert {name for name, since in metadata.KNOWN_SINCE.items() if since is None} == new
+    assert set(metadata.unknown_to(metadata.KNOWN_SINCE, metadata.OLDEST_HOST)) == new
+    assert set(metadata.unknown_to(metadata.KNOWN_SINCE, (9, 0))) == new
+    assert metadata.unknown_to(["vsock", "to_come", "dm_crypt"], metadata.OLDEST_HOST) == ("dm_crypt", "to_come")
+
+
+@pytest.mark.parametrize(
+    ("text", "version"), [("0.3.15", (0, 3, 15)), ("v0.3.15", (0, 3, 15)), ("0.4", (0, 4)), ("1.0.0.2", (1, 0, 0, 2))]
+)
+def test_versions_of_hosts(text: str, version: tuple[int, ...]) -> None:
+    assert metadata.host_version(text) == version
+
+
+@pytest.mark.parametrize("text", ["", "15", "0.3.x", "0.3.15-rc1", " 0.3.15", "vv0.3.15", "0.3.15\n", "9" * 9 + ".1"])
+def test_what_is_no_version_of_a_host(text: str) -> None:
+    with pytest.raises(UsageError, match="is not the version of a host"):
+        metadata.host_version(text)
+
+
+@pytest.mark.parametrize("text", ["0.3.14", "v0.3", "0.2.99"])
+def test_hosts_that_are_too_old(text: str) -> None:
+    with pytest.raises(UsageError, match=f"nothing is known of hosts as old as {text}") as caught:
+        metadata.host_version(text)
+    assert "0.3.15" in (caught.value.reason or "")
+
+
+def test_leaving_capabilities_out_changes_nothing_else() -> None:
+    content = (json.dumps({**DOCUMENT, "a new key": ["é"]}, indent=2) + "\n").encode()
+    assert metadata.without(content, ()) == content
+    assert json.loads(metadata.without(content, ("netns",))) == {
+        **DOCUMENT,
+        "a new key": ["é"],
+        "capabilities": ["vsock"],
+    }

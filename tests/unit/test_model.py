@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vzrepro.errors import UsageError
-from vzrepro.model import (
+from vzrepro.base.errors import UsageError
+from vzrepro.base.model import (
     Derivation,
     DrvHash,
     FileHash,
@@ -30,6 +30,20 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "derivations"
 
 LOCAL = Derivation(name="src", builder="local", content={"build.sh": NarHash.of(b"script")})
 FETCH = Derivation(name="linux.tar.xz", builder="fetch", version="6.12.117", content={"": FileHash.of(b"tarball")})
+UNPACKED = Derivation(
+    name="lz4-1.10.0",
+    builder="fetch",
+    version="1.10.0",
+    env={"unpack": "1"},
+    content={"": FileHash.of(b"tarball")},
+)
+COMMIT = Derivation(
+    name="lz4-1.10.0",
+    builder="fetch",
+    version="1.10.0",
+    env={"git": "1"},
+    content={"": NarHash.of(b"tree")},
+)
 IMAGE = Derivation(
     name="image-c",
     builder="image",
@@ -50,8 +64,18 @@ SANDBOX = Derivation(
 )
 
 
-@pytest.mark.parametrize("drv", [LOCAL, FETCH, IMAGE, SANDBOX], ids=lambda drv: drv.builder)
-def test_canonical_bytes_are_golden(drv: Derivation) -> None:
+@pytest.mark.parametrize(
+    ("name", "drv"),
+    [
+        ("local", LOCAL),
+        ("fetch", FETCH),
+        ("fetch-unpack", UNPACKED),
+        ("fetch-git", COMMIT),
+        ("image", IMAGE),
+        ("sandbox", SANDBOX),
+    ],
+)
+def test_canonical_bytes_are_golden(name: str, drv: Derivation) -> None:
     """Accept new bytes, on purpose only, with VZREPRO_ACCEPT=1: every store path changes with them."""
     document = {
         "canonical": canonical_json(drv.document()).decode(),
@@ -60,7 +84,7 @@ def test_canonical_bytes_are_golden(drv: Derivation) -> None:
         "store_path": str(store_path(drv.drv_hash(), drv.name)),
     }
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    golden = GOLDEN / f"{drv.builder}.json"
+    golden = GOLDEN / f"{name}.json"
     if os.environ.get("VZREPRO_ACCEPT"):
         golden.write_text(text)
     assert text == golden.read_text()

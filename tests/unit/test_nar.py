@@ -19,9 +19,10 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vzrepro import disk, nar
-from vzrepro.errors import VzreproError
-from vzrepro.model import NarHash
+from vzrepro import nar
+from vzrepro.base import disk
+from vzrepro.base.errors import Interrupted, VzreproError
+from vzrepro.base.model import NarHash
 from vzrepro.nar.stream import Hasher
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "nar"
@@ -643,3 +644,34 @@ def test_errors_while_reading_come_through(tmp_path: Path) -> None:
 def broken_frames() -> Iterator[bytes]:
     yield frame(archive(b"x"))[:20]
     raise OSError("the network is gone")
+
+
+def test_holes_are_read_and_written_as_holes(tmp_path: Path) -> None:
+    sparse = tmp_path / "sparse"
+    with sparse.open("wb") as file:
+        file.write(b"begin")
+        file.seek(40 << 20)
+        file.write(b"middle" * 20_000)
+        file.truncate(100 << 20)
+    plain = tmp_path / "plain"
+    plain.write_bytes(sparse.read_bytes())
+    copied = nar.canonical_copy(sparse, tmp_path / "copy")
+    assert copied == nar.canonical_copy(plain, tmp_path / "other")
+    assert (tmp_path / "copy").read_bytes() == plain.read_bytes()
+    assert nar.nar_hash(sparse) == nar.nar_hash(tmp_path / "copy") == copied[:2]
+    if sparse.stat().st_blocks * 512 < 50 << 20:  # a file system that knows holes
+        assert (tmp_path / "copy").stat().st_blocks * 512 < 5 << 20
+
+
+def test_whoever_watches_can_end_a_copy(tmp_path: Path) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1 << 40)
+
+    def progress(size: int) -> None:
+        if size > 10 << 20:
+            raise Interrupted("enough")
+
+    with pytest.raises(Interrupted):
+        nar.canonical_copy(tmp_path / "sparse", tmp_path / "copy", progress=progress)
+    with pytest.raises(Interrupted):
+        nar.nar_hash(tmp_path / "sparse", progress=progress)

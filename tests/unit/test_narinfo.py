@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vzrepro.base.errors import UsageError
+from vzrepro.base.model import BuildKey, DrvHash, FileHash, NarHash, StorePath, nix32, store_path
 from vzrepro.cache import Damaged, NarInfo, SigningKey, TrustedKeys
 from vzrepro.cache.narinfo import MAX_SIZE, deriver_of, narinfo_key
-from vzrepro.errors import UsageError
-from vzrepro.model import BuildKey, DrvHash, FileHash, NarHash, StorePath, nix32, store_path
+from vzrepro.cache.records import BuildRecord, attestation_key, read_difference, read_index
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "narinfo"
 
@@ -252,3 +255,49 @@ def test_every_own_field_is_bound_to_the_rest(changed: NarInfo) -> None:
 def test_a_key_that_cannot_be_one_is_not_taken() -> None:
     with pytest.raises(UsageError):
         SigningKey.parse("x")
+
+
+# --- records beside narinfos ------------------------------------------------------------------------------------------
+
+
+JUNK = st.recursive(
+    st.sampled_from([None, True, -1, 1e400, 10**30, "", "a", "\ud800", "0" * 64, str(PATH)]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["nar_hash", "path", "a"]), inner),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=100)
+@given(
+    st.dictionaries(st.sampled_from(["build_key", "drv_hash", "path", "nar_hash", "nar_size"]), JUNK, max_size=2), JUNK
+)
+def test_any_build_record_is_read_or_damaged(changes: dict[str, object], signatures: object) -> None:
+    made = {
+        "build_key": "0" * 64,
+        "drv_hash": DRV.hex,
+        "path": str(PATH),
+        "nar_hash": "0" * 64,
+        "nar_size": 1,
+        **changes,
+    }
+    with contextlib.suppress(Damaged):
+        found = BuildRecord.parse(json.dumps({"realization": made, "signatures": signatures}).encode(), "here")
+        assert found.realization.drv_hash == DRV
+
+
+@settings(max_examples=100)
+@given(
+    st.dictionaries(st.sampled_from(["type", "path", "kept", "found"]), JUNK, max_size=2),
+    st.dictionaries(
+        st.sampled_from(["statement", "signatures", "entries", "payload", "payloadType"]), JUNK, max_size=2
+    ),
+)
+def test_any_statement_beside_is_read_or_passed_over(inner: dict[str, object], outer: dict[str, object]) -> None:
+    size = {"nar_hash": "0" * 64}
+    statement = {"type": "not-deterministic", "path": str(PATH), "kept": size, "found": size, **inner}
+    data = json.dumps({"statement": statement, "signatures": [], **outer}).encode()
+    found = read_difference(data, PATH, TrustedKeys())
+    assert found is None or not found.trusted
+    assert all(isinstance(each, str) for each in read_index(data))
+    with contextlib.suppress(UsageError):
+        attestation_key(DRV, data)

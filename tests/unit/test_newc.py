@@ -1,4 +1,4 @@
-"""recipes/initramfs/newc.py: the archive read back by a reader of our own, and by cpio where there is one."""
+"""vzrepro/recipes/files/initramfs/newc.py: the archive, read back by a reader of our own and by cpio."""
 
 import shutil
 import stat
@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from tests.guests import load_newc
 
-RECIPE = Path(__file__).parents[2] / "recipes/initramfs"
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes/initramfs"
+SCRIPT = ROOT / "vzrepro/recipes/files/initramfs/newc.py"
 
 
 newc = load_newc()
@@ -54,7 +56,7 @@ def members(archive: bytes) -> dict[str, Member]:
 
 def entries(tmp_path: Path, text: str) -> list[object]:
     (tmp_path / "program").write_bytes(b"\x7fELF")
-    (tmp_path / "applets").write_text("/bin/cat\n/bin/sh\n")
+    (tmp_path / "applets").write_text("cat\nsh\n")
     return list(newc.parse(text.replace("$", str(tmp_path))))
 
 
@@ -65,7 +67,7 @@ dir /dev 755
 
 node /dev/console 600 5 1
 file /bin/busybox 755 $/program
-links $/applets /bin/busybox
+links /bin $/applets /lib/*/busybox
 link /bin/ash busybox
 """
 
@@ -79,7 +81,7 @@ def test_every_kind_of_entry_comes_back(tmp_path: Path) -> None:
     assert found["bin"].links == 2
     assert found["bin/busybox"] == Member(3, stat.S_IFREG | 0o755, 0, 0, 1, 1_767_225_600, 0, 0, b"\x7fELF")
     assert found["bin/sh"].mode == stat.S_IFLNK | 0o777
-    assert found["bin/sh"].data == b"/bin/busybox"
+    assert found["bin/sh"].data == b"/lib/sh/busybox"
     assert found["bin/ash"].data == b"busybox"
     assert found["dev/console"].mode == stat.S_IFCHR | 0o600
     assert (found["dev/console"].major, found["dev/console"].minor) == (5, 1)
@@ -131,12 +133,13 @@ def test_the_command_writes_the_recipes_archive(tmp_path: Path) -> None:
     """The recipe's own manifest, with stand-ins for what other recipes build."""
     for name in ("busybox", "vz-guest-agent"):
         (tmp_path / name).write_bytes(name.encode())
-    (tmp_path / "applets").write_text("/bin/sh\n/sbin/ip\n")
+    (tmp_path / "applets").write_text("sh\nip\n")
+    (tmp_path / "sbin").write_text("ip\n")
     text = (RECIPE / "manifest").read_text().replace("/in/src/", f"{RECIPE}/").replace("/in/sysctl/", f"{RECIPE}/")
     text = text.replace("/in/busybox/", f"{tmp_path}/").replace("/in/agent/", f"{tmp_path}/")
     (tmp_path / "manifest").write_text(text)
 
-    command = [sys.executable, str(RECIPE / "newc.py"), str(tmp_path / "manifest")]
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "manifest")]
     env = {"SOURCE_DATE_EPOCH": "1767225600"}
     subprocess.run([*command, str(tmp_path / "one")], check=True, env=env, capture_output=True)
     subprocess.run([*command, str(tmp_path / "two")], check=True, env={**env, "TZ": "Asia/Tokyo"}, capture_output=True)
@@ -146,13 +149,14 @@ def test_the_command_writes_the_recipes_archive(tmp_path: Path) -> None:
     assert found["init"].mode == stat.S_IFREG | 0o755
     assert found["init"].data == (RECIPE / "init").read_bytes()
     assert found["dev/console"].major == 5
-    assert found["sbin/ip"].data == b"/bin/busybox"
-    assert found["sbin/vz-guest-agent"].data == b"vz-guest-agent"
+    assert found["layers/bin/usr/bin/ip"].data == b"/usr/lib/vz/busybox"
+    assert found["layers/sbin/usr/sbin/ip"].data == b"/bin/ip"
+    assert found["layers/base/usr/lib/vz/vz-guest-agent"].data == b"vz-guest-agent"
 
 
 def test_a_wrong_manifest_is_one_line_on_stderr(tmp_path: Path) -> None:
     (tmp_path / "manifest").write_text("dir bin 755\n")
-    command = [sys.executable, str(RECIPE / "newc.py"), str(tmp_path / "manifest"), str(tmp_path / "out")]
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "manifest"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("newc: 'bin' is not an absolute path")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import PATIENCE_SECS
 from vzrepro.cache.parallel import in_order
 
 
@@ -19,7 +20,7 @@ def test_answers_come_in_the_items_order(workers: int) -> None:
 
 def test_as_many_are_done_at_once_as_there_are_workers() -> None:
     together = threading.Barrier(5)
-    assert sorted(in_order(lambda _: together.wait(30), range(10), 5)) == sorted([*range(5)] * 2)
+    assert sorted(in_order(lambda _: together.wait(PATIENCE_SECS), range(10), 5)) == sorted([*range(5)] * 2)
 
 
 @pytest.mark.parametrize("workers", [1, 4])

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import json
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Workspace
-from vzrepro import fetch
-from vzrepro.errors import UsageError
-from vzrepro.evaluate import evaluate
-from vzrepro.lock import ImagePin, Lock, PinnedFile, SourcePin
-from vzrepro.model import FileHash
-from vzrepro.pin import Moved, Pinner, check, moves
-from vzrepro.recipe import Want
+from vzrepro.base.errors import RemoteError, UsageError
+from vzrepro.base.model import FileHash
+from vzrepro.realize.pin import MovedPin, Pinner, check, moves
+from vzrepro.recipe.evaluate import evaluate
+from vzrepro.recipe.graph import Want
+from vzrepro.recipe.lock import ImagePin, Lock, PinnedFile, SourcePin
+from vzrepro.sources import crates, fetch
 
 RECIPES = """
 from vzrepro import build, debian_image, debian_source
@@ -83,7 +86,7 @@ def test_update_moves_what_is_named(workspace: Workspace) -> None:
     pinner = _resolver(root, ("thing",))
     new = pinner.resolve(old)
     assert pinner.asked == ["thing"]
-    assert moves(old, new) == [Moved("source thing", "1.0", "1.1")]
+    assert moves(old, new) == [MovedPin("source thing", "1.0", "1.1")]
     everything = _resolver(root, None)
     everything.resolve(old)
     assert sorted(everything.asked) == ["thing", "tools"]
@@ -127,3 +130,58 @@ def test_an_error_names_the_recipe(workspace: Workspace) -> None:
     pinner.asked = []
     with pytest.raises(UsageError, match=r"recipes/a/__init__\.py:4: no such package"):
         pinner.resolve(Lock())
+
+
+def _crate(series: str, *lines: str) -> str:
+    """The version of crate `c` that `series` gives, of an index with these lines."""
+
+    class Indexed(Pinner):
+        def _get(self, url: str, max_size: int = 0) -> bytes:
+            assert url.endswith("/1/c")
+            return "\n".join(lines).encode()
+
+        def _download(self, wave: Sequence[crates.Crate]) -> None:
+            for crate in wave:
+                (self.downloads / crate.sha256.hex).touch()
+
+    with tempfile.TemporaryDirectory() as folder:
+        pinner = Indexed(Path(), "linux/amd64", fetch.Mirrors({}), Path(), Path(folder), dt.datetime.now(dt.UTC))
+        return pinner._source(Want("crate-source", "c", "here", {"series": series})).version
+
+
+def _line(version: str, yanked: bool = False) -> str:
+    return json.dumps({"name": "c", "vers": version, "cksum": "0" * 64, "yanked": yanked, "v": 2})
+
+
+@pytest.mark.parametrize(
+    ("series", "version"),
+    [
+        ("0.18", "0.18.10+1.9.7"),
+        ("0.18.8", "0.18.8+1.9.10"),
+        ("0.18.8+1.9.7", "0.18.8+1.9.7"),
+        ("0.1", "0.1.9"),
+        ("4.0.0-rc.1", "4.0.0-rc.1"),
+        ("4", "4.0.0"),
+        ("4.0.0", "4.0.0"),
+    ],
+)
+def test_a_series_of_semantic_versions(series: str, version: str) -> None:
+    versions = "0.18.8+1.9.7 0.18.8+1.9.10 0.18.10+1.9.7 0.18.9 0.1.9 4.0.0-rc.1 4.0.0-rc.2 4.0.0 4.1.0-alpha".split()
+    for order in (versions, versions[::-1]):
+        assert _crate(series, *map(_line, order), _line("0.18.11", yanked=True)) == version
+
+
+def test_why_a_series_has_no_version() -> None:
+    with pytest.raises(UsageError, match=r"every version of the series 0\.4 is yanked") as caught:
+        _crate("0.4", _line("0.4.0", yanked=True), _line("0.3.0"))
+    assert "0.4.0" in (caught.value.reason or "")
+    with pytest.raises(UsageError, match=r"no version in the series 1\.0") as caught:
+        _crate("1.0", _line("1.0.0-rc.1"), _line("0.3.0"))
+    assert "named in full" in (caught.value.hint or "")
+
+
+def test_a_line_of_the_index_that_nobody_understands_is_passed_over() -> None:
+    good = _line("1.0.0")
+    assert _crate("1", _line("1.1"), '{"vers": 7}', "[", "", good, '{"vers": "1.2.0", "cksum": "zz"}') == "1.0.0"
+    with pytest.raises(RemoteError, match="cannot be read"):
+        _crate("1", "<html>")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
 
-from vzrepro.evaluate import DrvGraph
-from vzrepro.lock import PinnedFile
-from vzrepro.model import BuildKey, DrvHash, FileHash, NarHash, ObjectInfo, StorePath, canonical_json
-from vzrepro.plan import Change, Offer, diff, make_plan, nearest, why
-from vzrepro.recipe import Node
+from vzrepro.base.model import BuildKey, DrvHash, FileHash, NarHash, ObjectInfo, StorePath, canonical_json
+from vzrepro.recipe.graph import DrvGraph, Node
+from vzrepro.recipe.lock import PinnedFile
+from vzrepro.recipe.plan import FieldChange, Offer, diff, make_plan, nearest, objection, why
 
 Declare = Callable[..., DrvGraph]
 
@@ -170,6 +170,14 @@ def test_a_cached_download_from_other_urls_is_not_taken(fetched: tuple[DrvGraph,
     assert [step.verb for step in make_plan(graph, [node], world).steps] == ["fetch"]
     world.offered[node.path] = Offer(1, node.origin, "file:///cache")
     assert [step.verb for step in make_plan(graph, [node], world).steps] == ["substitute"]
+    for origin, said in ((FileHash.of(b"other urls"), "from another URL"), (None, r"\(VzOrigin is lost")):
+        world.offered[node.path] = Offer(1, origin, "file:///cache")
+        assert [step.verb for step in make_plan(graph, [node], world).steps] == ["fetch"]
+        assert re.search(
+            f"file:///cache has .*debs-tools, but .*{said}", objection(node, origin, "file:///cache") or ""
+        )
+    assert objection(node, node.origin, "file:///cache") is None
+    assert objection(graph.find("image-tools"), None, "file:///cache") is None
 
 
 def test_a_long_chain_does_not_recurse(declare: Declare) -> None:
@@ -202,9 +210,9 @@ def test_diff_is_structural() -> None:
     old = {"a": 1, "env": {"X": "1", "Y": "2"}, "list": [1]}
     new = {"a": 1, "env": {"X": "3", "Z": "4"}, "list": [1, 2]}
     assert diff(old, new) == [
-        Change("env.X", "1", "3"),
-        Change("env.Y", "2", None),
-        Change("env.Z", None, "4"),
-        Change("list", [1], [1, 2]),
+        FieldChange("env.X", "1", "3"),
+        FieldChange("env.Y", "2", None),
+        FieldChange("env.Z", None, "4"),
+        FieldChange("list", [1], [1, 2]),
     ]
     assert json.dumps([change.after for change in diff(old, new)])

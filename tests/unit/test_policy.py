@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import re
@@ -9,11 +10,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vzrepro.attest import policy as policies
-from vzrepro.attest.policy import MAX_POLICY, Policy, PolicyMemory
-from vzrepro.cache.signing import PublicKey
-from vzrepro.errors import Untrusted, UsageError
+from vzrepro.base.errors import Untrusted, UsageError
+from vzrepro.base.signing import PublicKey
+from vzrepro.proof.attest import policy as policies
+from vzrepro.proof.attest.policy import MAX_POLICY, Policy, PolicyMemory
 
 PAGE = Path(__file__).parents[2] / "docs" / "policy.md"
 ONE, TWO, THREE = (PublicKey(f"key-{number}", bytes([number]) * 32) for number in (1, 2, 3))
@@ -100,6 +103,7 @@ EXCEPTION = f'[[exceptions]]\ntarget = "a"\naccept = "{ACCEPT}"\nreason = "r"\nu
         (b"\xff", "not TOML"),
         (b"name = ", "not TOML"),
         (b"a = " + b"[" * 5000, "not TOML"),
+        (b"a = " + b"9" * 5000, "not TOML"),
         (b"#" * (MAX_POLICY + 1), "larger"),
         (text("threshold = 0"), "threshold"),
         (text("threshold = true"), "threshold"),
@@ -269,3 +273,14 @@ def test_many_at_once_remember_the_highest(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert json.loads((tmp_path / "deep" / "policy" / "release.json").read_text())["version"] == 16
+
+
+@settings(max_examples=100)
+@given(
+    st.sampled_from(text().decode().splitlines()),
+    st.sampled_from(["1", '""', "[]", "{}", "[{ key = 1 }]", "true", "9" * 5000, "inf", "2026-01-01", '"a:YQ=="']),
+)
+def test_any_value_in_a_policy_is_read_or_an_error(line: str, value: str) -> None:
+    data = text().decode().replace(line, f"{line.partition(' = ')[0]} = {value}", 1).encode()
+    with contextlib.suppress(UsageError):
+        assert Policy.parse(data, "p").operators

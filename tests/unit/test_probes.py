@@ -9,7 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from vzrepro.vm.probes import Proof
+from vzrepro.guest.vm import probes
+from vzrepro.guest.vm.probes import Proof
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -28,6 +29,9 @@ capabilities = load(RECIPES / "kernel/capabilities.py")
 run = load(RECIPES / "probes/run.py")
 
 
+state = load(RECIPES / "probes/state.py")
+
+
 def names_in(source: str) -> set[str]:
     """The names in a table of vz-probe's."""
     table = (RECIPES / "probes/src" / source).read_text().partition("const PROBES")[2].partition("];")[0]
@@ -36,13 +40,14 @@ def names_in(source: str) -> set[str]:
 
 @pytest.mark.parametrize("profile", capabilities.PROFILES, ids=lambda profile: profile.name)
 def test_everything_a_profile_promises_has_a_probe(profile: object) -> None:
-    assert {one.probe for one in profile.capabilities} <= names_in("probes/mod.rs")  # type: ignore[attr-defined]
+    assert {one.probe for one in profile.capabilities} <= names_in("probes/mod.rs") | {*run.OF_STATE}  # type: ignore[attr-defined]
     assert {one.probe for one in profile.forbidden} <= names_in("absent.rs")  # type: ignore[attr-defined]
 
 
 def test_every_probe_of_a_capability_is_some_profiles() -> None:
     used = {one.probe for profile in capabilities.PROFILES for one in profile.capabilities}
-    assert names_in("probes/mod.rs") == used
+    assert names_in("probes/mod.rs") | {*run.OF_STATE} == used
+    assert probes._OF_STATE == run.OF_STATE == tuple(state.PROOFS)
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tests import faults
+from tests import PATIENCE_SECS, faults
 from tests.contract.served import Serving
 from tests.faults import FaultyProxy
+from vzrepro.base.errors import Interrupted, RemoteError, UsageError
 from vzrepro.cache import remote
 from vzrepro.cache.http import HttpBackend
+from vzrepro.cache.places import is_writable, open_backend
 from vzrepro.cache.remote import PIECE, EntryStream, Patience
-from vzrepro.errors import Interrupted, RemoteError, UsageError
-from vzrepro.wire import Body, Failed
+from vzrepro.net import AttemptFailed, Body
+from vzrepro.net.engine import MIN_SPEED
 
 BIG = os.urandom(1000) * (5 * PIECE // 1000) + b"end"  # more than the pieces that are on their way at once
 SMALL = b"StorePath: /nix/store/x\n"
@@ -58,9 +60,9 @@ def patient(clock: Clock, secs: float = 30.0) -> Patience:
     return Patience(secs, stop=clock, clock=clock, jitter=lambda _low, high: high)
 
 
-def failing(times: int, failure: Failed | None = None) -> Callable[[], str]:
+def failing(times: int, failure: AttemptFailed | None = None) -> Callable[[], str]:
     """Fails so often, then gives "done"."""
-    left = [failure or Failed("is busy", again=True)] * times
+    left = [failure or AttemptFailed("is busy", again=True)] * times
 
     def act() -> str:
         if left:
@@ -91,20 +93,20 @@ def test_pauses_are_drawn_from_all_between_nothing_and_the_limit(clock: Clock) -
 
 
 def test_a_server_that_says_when_is_asked_then(clock: Clock) -> None:
-    failure = Failed("is busy", again=True, after=7.5)
+    failure = AttemptFailed("is busy", again=True, after=7.5)
     assert patient(clock).attempt("place", failing(2, failure)) == "done"
     assert clock.slept == [7.5, 7.5]
 
 
 def test_what_takes_longer_than_patience_lasts_is_not_waited_for(clock: Clock) -> None:
     with pytest.raises(RemoteError, match=r"^place is busy$"):
-        patient(clock).attempt("place", failing(9, Failed("is busy", again=True, after=31)))
+        patient(clock).attempt("place", failing(9, AttemptFailed("is busy", again=True, after=31)))
     assert clock.slept == []
 
 
 def test_what_cannot_get_better_is_not_tried_again(clock: Clock) -> None:
     with pytest.raises(RemoteError) as caught:
-        patient(clock).attempt("place", failing(1, Failed("refuses", again=False, hint="log in")))
+        patient(clock).attempt("place", failing(1, AttemptFailed("refuses", again=False, hint="log in")))
     assert (caught.value.message, caught.value.hint, clock.slept) == ("place refuses", "log in", [])
 
 
@@ -126,7 +128,7 @@ def test_time_that_an_attempt_itself_takes_counts(clock: Clock) -> None:
         nonlocal tries
         tries += 1
         clock.now += 10
-        raise Failed("stalls", again=True)
+        raise AttemptFailed("stalls", again=True)
 
     with pytest.raises(RemoteError):
         patient(clock, 30).attempt("place", stall)
@@ -139,7 +141,7 @@ def test_time_between_failures_that_nobody_waits_in_does_not_count(clock: Clock)
         assert patience.attempt("place", failing(2)) == "done"
         clock.now += 3600
         with pytest.raises(RemoteError):
-            patience.attempt("place", failing(1, Failed("refuses", again=False)))
+            patience.attempt("place", failing(1, AttemptFailed("refuses", again=False)))
         clock.now += 3600
     assert sum(clock.slept) == pytest.approx(6.0)
 
@@ -166,11 +168,11 @@ def test_threads_share_one_patience(clock: Clock) -> None:
 
 def test_a_success_elsewhere_ends_the_count_of_an_attempt_that_began_before(clock: Clock) -> None:
     patience = patient(clock, 10)
-    outcomes = iter([Failed("breaks off", again=True), "done"])
+    outcomes = iter([AttemptFailed("breaks off", again=True), "done"])
 
     def slow() -> str:
         outcome = next(outcomes)
-        if isinstance(outcome, Failed):
+        if isinstance(outcome, AttemptFailed):
             clock.now += 100  # a long download, during which others succeed
             patience.attempt("place", lambda: None)
             raise outcome
@@ -182,7 +184,7 @@ def test_a_success_elsewhere_ends_the_count_of_an_attempt_that_began_before(cloc
 def test_stopping_ends_the_waiting(clock: Clock) -> None:
     def act() -> None:
         clock.set()
-        raise Failed("is busy", again=True)
+        raise AttemptFailed("is busy", again=True)
 
     with pytest.raises(Interrupted):
         patient(clock).attempt("place", act)
@@ -212,30 +214,64 @@ def trickle(clock: Clock, pieces: list[tuple[float, bytes]]) -> Body:
 
 def test_a_body_that_crawls_is_a_failure(clock: Clock) -> None:
     held = bytearray()
-    with pytest.raises(Failed, match="fewer than 4096 bytes per second"):
+    with pytest.raises(AttemptFailed, match="fewer than 4096 bytes per second"):
         patient(clock).read_into(held, trickle(clock, [(1.0, b"x" * 100)] * 1000), 1 << 20)
     assert len(held) == 1000  # for ten seconds, a third of the patience
 
 
 def test_a_slow_body_is_none(clock: Clock) -> None:
     held = bytearray()
-    assert not patient(clock).read_into(held, trickle(clock, [(1.0, b"x" * 4200)] * 100), 1 << 20)
-    assert len(held) == 420_000
+    assert not patient(clock).read_into(held, trickle(clock, [(1.0, b"x" * 17_000)] * 60), 2 << 20)
+    assert len(held) == 1_020_000
 
 
 def test_what_came_in_good_time_is_not_lost_time_when_it_breaks_off(clock: Clock) -> None:
     patience = patient(clock, 10)
-    bodies = iter([[(1.0, b"x" * 5000)] * 60, [(1.0, b"x" * 5000)] * 40])
+    bodies = iter([[(1.0, b"x" * 20_000)] * 60, [(1.0, b"x" * 20_000)] * 40])
     held = bytearray()
 
     def act() -> None:
         body = next(bodies)
-        if not patience.read_into(held, trickle(clock, body), 500_000):
-            raise Failed("breaks off", again=True)
+        if not patience.read_into(held, trickle(clock, body), 2_000_000):
+            raise AttemptFailed("breaks off", again=True)
 
     patience.attempt("place", act)
-    assert len(held) == 500_000
+    assert len(held) == 2_000_000
     assert clock.slept == [0.4]
+
+
+@pytest.mark.parametrize("size", [5_000, 16_000])
+def test_what_comes_slowly_costs_patience(clock: Clock, size: int) -> None:
+    """All the time that it takes longer than it would at 16 KiB/s: what the place is left for has cost no more."""
+    patience, begun, held = patient(clock, 10), clock.now, bytearray()
+    with pytest.raises(AttemptFailed, match="too slow") as caught:
+        patience.read_into(held, trickle(clock, [(1.0, b"x" * size)] * 1000), 1 << 30)
+    assert not caught.value.again
+    assert 10 < clock.now - begun - len(held) / MIN_SPEED < 11
+    with pytest.raises(RemoteError, match="too slow"):
+        patience.attempt("place", lambda: patience.read_into(held, trickle(clock, [(2.0, b"x")]), 1 << 30))
+
+
+def test_answers_that_come_slowly_cost_patience_beyond_a_second_each(clock: Clock) -> None:
+    patience = patient(clock, 10)
+
+    def ask(secs: float) -> None:
+        patience.attempt("place", lambda: patience.answer(lambda: clock.wait(secs)))
+
+    for _ in range(1000):
+        ask(0.9)
+    with pytest.raises(RemoteError, match="too slow"):
+        for _ in range(12):
+            ask(2.0)
+
+
+def test_bodies_that_come_at_once_are_judged_together(clock: Clock) -> None:
+    """Eight that share a slow line."""
+    patience = patient(clock, 10)
+    bodies = [patience.pieces(trickle(clock, [(0.125, b"x" * 4096)] * 100)) for _ in range(8)]
+    for pieces in zip(*bodies, strict=True):
+        assert pieces == (b"x" * 4096,) * 8
+    assert clock.now > 1099
 
 
 # --- entries in pieces ------------------------------------------------------------------------------------------------
@@ -387,7 +423,7 @@ def test_no_more_than_a_few_pieces_are_held(backend: HttpBackend, proxy: FaultyP
     with opened as stream:
         while proxy.requests[1:] == []:
             stream.read(1 << 16)
-        until = time.monotonic() + 10
+        until = time.monotonic() + PATIENCE_SECS
         while len(proxy.requests) < 1 + remote._AHEAD and time.monotonic() < until:
             time.sleep(0.01)
         time.sleep(0.1)
@@ -541,7 +577,7 @@ def test_an_entry_stream_needs_an_entry(clock: Clock) -> None:
 def test_a_server_that_is_asked_too_much_is_left_in_peace_by_all(clock: Clock) -> None:
     """One thread is throttled: what the others would ask waits as well."""
     patience = patient(clock)
-    busy = Failed("answers 503 Slow Down", again=True, status=503, after=4.0)
+    busy = AttemptFailed("answers 503 Slow Down", again=True, status=503, after=4.0)
     asked: list[float] = []
 
     def other() -> str:
@@ -561,7 +597,7 @@ def test_a_server_that_is_asked_too_much_is_left_in_peace_by_all(clock: Clock) -
 
 
 def test_what_cannot_even_be_connected_to_is_given_up_sooner(clock: Clock) -> None:
-    gone = Failed("Connection refused", again=True, unreachable=True)
+    gone = AttemptFailed("Connection refused", again=True, unreachable=True)
     patience = patient(clock)
     begun = clock.now
     with pytest.raises(RemoteError):
@@ -573,3 +609,23 @@ def test_what_cannot_even_be_connected_to_is_given_up_sooner(clock: Clock) -> No
     with pytest.raises(RemoteError):
         known.attempt("place", failing(99, gone))
     assert 20.0 < clock.now - begun <= 30.0
+
+
+def test_the_query_of_a_nars_url_is_sent_as_one(backend: HttpBackend, proxy: FaultyProxy) -> None:
+    seen = []
+
+    def look(exchange: faults.Exchange) -> None:
+        seen.append(exchange.path)
+        exchange.keep = True
+        exchange.give(exchange.ask(exchange.path.partition("?")[0]))
+
+    proxy.on("*", look)
+    assert content(backend, "nar/piece?hash=abc+d") == BIG[:PIECE]
+    assert seen[0].endswith("/nar/piece?hash=abc%2Bd")
+
+
+@pytest.mark.parametrize("url", ["http://[", "s3://[", "file://[x", "ftp://x.example"])
+def test_what_is_no_url_of_a_cache(url: str, tmp_path: Path) -> None:
+    assert not is_writable(url)
+    with pytest.raises(UsageError, match="is not the URL of a cache"):
+        open_backend(url, Patience(), tmp_path)

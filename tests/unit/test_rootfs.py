@@ -9,15 +9,19 @@ import io
 import json
 import stat
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vzrepro.errors import HashMismatch, UsageError
-from vzrepro.vm.layer import Unpacking, inside
-from vzrepro.vm.rootfs import Image, image_root
+from vzrepro.base import disk
+from vzrepro.base.errors import HashMismatch, UsageError
+from vzrepro.guest.vm.layer import Unpacking, inside
+from vzrepro.guest.vm.rootfs import Image, image_root
 
 Entry = tuple[tarfile.TarInfo, bytes]
 
@@ -63,6 +67,14 @@ def config(layers: list[bytes], architecture: str = "arm64", **section: object) 
     ).encode()
 
 
+def packed(data: bytes, pack: str) -> bytes:
+    """`pzstd` is what that program writes: a frame to skip before each frame."""
+    if pack in ("", "plain"):
+        return data
+    skipped = b"\x50\x2a\x4d\x18\x04\0\0\0abcd" if pack == "pzstd" else b""
+    return gzip.compress(data) if pack == "gzip" else skipped + zstandard.compress(data, 1)
+
+
 class Layout:
     """An OCI layout in the making."""
 
@@ -77,14 +89,9 @@ class Layout:
         return {"digest": sha256(data), "size": len(data)}
 
     def image(self, layers: list[bytes], *, pack: str = "", architecture: str = "arm64", **section: object) -> dict:
-        packed = {
-            "": lambda data: data,
-            "gzip": gzip.compress,
-            "zstd": lambda data: zstandard.compress(data, 1),
-        }[pack]
         manifest = {
             "config": self.blob(config(layers, architecture, **section)),
-            "layers": [self.blob(packed(layer)) for layer in layers],
+            "layers": [self.blob(packed(layer, pack)) for layer in layers],
         }
         return self.blob(json.dumps(manifest).encode())
 
@@ -203,12 +210,133 @@ def test_a_link_in_place_of_a_file_is_replaced_not_followed(tmp_path: Path) -> N
         ([entry("odd", kind=b"Z")], "unknown type"),
         ([symlink("a", "b"), symlink("b", "a"), entry("a/c")], "too many symbolic links"),
         ([entry("big", bytes(2 << 20))], "allowed 1048576 bytes"),
+        ([entry("/".join(["d"] * 3000))], "too long for this system"),
+        ([entry("n" * 300)], "cannot be made: File name too long"),
+        ([symlink("a", "")], "a symbolic link to nothing"),
     ],
 )
 def test_hostile_layers(tmp_path: Path, entries: list[Entry], reason: str) -> None:
     with pytest.raises(UsageError) as caught, unpacked(tmp_path, tar(*entries)):
         pass
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ({"uid": str(2**70)}, f"a user or group that cannot be: {2**70}:0"),
+        ({"gid": str(2**32 - 1)}, f"a user or group that cannot be: 0:{2**32 - 1}"),
+        ({"uid": "-1"}, "a user or group that cannot be: -1:0"),
+        ({"mtime": "nan"}, "at a time that cannot be: nan"),
+        ({"mtime": "inf"}, "at a time that cannot be: inf"),
+        ({"mtime": "1e300"}, "at a time that cannot be: 1e+300"),
+        ({"path": "a\0b"}, "leads out of the image"),
+    ],
+)
+def test_impossible_values(tmp_path: Path, headers: dict[str, str], reason: str) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("f")
+        info.pax_headers = headers
+        archive.addfile(info, io.BytesIO())
+    refused = pytest.raises(UsageError, match="the image: a layer cannot be unpacked")
+    with refused as caught, unpacked(tmp_path, out.getvalue()):
+        pass
+    assert caught.value.reason is not None and reason in caught.value.reason
+
+
+def test_a_chain_of_headers_is_refused(tmp_path: Path) -> None:
+    long = tarfile.TarInfo("././@LongLink")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 1
+    layer = (long.tobuf(tarfile.GNU_FORMAT) + b"x".ljust(512, b"\0")) * 2000 + tar(entry("a"))
+    with pytest.raises(tarfile.TarError, match="nested too deeply"), unpacked(tmp_path, layer):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ({"GNU.sparse.map": "x"}, "a number that is none"),
+        ({"GNU.sparse.size": "x"}, "a number that is none"),
+        ({"size": "-9"}, "'f' has -9 bytes"),
+    ],
+)
+def test_numbers_that_are_none(tmp_path: Path, headers: dict[str, str], reason: str) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("f")
+        info.pax_headers = headers
+        archive.addfile(info, io.BytesIO())
+    with pytest.raises(tarfile.TarError, match=reason), unpacked(tmp_path, out.getvalue()):
+        pass
+    (tmp_path / "image.tar").write_bytes(out.getvalue())
+    with pytest.raises(UsageError, match="is no image"), image_root(tmp_path / "image.tar", cache=tmp_path / "cache"):
+        pass
+
+
+def test_a_header_is_not_held_whatever_it_claims(tmp_path: Path) -> None:
+    large = tarfile.TarInfo("f")
+    large.type, large.size = tarfile.XHDTYPE, 1 << 30
+    layer = large.tobuf(tarfile.GNU_FORMAT) + bytes(4096)
+    with pytest.raises(tarfile.TarError, match="a header of 1073741824 bytes"), unpacked(tmp_path, layer):
+        pass
+
+
+@settings(max_examples=100)
+@given(st.binary(max_size=40), st.integers(0, 511), st.integers(0, 3))
+def test_any_header_of_a_layer_is_unpacked_or_an_error(data: bytes, at: int, block: int) -> None:
+    info = tarfile.TarInfo(f"d/{'é' * 110}")
+    info.pax_headers = {"mtime": "1.5"}
+    raw = bytearray(info.tobuf(tarfile.PAX_FORMAT, "utf-8"))
+    place = min(block, len(raw) // 512 - 1) * 512
+    raw[place + at : place + at + len(data)] = data
+    for start in range(0, len(raw) - 511, 512):
+        if raw[start + 257 : start + 262] == b"ustar":
+            total = sum(raw[start : start + 148]) + sum(raw[start + 156 : start + 512]) + 8 * 0x20
+            raw[start + 148 : start + 156] = b"%06o\0 " % total
+    with tempfile.TemporaryDirectory() as directory, contextlib.suppress(UsageError, tarfile.TarError):
+        Unpacking(Path(directory), "the image", max_bytes=1 << 20).apply(io.BytesIO(bytes(raw) + bytes(1024)))
+
+
+@pytest.mark.parametrize("place", ["Config", "Layers"])
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "/proc/version", "../other", "blobs", "\ud800"])
+def test_names_that_are_no_files_of_the_image(tmp_path: Path, place: str, name: str) -> None:
+    layout = Layout(tmp_path / "layout")
+    (tmp_path / "other").write_bytes(b"")
+    (layout.path / "index.json").write_text("{}")
+    layer = tar(entry("a"))
+    (layout.path / "config.json").write_bytes(config([layer]))
+    (layout.path / "layer.tar").write_bytes(layer)
+    image: dict[str, object] = {"Config": "config.json", "Layers": ["layer.tar"]}
+    (layout.path / "manifest.json").write_text(json.dumps([image]))
+    assert read(layout.path, tmp_path / "cache")[1] == {"a"}
+    image[place] = name if place == "Config" else [name]
+    (layout.path / "manifest.json").write_text(json.dumps([image]))
+    with pytest.raises(UsageError, match="is no whole image") as caught:
+        read(layout.path, tmp_path / "elsewhere")
+    assert "it has no " in (caught.value.reason or "")
+
+
+def test_deep_directories(tmp_path: Path) -> None:
+    """As deep as paths may be; each name is looked up once for all entries below it."""
+    deep = "/".join(["d"] * 1500)
+    layers = (
+        tar(*(entry(f"{deep}/{number}") for number in range(200))),
+        tar(entry("d/.wh..wh..opq"), entry(f"{deep}/1")),
+    )
+    with unpacked(tmp_path, *layers) as root:
+        assert [path.name for path in (root / deep).iterdir()] == ["1"]
+        disk.remove_tree(root / "d")
+
+
+def test_a_link_to_what_is_left_out_is_left_out(tmp_path: Path) -> None:
+    low = tar(entry("dev/null", kind=tarfile.CHRTYPE), hardlink("null", "dev/null"), entry("was", b"there"))
+    high = tar(
+        hardlink("was", "null"), hardlink("again", "was"), entry("dev/null", b"a file now"), hardlink("l", "dev/null")
+    )
+    with unpacked(tmp_path, low, high) as root:
+        assert listing(root) == {"dev", "dev/null", "l"}
+        assert (root / "l").read_bytes() == b"a file now"
 
 
 def test_devices_are_left_out(tmp_path: Path) -> None:
@@ -256,7 +384,7 @@ def test_a_directory_is_used_as_it_is(tmp_path: Path, cache: Path) -> None:
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("pack", ["", "gzip", "zstd"])
+@pytest.mark.parametrize("pack", ["", "gzip", "zstd", "pzstd"])
 def test_an_oci_layout(tmp_path: Path, cache: Path, pack: str) -> None:
     layout = Layout(tmp_path / "layout")
     layers = [tar(entry("a"), entry("b")), tar(entry(".wh.a"), entry("c"))]
@@ -266,7 +394,7 @@ def test_an_oci_layout(tmp_path: Path, cache: Path, pack: str) -> None:
             pack=pack,
             Entrypoint=["/b"],
             Cmd=["x", "y"],
-            Env=["PATH=/bin", "EMPTY="],
+            Env=["PATH=/bin", "EMPTY=", "LOOSE", "=x", ""],
             WorkingDir="/w",
             User="www-data",
             ExposedPorts={"80/tcp": {}},
@@ -282,12 +410,10 @@ def test_an_oci_layout(tmp_path: Path, cache: Path, pack: str) -> None:
     assert image.config.exposed_ports == ("80/tcp",)
 
 
-@pytest.mark.parametrize("pack", ["plain", "gzip", "zstd"])
+@pytest.mark.parametrize("pack", ["plain", "gzip", "zstd", "pzstd"])
 def test_a_docker_archive(tmp_path: Path, cache: Path, pack: str) -> None:
     path = docker_archive(tmp_path / "it.tar", tar(entry("a")), tar(entry("b")), Cmd=None, Env=None)
-    if pack != "plain":
-        data = path.read_bytes()
-        path.write_bytes(gzip.compress(data) if pack == "gzip" else zstandard.compress(data))
+    path.write_bytes(packed(path.read_bytes(), pack))
     image, found = read(path, cache)
     assert found == {"a", "b"}
     assert image.config.cmd == ()
@@ -323,6 +449,33 @@ def test_the_image_for_the_guest_is_taken_from_a_list(tmp_path: Path, cache: Pat
     layout.index(layout.blob(json.dumps({"manifests": platforms[:1] + platforms[2:]}).encode()))
     with pytest.raises(UsageError, match="is an image for linux/amd64, not linux/arm64"):
         read(layout.path, cache)
+
+
+def test_what_lies_beside_an_image_is_none(tmp_path: Path, cache: Path) -> None:
+    layout = Layout(tmp_path / "layout")
+    image = layout.image([tar(entry("it"))])
+    empty = layout.blob(b"{}")
+
+    def beside(media: str, **more: object) -> dict[str, object]:
+        config = {"mediaType": "application/vnd.oci.image.config.v1+json", **empty}
+        manifest = {"config": config, "layers": [{"mediaType": media, **layout.blob(b"signed")}], **more}
+        return layout.blob(json.dumps(manifest).encode())
+
+    others = [
+        beside("application/vnd.dev.cosign.simplesigning.v1+json"),
+        beside("application/vnd.dsse.envelope.v1+json"),
+        beside("application/vnd.oci.image.layer.v1.tar", artifactType="application/spdx+json"),
+        beside("application/vnd.oci.image.layer.v1.tar", config={"mediaType": "application/x", **empty}),
+        beside("application/vnd.oci.image.layer.v1.tar") | {"artifactType": "application/x"},
+    ]
+    for number, other in enumerate(others):
+        layout.index(other, image)
+        assert read(layout.path, cache)[1] == {"it"}, number
+    named = image | {"annotations": {"org.opencontainers.image.ref.name": "it:1"}}
+    layout.index(*others, named)
+    assert read(layout.path, cache)[1] == read(layout.path, cache, tag="it:1")[1] == {"it"}
+    layout.index(layout.blob(json.dumps({"manifests": [*others, image]}).encode()), others[0])
+    assert read(layout.path, cache)[1] == {"it"}
 
 
 def test_several_images_want_a_tag(tmp_path: Path, cache: Path) -> None:
@@ -406,6 +559,10 @@ def test_what_is_no_image(tmp_path: Path, cache: Path) -> None:
         ({"index.json": b'{"manifests": [1]}'}, "it lists no images"),
         ({"index.json": b'{"manifests": [{"digest": "sha256:../../x"}]}'}, "is not a digest"),
         ({"index.json": b'{"manifests": [{}]}'}, "its index is malformed"),
+        ({"index.json": b'{"manifests": ' + b"[" * 100_000}, "index.json is malformed: it is nested too deeply"),
+        ({"index.json": b'{"manifests": [{"annotations": [1]}]}'}, "is malformed"),
+        ({"manifest.json": b"[" * 100_000}, "manifest.json is malformed: it is nested too deeply"),
+        ({"manifest.json": b'[{"RepoTags": 5}]'}, "is malformed"),
     ],
 )
 def test_malformed_layouts(tmp_path: Path, cache: Path, change: dict[str, bytes], reason: str) -> None:
@@ -460,3 +617,49 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path, cache: Path) -> None:
         (cache / name).touch()
     with image_root(docker_archive(tmp_path / "it.tar", tar(entry("a"))), cache=cache):
         assert not (cache / "1-dead.new").exists()
+
+
+ANY = st.recursive(
+    st.sampled_from([None, True, -1, 1e400, 10**30, "", "a", "\ud800", "A=b", "sha256:" + "0" * 64, "arm64", "linux"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["os", "architecture", "manifests", "digest", "config", "layers"]), inner)
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(["index", "descriptor", "manifest", "config", "section"]),
+    st.dictionaries(
+        st.sampled_from(
+            "manifests config layers digest size mediaType platform annotations artifactType os architecture rootfs "
+            "diff_ids Entrypoint Cmd Env WorkingDir User ExposedPorts StopSignal".split()
+        ),
+        ANY,
+        max_size=2,
+    ),
+)
+def test_any_document_of_an_image_is_read_or_an_error(place: str, fields: dict[str, object]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        layout = Layout(Path(directory) / "layout")
+        layer = tar(entry("a"))
+        parts: dict[str, dict[str, object]] = {name: {} for name in ("index", "manifest", "config", "section")}
+        parts[place] = fields
+        document = json.loads(config([layer])) | parts["config"]
+        if place == "section":
+            document["config"] = fields
+        manifest = {
+            "config": layout.blob(json.dumps(document).encode()),
+            "layers": [layout.blob(layer)],
+            **parts["manifest"],
+        }
+        descriptor = layout.blob(json.dumps(manifest).encode())
+        index = {"manifests": [descriptor | (fields if place == "descriptor" else {}), descriptor], **parts["index"]}
+        (layout.path / "index.json").write_text(json.dumps(index))
+        try:
+            _, found = read(layout.path, Path(directory) / "cache")
+        except (UsageError, HashMismatch):
+            return
+        assert found == {"a"}

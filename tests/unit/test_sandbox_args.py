@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from vzrepro import sandbox
-from vzrepro.errors import BuildFailed, VzreproError
+from vzrepro.base.errors import BuildFailed, VzreproError
 from vzrepro.sandbox import confine
 from vzrepro.sandbox import engine as engine_names
 
@@ -333,6 +333,31 @@ def test_podman_describes_itself_differently(engine: Callable[[str], Path]) -> N
     engine(f"echo {shlex.quote(json.dumps(info))}")
     runtime = sandbox.check()
     assert (runtime.engine, runtime.cgroup_version, runtime.rootless) == ("podman", 2, True)
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"ServerVersion": "1"},
+        {"ServerVersion": "1", "Driver": "x", "NCPU": 1, "MemTotal": 1, "CgroupVersion": "two"},
+        {"ServerVersion": "1", "Driver": "x", "NCPU": 1, "MemTotal": 1, "ClientInfo": []},
+        {"host": []},
+        {"host": {"cgroupVersion": "vv"}, "version": {"Version": "1"}},
+    ],
+)
+def test_an_engine_that_describes_itself_in_a_third_way(engine: Callable[[str], Path], info: dict[str, Any]) -> None:
+    engine(f"echo {shlex.quote(json.dumps(info))}")
+    with pytest.raises(VzreproError, match="info` says is not understood") as caught:
+        sandbox.check()
+    assert "VZREPRO_DOCKER" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("said", ["[]", "7", "[" * 100_000, '{"ServerErrors": 7}', "null"])
+def test_an_engine_that_says_nothing_of_itself(engine: Callable[[str], Path], tmp_path: Path, said: str) -> None:
+    (tmp_path / "said").write_text(said)
+    engine(f"cat {shlex.quote(str(tmp_path / 'said'))}")
+    with pytest.raises(VzreproError, match="container engine failed"):
+        sandbox.check()
 
 
 def test_an_image_that_loads_as_another_is_refused(tmp_path: Path, engine: Callable[[str], Path]) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests import boms
-from vzrepro.errors import UsageError
-from vzrepro.sbom.compare import Item, compare, parse
-from vzrepro.sbom.components import describe
-from vzrepro.sbom.formats import FORMATS, render
+from vzrepro.base.errors import UsageError
+from vzrepro.proof.sbom.compare import Item, compare, parse
+from vzrepro.proof.sbom.components import describe
+from vzrepro.proof.sbom.formats import FORMATS, render
 
 A = Item("pkg:cargo/a", "1", "sha256:aa", "MIT", "contained")
 
@@ -170,3 +173,30 @@ def test_documents_of_others() -> None:
 def test_what_is_no_bill(data: bytes, complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
         parse(data, "x")
+
+
+ANY = st.recursive(
+    st.sampled_from([None, True, -1, 1e400, "", "a", "\ud800", "pkg:deb/debian/a@1?arch=x", "SHA-256", "0" * 64]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["name", "version", "hashes", "licenses", "license", "alg", "checksums", "referenceType"]),
+            inner,
+        )
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=100)
+@given(
+    st.sampled_from([{"bomFormat": "CycloneDX"}, {"spdxVersion": "SPDX-2.3"}]),
+    st.dictionaries(
+        st.sampled_from(["metadata", "components", "dependencies", "packages", "relationships", "files"]),
+        ANY,
+        max_size=3,
+    ),
+)
+def test_any_document_is_read_or_an_error(kind: dict[str, str], parts: dict[str, Any]) -> None:
+    with contextlib.suppress(UsageError):
+        assert all(isinstance(each, Item) for each in parse(json.dumps(kind | parts).encode(), "x"))

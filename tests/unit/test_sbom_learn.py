@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from tests import boms, debs
-from vzrepro.errors import HashMismatch, UsageError, VzreproError
-from vzrepro.evaluate import evaluate
-from vzrepro.lock import Lock
-from vzrepro.sbom import facts
-from vzrepro.sbom.components import Bill, describe
-from vzrepro.sbom.facts import Fact, Facts
-from vzrepro.sbom.learn import learn
-from vzrepro.sbom.output import read_output
-from vzrepro.sbom.seed import seed
+from vzrepro.base.errors import HashMismatch, UsageError, VzreproError
+from vzrepro.proof.sbom import facts
+from vzrepro.proof.sbom.components import Bill, describe
+from vzrepro.proof.sbom.facts import Fact, Facts
+from vzrepro.proof.sbom.learn import learn
+from vzrepro.proof.sbom.output import read_output
+from vzrepro.proof.sbom.seed import seed
+from vzrepro.recipe.evaluate import evaluate
+from vzrepro.recipe.lock import Lock
 from vzrepro.store import LocalStore
 
 GPL_AND_MIT = "(GPL-2.0-or-later OR LicenseRef-Debian-Artistic) AND LicenseRef-Debian-public-domain AND MIT"
@@ -88,7 +91,15 @@ def test_facts_survive_their_file(shop: boms.Shop, store: LocalStore, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "text", ["reader = ", "reader = 1\n[files]\n12 = {}", 'reader = 1\n[files]\n"aa" = 1', "x = 1"]
+    "text",
+    [
+        "reader = ",
+        "reader = " + "9" * 5000,
+        "reader = " + "[" * 5000,
+        "reader = 1\n[files]\n12 = {}",
+        'reader = 1\n[files]\n"aa" = 1',
+        "x = 1",
+    ],
 )
 def test_a_damaged_facts_file_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "sbom.toml"
@@ -148,6 +159,19 @@ def test_a_damaged_object_is_not_believed(shop: boms.Shop, store: LocalStore) ->
 
 def test_an_archive_that_is_none_is_said(tmp_path: Path, store: LocalStore) -> None:
     shop = boms.shop(tmp_path / "shop", changed={"debian/pool/main/l/low/low_1.0.orig.tar.gz": b"\x1f\x8b nothing"})
+    shop.put_all(store)
+    with pytest.raises(VzreproError, match="is not an archive that can be read"):
+        read(shop, store)
+
+
+def test_an_archive_whose_numbers_are_none_is_said(tmp_path: Path, store: LocalStore) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("low/COPYING")
+        info.pax_headers = {"GNU.sparse.size": "x"}
+        archive.addfile(info)
+    file = gzip.compress(out.getvalue())
+    shop = boms.shop(tmp_path / "shop", changed={"debian/pool/main/l/low/low_1.0.orig.tar.gz": file})
     shop.put_all(store)
     with pytest.raises(VzreproError, match="is not an archive that can be read"):
         read(shop, store)

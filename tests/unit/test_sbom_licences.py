@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from license_expression import get_spdx_licensing
 
-from vzrepro.sbom.components import crate_fact
-from vzrepro.sbom.facts import Fact
-from vzrepro.sbom.licences import from_cargo, from_copyright, from_tag, refs
+from vzrepro.proof.sbom import licences
+from vzrepro.proof.sbom.components import crate_fact
+from vzrepro.proof.sbom.facts import Fact
+from vzrepro.proof.sbom.licences import from_cargo, from_copyright, from_tag, refs
 
 LICENSING = get_spdx_licensing()
 FORMAT = "Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/\n"
@@ -37,6 +42,33 @@ FORMAT = "Format: https://www.debian.org/doc/packaging-manuals/copyright-format/
 )
 def test_cargo(written: str, expression: str | None) -> None:
     assert from_cargo(written) == expression
+
+
+def test_threads_that_ask_first_all_get_an_answer() -> None:
+    """The library makes its automaton in the first parse, and another thread's first parse could find it half made."""
+    names = ["GPL-2.0 WITH Linux-syscall-note", "MIT", "Apache-2.0 OR MIT", "Zlib"]
+    start = threading.Barrier(len(names))
+
+    def ask(name: str) -> str | None:
+        start.wait()
+        return from_cargo(name)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(3):
+            licences._licensing.cache_clear()
+            licences._valid.cache_clear()
+            licences._licensing()
+            with ThreadPoolExecutor(len(names)) as pool:
+                assert list(pool.map(ask, names)) == [
+                    "GPL-2.0-only WITH Linux-syscall-note",
+                    "MIT",
+                    "Apache-2.0 OR MIT",
+                    "Zlib",
+                ]
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +174,8 @@ def test_a_source_tree_speaks_for_itself(text: str, expression: str | None) -> N
     assert from_tag(text) == expression
 
 
-@pytest.mark.parametrize("manifest", ["", "[package", "package = 1", "[package]\nname='x'\n[target]\nx = 1"])
+@pytest.mark.parametrize(
+    "manifest", ["", "[package", "package = 1", "[package]\nname='x'\n[target]\nx = 1", "x = " + "9" * 5000]
+)
 def test_a_manifest_that_says_nothing(manifest: str) -> None:
     assert crate_fact("x.crate", manifest) == Fact("x.crate", note="its Cargo.toml cannot be read")

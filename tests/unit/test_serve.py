@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import PATIENCE_SECS
 from tests.contract.served import Serving
+from vzrepro.base.errors import UsageError
 from vzrepro.cache import serve as module
 from vzrepro.cache.serve import serve
-from vzrepro.errors import UsageError
 
 SMALL = b"StorePath: /nix/store/x\n"
 BIG = bytes(range(256)) * 4096  # 1 MiB
@@ -55,7 +56,7 @@ class Client:
 
     def __init__(self, serving: Serving) -> None:
         host, _, port = serving.url.removeprefix("http://").partition(":")
-        self.sock = socket.create_connection((host, int(port)), timeout=20)
+        self.sock = socket.create_connection((host, int(port)), timeout=PATIENCE_SECS)
         self.file = self.sock.makefile("rb")
 
     def __enter__(self) -> Client:
@@ -345,12 +346,12 @@ def test_closing_ends_connections_and_gives_the_address_back(root: Path) -> None
     port = int(server.url.rpartition(":")[2])
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as idle:
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_SECS) as idle:
         idle.sendall(b"GET /a.narinfo HTTP/1.1\r\n\r\n")
         assert idle.recv(10)
         server.close()
         server.close()
-        thread.join(20)
+        thread.join(PATIENCE_SECS)
         assert not thread.is_alive()
         with contextlib.suppress(OSError):
             while idle.recv(1 << 16):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from vzrepro.base.errors import Untrusted, UsageError
 from vzrepro.cache import PublicKey, SigningKey, TrustedKeys
-from vzrepro.errors import Untrusted, UsageError
 
 # RFC 8032, section 7.1, test 2: seed, public key, message, signature.
 SEED = bytes.fromhex("4ccd089b28ff96da9db6c346ec114e0f5b8a319f35aba624da8cf6ed4fb8a6fb")

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.caches import new_cache
 from tests.contract.memory import MemoryBackend
-from vzrepro import events, nar, transfer
-from vzrepro.cache import BinaryCache, Kept, SigningKey, TrustedKeys
-from vzrepro.errors import Interrupted, RemoteError
-from vzrepro.model import DrvHash, NarHash, ObjectInfo, StorePath, store_path
+from vzrepro import nar
+from vzrepro.base import events
+from vzrepro.base.errors import Interrupted, RemoteError
+from vzrepro.base.model import DrvHash, NarHash, ObjectInfo, StorePath, store_path
+from vzrepro.cache import PushOutcome, SigningKey, TrustedKeys
+from vzrepro.realize import transfer
+from vzrepro.realize.transfer import Pusher, waves
 from vzrepro.store import LocalStore
-from vzrepro.transfer import Pusher, waves
 
 KEY = SigningKey.generate("ours-1")
 
@@ -61,16 +64,16 @@ def test_a_closure_arrives_whole_and_in_order(store: LocalStore) -> None:
     low = put(store, "low")
     high = put(store, "high", low.path)
     backend, seen = MemoryBackend(), list[events.Event]()
-    cache = BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
+    cache = new_cache(backend, TrustedKeys([KEY.public]), KEY)
     summary = pusher(store, seen).push_all(cache, [high, low], jobs=4)
-    assert summary.kept[Kept.NEW] == (low.path, high.path)
+    assert summary.kept[PushOutcome.NEW] == (low.path, high.path)
     assert summary.written_bytes > 0
     written = [key for verb, key in backend.log if verb == "put" and key.endswith(".narinfo")]
     assert written == [f"{low.path.hash_part}.narinfo", f"{high.path.hash_part}.narinfo"]
     ended = [event.outcome for event in seen if isinstance(event, events.Finished)]
     assert ended == ["new", "new"]
     again = pusher(store).push_all(cache, [high, low], jobs=4)
-    assert (set(again.kept[Kept.PRESENT]), again.written_bytes) == ({low.path, high.path}, 0)
+    assert (set(again.kept[PushOutcome.PRESENT]), again.written_bytes) == ({low.path, high.path}, 0)
 
 
 def test_of_many_none_that_is_not_listed_is_asked_for(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,25 +81,25 @@ def test_of_many_none_that_is_not_listed_is_asked_for(store: LocalStore, monkeyp
     infos = [put(store, f"object-{number}") for number in range(3)]
     alias = put(store, "object-0-alias", content="object-0")
     backend = MemoryBackend()
-    cache = BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
+    cache = new_cache(backend, TrustedKeys([KEY.public]), KEY)
     pusher(store).push_all(cache, [*infos, alias], jobs=1)
     asked = [key for verb, key in backend.log if verb != "put" and key != "nix-cache-info"]
     # What the first of two equal objects has written is known to be there.
     assert asked == [key for key in backend.entries if key.startswith("nar/") and key in asked]
     assert len([key for key in backend.entries if key.startswith("nar/")]) == 3
     again = pusher(store).push_all(cache, [*infos, alias], jobs=1)
-    assert (len(again.kept[Kept.PRESENT]), again.written_bytes) == (4, 0)
+    assert (len(again.kept[PushOutcome.PRESENT]), again.written_bytes) == (4, 0)
 
 
 def test_what_others_push_after_the_listing_is_no_error(store: LocalStore) -> None:
     low = put(store, "low")
     backend = MemoryBackend()
-    cache = BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
-    other = BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
+    cache = new_cache(backend, TrustedKeys([KEY.public]), KEY)
+    other = new_cache(backend, TrustedKeys([KEY.public]), KEY)
     with cache.surveyed():
         pusher(store).push(other, "low", low)
-        assert pusher(store).push(cache, "low", low).kept is Kept.PRESENT
-    assert pusher(store).push(cache, "low", low).kept is Kept.PRESENT
+        assert pusher(store).push(cache, "low", low).kept is PushOutcome.PRESENT
+    assert pusher(store).push(cache, "low", low).kept is PushOutcome.PRESENT
 
 
 class Refusing(MemoryBackend):
@@ -116,7 +119,7 @@ def test_a_failure_ends_the_push_and_leaves_no_dangling_object(store: LocalStore
     low = put(store, "low")
     high = put(store, "high", low.path)
     backend = Refusing(low.path)
-    cache = BinaryCache(backend, TrustedKeys([KEY.public]), KEY)
+    cache = new_cache(backend, TrustedKeys([KEY.public]), KEY)
     with pytest.raises(RemoteError, match="507"):
         pusher(store).push_all(cache, [low, high], jobs=2)
     assert not any(key.endswith(".narinfo") for key in backend.entries)
@@ -128,5 +131,5 @@ def test_what_is_stopped_has_not_begun(store: LocalStore) -> None:
     stopped = pusher(store)
     stopped.stop.set()
     with pytest.raises(Interrupted):
-        stopped.push_all(BinaryCache(backend, TrustedKeys([KEY.public]), KEY), [low], jobs=2)
+        stopped.push_all(new_cache(backend, TrustedKeys([KEY.public]), KEY), [low], jobs=2)
     assert backend.entries == {}

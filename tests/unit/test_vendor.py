@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "recipes" / "rust" / "vendor.py"
+SCRIPT = Path(__file__).parents[2] / "vzrepro/recipes/files/rust/vendor.py"
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,33 @@ def test_a_smaller_lock_passes_and_a_different_one_does_not(vendor: ModuleType, 
     for other in ({"b 1.0.0": "3" * 64}, {"b 1.0.1": "2" * 64}, {"c 1.0.0": "2" * 64}, {"b 1.0.0": None}):
         with pytest.raises(SystemExit, match="the lock does not pin"):
             vendor.check(lock(tmp_path / "new", dict(other)), pinned)
+
+
+@pytest.mark.parametrize("root", ['[root]\nname = "root"\nversion = "1.0.0"\n', ""])
+def test_a_lock_of_format_1_has_its_checksums_apart(vendor: ModuleType, tmp_path: Path, root: str) -> None:
+    crates, registry = tmp_path / "crates", "registry+https://example.org/i"
+    crates.mkdir()
+    found = crate(crates / "a-1.0.0.crate", member("a-1.0.0/Cargo.toml", b"\xef\xbb\xbf" + A.encode()))
+    text = root + "".join(
+        f'[[package]]\nname = "{name}"\nversion = "1.0.0"\nsource = "{registry}"\n' for name in ("a", "gone")
+    )
+    sums = {"a": found, "gone": "1" * 64}
+    text += "[metadata]\n" + "".join(
+        f'"checksum {name} 1.0.0 ({registry})" = "{checksum}"\n' for name, checksum in sums.items()
+    )
+    (tmp_path / "Cargo.lock").write_text("\ufeff" + text, encoding="utf-8")
+    (tmp_path / "Cargo.toml").write_text("\ufeff" + ROOT, encoding="utf-8")
+    vendor.vendor_all(tmp_path, crates, tmp_path / "vendor")
+    for name, checksum in sums.items():
+        place = tmp_path / "vendor" / f"{name}-1.0.0"
+        assert json.loads((place / ".cargo-checksum.json").read_text())["package"] == checksum
+        assert (place / "src/lib.rs").exists() == (name == "gone")  # a stub
+    # Cargo writes it in today's format, and pins the same.
+    newer = lock(tmp_path / "new", {"a 1.0.0": found, "gone 1.0.0": "1" * 64})
+    vendor.check(newer, tmp_path / "Cargo.lock")
+    (tmp_path / "Cargo.lock").write_text(text.replace(found, "0" * 64))
+    with pytest.raises(SystemExit, match="the lock does not pin"):
+        vendor.check(newer, tmp_path / "Cargo.lock")
 
 
 def test_wrong_words_are_refused(vendor: ModuleType) -> None:

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from vzrepro import nar
-from vzrepro.attest.ballots import Ballots, Found, read
-from vzrepro.attest.policy import Exemption, Operator, OperatorKey, Policy
-from vzrepro.attest.statement import subjects_of
-from vzrepro.attest.votes import Kind, Vote
-from vzrepro.audit.verify import Asked, Tree, Verified, statements_in, verify
-from vzrepro.cache.signing import PublicKey
-from vzrepro.errors import HashMismatch, NotDeterministic, Untrusted, UsageError, VzreproError
-from vzrepro.model import DrvHash, NarHash, store_path
+from vzrepro.base.errors import HashMismatch, NotDeterministic, Untrusted, UsageError, VzreproError
+from vzrepro.base.model import DrvHash, NarHash, store_path
+from vzrepro.base.signing import PublicKey
+from vzrepro.proof.attest.ballots import Ballots, FoundEnvelope, read
+from vzrepro.proof.attest.policy import Exemption, Operator, OperatorKey, Policy
+from vzrepro.proof.attest.statement import subjects_of
+from vzrepro.proof.attest.verify import FileTree, VerificationResult, VerifyRequest, statements_in, verify
+from vzrepro.proof.attest.votes import Vote, VoteKind
 
 NOW = dt.datetime(2026, 6, 1, tzinfo=dt.UTC)
 ONE, TWO = DrvHash("1" * 64), DrvHash("2" * 64)
@@ -34,7 +34,7 @@ def policy(threshold: int = 2, exceptions: tuple[Exemption, ...] = ()) -> Policy
 def vote(operator: str, nar_hash: NarHash, files: dict[str, str] | None = None, drv: DrvHash = ONE) -> Vote:
     named = tuple(sorted((files or {}).items()))
     path = store_path(drv, "thing")
-    return Vote(operator, KEY, Kind.PROVENANCE, path, drv, None, nar_hash, named, NOW, False, ("here",), operator)
+    return Vote(operator, KEY, VoteKind.PROVENANCE, path, drv, None, nar_hash, named, NOW, False, ("here",), operator)
 
 
 @pytest.fixture
@@ -47,31 +47,31 @@ def tree(tmp_path: Path) -> Path:
     return place
 
 
-def judged(tree: Path, *votes: Vote, rules: Policy | None = None, drv: DrvHash | None = None) -> Verified:
-    asked = Asked("it", "thing", "thing", tree, drv, bare=True)
+def judged(tree: Path, *votes: Vote, rules: Policy | None = None, drv: DrvHash | None = None) -> VerificationResult:
+    asked = VerifyRequest("it", "thing", "thing", tree, drv, bare=True)
     return verify(asked, Ballots(votes, (), {}), rules or policy(), NOW)
 
 
 def named(tree: Path) -> dict[str, str]:
-    return Tree(tree, "thing", bare=True).files
+    return FileTree(tree, "thing", bare=True).files
 
 
 def test_a_tree_is_named_as_statements_name_it(tree: Path) -> None:
     path = store_path(ONE, "thing")
-    assert Tree(tree, "thing", bare=False).subjects(path) == subjects_of(path, nar.nar_hash(tree)[0], tree)
+    assert FileTree(tree, "thing", bare=False).subjects(path) == subjects_of(path, nar.nar_hash(tree)[0], tree)
     file = tree / "program"
-    assert Tree(file, "thing", bare=False).subjects(path) == subjects_of(path, nar.nar_hash(file)[0], file)
+    assert FileTree(file, "thing", bare=False).subjects(path) == subjects_of(path, nar.nar_hash(file)[0], file)
 
 
 def test_what_lies_beside_a_bundle_is_left_out_at_the_top_only(tree: Path) -> None:
     before = nar.nar_hash(tree)[0]
     (tree / "x.intoto.jsonl").write_text("")
     (tree / "x.sha256").write_text("")
-    assert Tree(tree, "thing", bare=True).nar_hash == before
-    assert set(Tree(tree, "thing", bare=True).files) == {"program", "sub/data"}
-    assert Tree(tree, "thing", bare=False).nar_hash != before
+    assert FileTree(tree, "thing", bare=True).nar_hash == before
+    assert set(FileTree(tree, "thing", bare=True).files) == {"program", "sub/data"}
+    assert FileTree(tree, "thing", bare=False).nar_hash != before
     (tree / "sub" / "y.sha256").write_text("")
-    assert Tree(tree, "thing", bare=True).nar_hash != before
+    assert FileTree(tree, "thing", bare=True).nar_hash != before
     assert "sub/y.sha256" in named(tree)
 
 
@@ -115,7 +115,7 @@ def test_a_link_to_a_bundle_is_that_bundle(tree: Path, tmp_path: Path) -> None:
 def test_a_summary_is_about_what_was_verified(tree: Path) -> None:
     right = nar.nar_hash(tree)[0]
     done = judged(tree, vote("a", right), vote("b", right))
-    assert done.subjects() == Tree(tree, "thing", bare=True).subjects(store_path(ONE, "thing"))
+    assert done.subjects() == FileTree(tree, "thing", bare=True).subjects(store_path(ONE, "thing"))
     (tree / "program").write_bytes(b"evil\n")
     with pytest.raises(HashMismatch, match="changed while"):
         done.subjects()
@@ -189,7 +189,7 @@ def test_links_are_not_covered_by_lists_of_files(tree: Path) -> None:
     error = judged(tree, vote("a", right, files), vote("b", right, files)).error
     assert "program is something else than a file" in str(error)
     (tree / "folder").symlink_to("/")
-    assert "folder" in Tree(tree, "thing", bare=True).others
+    assert "folder" in FileTree(tree, "thing", bare=True).others
 
 
 def test_an_exception_is_about_one_hash(tree: Path) -> None:
@@ -218,7 +218,7 @@ def test_of_several_derivations_the_one_it_is_of_is_told(tree: Path) -> None:
 
 def test_votes_under_another_name_are_not_about_it(tree: Path) -> None:
     right = nar.nar_hash(tree)[0]
-    asked = Asked("it", "other", "other", tree, None, bare=True)
+    asked = VerifyRequest("it", "other", "other", tree, None, bare=True)
     done = verify(asked, Ballots((vote("a", right), vote("b", right)), (), {}), policy(), NOW)
     assert isinstance(done.error, Untrusted)
     assert done.document()["drv_hash"] is None
@@ -229,9 +229,9 @@ def test_statements_are_read_a_line_each(tmp_path: Path) -> None:
     (tmp_path / "a.intoto.jsonl").write_bytes(b"x\r\n")
     (tmp_path / "other.json").write_bytes(b"{}\n")
     assert statements_in(tmp_path) == [
-        Found("a.intoto.jsonl:1", b"x"),
-        Found("b.intoto.jsonl:1", b'{"a": 1}'),
-        Found("b.intoto.jsonl:4", b'{"b"'),
+        FoundEnvelope("a.intoto.jsonl:1", b"x"),
+        FoundEnvelope("b.intoto.jsonl:1", b'{"a": 1}'),
+        FoundEnvelope("b.intoto.jsonl:4", b'{"b"'),
     ]
 
 

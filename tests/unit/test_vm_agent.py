@@ -8,10 +8,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from vzrepro.errors import VzreproError
-from vzrepro.vm import agent
-from vzrepro.vm import agent_pb2 as pb
-from vzrepro.vm.dial import Proxy
+from vzrepro.base.errors import VzreproError
+from vzrepro.guest.vm import agent
+from vzrepro.guest.vm import agent_pb2 as pb
+from vzrepro.guest.vm.dial import Proxy
 
 
 @pytest.fixture
@@ -34,7 +34,11 @@ def _exec(request: "pb.ExecRequest", context: grpc.ServicerContext) -> Iterator[
         context.abort(grpc.StatusCode.UNAVAILABLE, "the agent goes away")
     words = [request.command, *request.args, request.working_dir, request.user, *sorted(request.env)]
     yield pb.ExecEvent(stdout=" ".join(words).encode(), sequence=1, exec_id=9)
-    yield pb.ExecEvent(exit_code=7, sequence=2)
+    if request.command == "nothing":
+        yield pb.ExecEvent(stderr=b"no such file", sequence=2)
+        yield pb.ExecEvent(error="it cannot be run", sequence=3)
+    elif request.command != "silence":
+        yield pb.ExecEvent(exit_code=7, sequence=2)
 
 
 @pytest.fixture
@@ -73,6 +77,17 @@ def test_exec_streams_and_ends_with_the_exit_code(client: agent.AgentClient) -> 
     assert [event.WhichOneof("event") for event in got] == ["stdout", "exit_code"]
     assert got[0].stdout == b"ls -l /w root A"
     assert got[1].exit_code == 7
+
+
+def test_a_commands_end_is_awaited(client: agent.AgentClient) -> None:
+    taken: list[bytes] = []
+    assert client.exec("ls").finish() == agent.Ended(7, None, b"ls  ", b"", b"ls  ")
+    assert client.exec("ls").finish(taken.append) == agent.Ended(7, None, b"", b"", b"")
+    assert taken == [b"ls  "]
+    lost = client.exec("nothing").finish()
+    assert lost == agent.Ended(None, "it cannot be run", b"nothing  ", b"no such file", b"nothing  no such file")
+    assert lost.text == "it cannot be run"
+    assert client.exec("silence").finish().text == "the guest agent did not say how the command ended"
 
 
 def test_a_failing_call_says_what_the_agent_said(client: agent.AgentClient) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from vzrepro import events
-from vzrepro.errors import TimedOut, UsageError, VzreproError
-from vzrepro.vm import agent_pb2 as pb
-from vzrepro.vm import boot, qemu
+from vzrepro.base import events
+from vzrepro.base.errors import TimedOut, UsageError, VzreproError
+from vzrepro.guest.vm import agent_pb2 as pb
+from vzrepro.guest.vm import boot, qemu
 
 METADATA = {
     "kernel": "6.12.107",
@@ -175,6 +175,13 @@ def test_an_agent_that_pushes_nothing_is_asked(world: World, agent_server: threa
     assert not report.pushed
     assert report.agent_version is None
     assert [phase.name for phase in report.phases] == ["init", "agent", "ready", "answer", "off"]
+
+
+def test_a_guest_is_not_called_before_its_init_speaks(world: World, agent_server: threading.Event) -> None:
+    # Its agent would answer at once, and then be used.
+    with pytest.raises(TimedOut) as error:
+        world.boot(["hang"], timeout_secs=5)
+    assert "waited for: the kernel to start /init" in (error.value.reason or "")
 
 
 def test_a_guest_that_never_gets_ready_shows_its_console_and_what_was_missing(world: World) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vzrepro.errors import VzreproError
-from vzrepro.vm import dial
+from vzrepro.base.errors import VzreproError
+from vzrepro.guest.vm import dial
 
 
 class Streams:

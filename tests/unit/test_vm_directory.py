@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vzrepro.errors import UsageError, VzreproError
-from vzrepro.vm import directory, qemu
-from vzrepro.vm.spec import Mount
+from vzrepro.base.errors import UsageError, VzreproError
+from vzrepro.guest.vm import directory, qemu
+from vzrepro.guest.vm.spec import Mount
 
 SETTINGS = directory.Settings(disk_mib=0)
 
@@ -53,6 +53,8 @@ def test_the_configuration_is_the_users(tmp_path: Path, bundle: Path) -> None:
     ("text", "said"),
     [
         ("format =", "is not TOML"),
+        ("format = " + "9" * 5000, "is not TOML"),
+        ("format = " + "[" * 5000, "is not TOML"),
         ("", "vm.toml: format: Field required"),
         ("format = 2", "vm.toml: format: "),
         ("format = 1\nmemory = 5", "vm.toml: memory: "),

@@ -3,7 +3,7 @@
 To generate it again:
 
     python -m grpc_tools.protoc -I recipes/guest-agent/proto/vz/agent/v1 \\
-        --python_out=vzrepro/vm --pyi_out=vzrepro/vm agent.proto
+        --python_out=vzrepro/guest/vm --pyi_out=vzrepro/guest/vm agent.proto
 """
 
 import subprocess
@@ -20,6 +20,6 @@ def test_generating_again_gives_the_same(tmp_path: Path, name: str) -> None:
     proto = ROOT / "recipes/guest-agent/proto/vz/agent/v1"
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{proto}", f"--python_out={tmp_path}"]
     subprocess.run([*command, f"--pyi_out={tmp_path}", "agent.proto"], check=True)
-    assert (tmp_path / name).read_text() == (ROOT / "vzrepro/vm" / name).read_text(), (
-        "the agent's .proto and vzrepro/vm/agent_pb2 differ: run the command in this file's docstring"
+    assert (tmp_path / name).read_text() == (ROOT / "vzrepro/guest/vm" / name).read_text(), (
+        "the agent's .proto and vzrepro/guest/vm/agent_pb2 differ: run the command in this file's docstring"
     )

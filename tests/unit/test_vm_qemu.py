@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from vzrepro.errors import VzreproError
-from vzrepro.vm import qemu
+from tests import PATIENCE_SECS
+from vzrepro.base.errors import VzreproError
+from vzrepro.guest.vm import qemu
 
 GUEST = qemu.Guest(Path("/b/vmlinux"), Path("/b/initramfs.img"), "console=hvc0 quiet panic=-1 vz.mount.0=/work")
 
@@ -85,6 +86,7 @@ def test_a_share_is_served_in_the_sandbox_that_the_user_may_have(
     share = qemu.Share("rootfs", Path("/srv"), read_only=True)
     arguments = qemu.share_server_arguments(share, Path("/t/share0"))
     assert {"--socket-path=/t/share0", "--shared-dir=/srv", f"--sandbox={sandbox}", "--readonly"} <= set(arguments)
+    assert ("--modcaps=-mknod" in arguments) is (uid == 0)
     assert "--readonly" not in qemu.share_server_arguments(replace(share, read_only=False), Path("/t/share0"))
 
 
@@ -142,15 +144,26 @@ def test_a_childs_lines_come_before_its_end() -> None:
     seen: queue.SimpleQueue[object] = queue.SimpleQueue()
     script = "echo one; echo two >&2; printf 'no end \\377'; exit 3"
     with qemu.Child("/bin/sh", ["-c", script], on_line=seen.put, on_end=seen.put) as child:
-        assert child.wait(30) == 3
-        got = [seen.get(timeout=30) for _ in range(4)]
+        assert child.wait(PATIENCE_SECS) == 3
+        got = [seen.get(timeout=PATIENCE_SECS) for _ in range(4)]
     assert sorted(map(str, got[:3])) == ["no end �", "one", "two"]
     assert got[3] == 3
 
 
 def test_a_signal_is_a_negative_code() -> None:
     with qemu.Child("/bin/sh", ["-c", "kill -KILL $$"]) as child:
-        assert child.wait(30) == -signal.SIGKILL
+        assert child.wait(PATIENCE_SECS) == -signal.SIGKILL
+
+
+def test_a_line_without_an_end_comes_in_parts() -> None:
+    lines: list[str] = []
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+    command = ["-c", "head -c 200000 /dev/zero | tr '\\0' x; echo; echo next"]
+    with qemu.Child("/bin/sh", command, on_line=lines.append, on_end=ended.put):
+        assert ended.get(timeout=PATIENCE_SECS) == 0
+    assert "".join(lines) == "x" * 200_000 + "next"
+    assert max(map(len, lines)) < 100_000
+    assert lines[-1] == "next"
 
 
 def test_leaving_ends_a_child_that_ignores_sigterm() -> None:
@@ -158,9 +171,9 @@ def test_leaving_ends_a_child_that_ignores_sigterm() -> None:
     script = "trap '' TERM; echo up; while :; do sleep 1; done"
     with qemu.Child("/bin/sh", ["-c", script], on_line=seen.put) as child:
         pid = child.pid
-        assert seen.get(timeout=30) == "up"
+        assert seen.get(timeout=PATIENCE_SECS) == "up"
         assert child.wait(0.2) is None
-    assert child.wait(30) == -signal.SIGKILL
+    assert child.wait(PATIENCE_SECS) == -signal.SIGKILL
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
@@ -173,7 +186,7 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a child that its parent died")
 def test_a_child_dies_with_us_even_when_we_are_killed() -> None:
     code = (
-        "import pathlib, time; from vzrepro.vm import qemu\n"
+        "import pathlib, time; from vzrepro.guest.vm import qemu\n"
         "child = qemu.Child('/bin/sleep', ['600'])\n"
         "while pathlib.Path(f'/proc/{child.pid}/comm').read_text() != 'sleep\\n': time.sleep(0.01)\n"
         "print(child.pid, flush=True); time.sleep(600)"

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vzrepro.attest import dsse
-from vzrepro.attest.audit import AuditResult, Tree, audit_statement
-from vzrepro.attest.ballots import Found, read
-from vzrepro.attest.policy import Exemption, Operator, OperatorKey, Policy, Threshold
-from vzrepro.attest.provenance import Build
-from vzrepro.attest.statement import PAYLOAD_TYPE, Statement, Subject
-from vzrepro.attest.votes import Kind, Vote, count, decide
-from vzrepro.cache.signing import SigningKey
-from vzrepro.errors import NotDeterministic, Untrusted
-from vzrepro.model import BuildKey, DrvHash, NarHash, StorePath, store_path
+from vzrepro.base.errors import NotDeterministic, Untrusted
+from vzrepro.base.model import BuildKey, DrvHash, NarHash, StorePath, store_path
+from vzrepro.base.signing import SigningKey
+from vzrepro.proof.attest import dsse
+from vzrepro.proof.attest.audit import AuditResult, OutputTree, audit_statement
+from vzrepro.proof.attest.ballots import FoundEnvelope, read
+from vzrepro.proof.attest.policy import Exemption, Operator, OperatorKey, Policy, Threshold
+from vzrepro.proof.attest.provenance import Build
+from vzrepro.proof.attest.statement import PAYLOAD_TYPE, Statement, Subject
+from vzrepro.proof.attest.votes import Vote, VoteKind, count, decide
 
 DRV = DrvHash("d" * 64)
 OTHER_DRV = DrvHash("e" * 64)
@@ -79,8 +79,8 @@ def audited(
         drv_hash=DRV,
         build_key=BUILD_KEY,
         **({"path": PATH} if "path" in AuditResult.__dataclass_fields__ else {}),
-        registered=Tree(GOOD, 10),
-        rebuilt=None if rebuilt is None else Tree(rebuilt, 10),
+        registered=OutputTree(GOOD, 10),
+        rebuilt=None if rebuilt is None else OutputTree(rebuilt, 10),
         verdict="REPRODUCED" if rebuilt == GOOD else "DIFFERS",
         reason=None,
         axes=axes,
@@ -97,11 +97,11 @@ def audited(
 
 
 def votes(*envelopes: bytes, by: Policy | None = None) -> tuple[Vote, ...]:
-    return read([Found("here", each) for each in envelopes], by or policy()).votes
+    return read([FoundEnvelope("here", each) for each in envelopes], by or policy()).votes
 
 
 def refusal(envelope: bytes, by: Policy | None = None) -> str:
-    ballots = read([Found("here", envelope)], by or policy())
+    ballots = read([FoundEnvelope("here", envelope)], by or policy())
     assert ballots.votes == ()
     [refused] = ballots.refused
     return f"{refused.who}: {refused.why}"
@@ -117,7 +117,7 @@ def held(*envelopes: bytes, by: Policy | None = None, target: str = "thing") -> 
 
 def test_provenance_is_a_vote_of_the_keys_operator() -> None:
     [vote] = votes(built(KEYS["old"], files={"b": "2" * 64, "a": "1" * 64}))
-    assert (vote.operator, vote.kind, vote.nar_hash, vote.drv_hash) == ("ann", Kind.PROVENANCE, GOOD, DRV)
+    assert (vote.operator, vote.kind, vote.nar_hash, vote.drv_hash) == ("ann", VoteKind.PROVENANCE, GOOD, DRV)
     assert vote.files == (("a", "1" * 64), ("b", "2" * 64))
     assert vote.when == dt.datetime.fromtimestamp(FINISHED, dt.UTC)
     assert not vote.varied
@@ -125,7 +125,7 @@ def test_provenance_is_a_vote_of_the_keys_operator() -> None:
 
 def test_a_rebuild_is_a_vote_for_what_came_out() -> None:
     [same] = votes(audited(KEYS["ann"], GOOD))
-    assert (same.kind, same.nar_hash, same.files, same.varied) == (Kind.AUDIT, GOOD, (("a", "1" * 64),), False)
+    assert (same.kind, same.nar_hash, same.files, same.varied) == (VoteKind.AUDIT, GOOD, (("a", "1" * 64),), False)
     [other] = votes(audited(KEYS["ann"], BAD, axes=("clock",)))
     assert (other.nar_hash, other.files, other.varied) == (BAD, (), True)
     assert votes(audited(KEYS["ann"], BAD, held=("clock",)))[0].varied
@@ -134,7 +134,7 @@ def test_a_rebuild_is_a_vote_for_what_came_out() -> None:
 
 def test_equal_envelopes_are_one_wherever_they_are_found() -> None:
     envelope = built(KEYS["ann"])
-    ballots = read([Found("a", envelope), Found("b", envelope), Found("a", envelope)], policy())
+    ballots = read([FoundEnvelope("a", envelope), FoundEnvelope("b", envelope), FoundEnvelope("a", envelope)], policy())
     assert [vote.sources for vote in ballots.votes] == [("a", "b")]
     assert ballots.envelopes == {ballots.votes[0].envelope: envelope}
 
@@ -184,7 +184,7 @@ def test_a_truncated_envelope_is_told_of() -> None:
 
 def test_other_statements_are_left_out() -> None:
     summary = Statement(subjects(GOOD, {}), "https://slsa.dev/verification_summary/v1", {}).signed(KEYS["ann"])
-    ballots = read([Found("here", summary)], policy())
+    ballots = read([FoundEnvelope("here", summary)], policy())
     assert (ballots.votes, ballots.refused) == ((), ())
 
 

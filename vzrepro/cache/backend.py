@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from vzrepro.errors import RemoteError, UsageError
-from vzrepro.model import FileHash
+from vzrepro.base.errors import RemoteError, UsageError
+from vzrepro.base.model import FileHash
 
 CACHE_INFO = "nix-cache-info"
 """The entry by which Nix clients know a cache and its store."""
@@ -123,6 +123,15 @@ def check_key(key: str) -> str:
     if not is_key(key):
         raise UsageError(f"{key!r} is not a valid key of a cache entry")
     return key
+
+
+def content_type(key: str) -> str:
+    """What browsers and Nix clients are told that an entry is."""
+    if key.endswith(".narinfo"):
+        return "text/x-nix-narinfo"
+    if key.startswith("log/") or key == CACHE_INFO:
+        return "text/plain; charset=utf-8"
+    return "application/json" if key.endswith(".json") else "application/octet-stream"
 
 
 def read_whole(opened: AbstractContextManager[Stream], limit: int, what: str) -> bytes:

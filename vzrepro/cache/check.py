@@ -13,28 +13,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, Protocol
 
+from vzrepro.base.errors import HashMismatch, Untrusted, UsageError
+from vzrepro.base.model import DrvHash, ObjectInfo, StorePath
+from vzrepro.base.signing import TrustedKeys
 from vzrepro.cache.backend import FRESH_SECS, Damaged
-from vzrepro.cache.binary import BinaryCache
 from vzrepro.cache.content import hashed, take
 from vzrepro.cache.layout import MAX_DERIVATION, KeySet, claim_of, kind_of, needs_of, open_entry, read_entry
 from vzrepro.cache.narinfo import MAX_SIZE, NarInfo, OtherCompression, narinfo_key
 from vzrepro.cache.notice import announced
 from vzrepro.cache.parallel import WORKERS, in_order
-from vzrepro.cache.push import Kept
+from vzrepro.cache.push import PushOutcome
+from vzrepro.cache.reader import CacheReader
 from vzrepro.cache.records import INDEX, MAX_ATTESTATION, MAX_RECORD, BuildRecord, build_key_record, is_intact
-from vzrepro.cache.signing import TrustedKeys
-from vzrepro.errors import HashMismatch, Untrusted, UsageError
-from vzrepro.model import DrvHash, ObjectInfo, StorePath
+from vzrepro.cache.writer import CacheWriter
 
 _NAR_WORKERS = 4  # NARs that are read at once: each is decoded in parallel as well
 
-Kind = Literal["damaged", "missing-nar", "damaged-nar", "missing-reference", "untrusted", "foreign", "orphan"]
+FindingKind = Literal["damaged", "missing-nar", "damaged-nar", "missing-reference", "untrusted", "foreign", "orphan"]
 """What is wrong: a narinfo or record that nobody can use · a narinfo whose NAR is not there · a NAR that is not what a
 narinfo says · a path that a narinfo refers to is not there · too few trusted keys have signed, but none wrongly ·
 an object that some Nix client has written in a form that we do not read · no narinfo needs the entry, and it is not
 one of a push that is under way."""
 
-Progress = Callable[[int, int], object]
+CheckProgress = Callable[[int, int], object]
 """Bytes that have been checked, and how many there are to check; called in any thread, never twice at once."""
 
 
@@ -43,18 +44,18 @@ def _quiet(*_anything: object) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CacheFinding:
     """Something wrong with the entry `key`; `path` is the object it belongs to, if that is known (for
     `missing-reference`, the object that is not there)."""
 
     key: str
     path: StorePath | None
-    kind: Kind
+    kind: FindingKind
     detail: str
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class CheckSummary:
     """What a verification has looked at: objects (narinfos), all entries of ours, bytes of NARs that were read."""
 
     objects: int
@@ -63,8 +64,8 @@ class Checked:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """An object where it is valid: what `BinaryCache.push` takes."""
+class HeldObject:
+    """An object where it is valid: what `CacheWriter.push` takes."""
 
     info: ObjectInfo
     tree: Path
@@ -72,31 +73,31 @@ class Held:
     log: Path | None = None
 
 
-class Source(Protocol):
+class ObjectSource(Protocol):
     """Where objects are valid, for `repair`: the local store."""
 
-    def __call__(self, path: StorePath, /) -> Held | None:
+    def __call__(self, path: StorePath, /) -> HeldObject | None:
         """The object, None when it is not here or not valid."""
 
 
 @dataclass(frozen=True, slots=True)
-class Repaired:
+class RepairResult:
     """What `repair` did about a finding: `pushed` again from the source · `removed` what nobody can use · `sound` by
     now, so nothing · `left` as it was. `detail` says what or why."""
 
-    finding: Finding
+    finding: CacheFinding
     action: Literal["pushed", "removed", "sound", "left"]
     detail: str
 
 
 def verify(
-    cache: BinaryCache,
+    cache: CacheReader,
     *,
     deep: bool,
-    found: Callable[[Finding], object],
-    progress: Progress = _quiet,
+    found: Callable[[CacheFinding], object],
+    progress: CheckProgress = _quiet,
     workers: int = WORKERS,
-) -> Checked:
+) -> CheckSummary:
     """Check every object of the cache as this machine trusts it; `found` is called with each finding, in this thread.
 
     For each narinfo: its form, that it is its own path's, its signatures, that its NAR is there with the announced size
@@ -112,7 +113,7 @@ def verify(
     return check.run(workers)
 
 
-def repair(cache: BinaryCache, findings: Iterable[Finding], source: Source) -> Iterator[Repaired]:
+def repair(cache: CacheWriter, findings: Iterable[CacheFinding], source: ObjectSource) -> Iterator[RepairResult]:
     """Mend what one `verify` has found; yields what was done about each finding.
 
     Everything is looked at again before it is touched. What `source` holds is pushed again, so the cache needs a key
@@ -128,7 +129,7 @@ def repair(cache: BinaryCache, findings: Iterable[Finding], source: Source) -> I
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
-def _signed(trusted: TrustedKeys, message: bytes, signatures: Iterable[str]) -> tuple[Kind, str] | None:
+def _signed(trusted: TrustedKeys, message: bytes, signatures: Iterable[str]) -> tuple[FindingKind, str] | None:
     """What is wrong with the signatures of a message: `damaged` when there is none, or none is good and one is wrong in
     the name of a trusted key; `untrusted` when others have signed, or too few."""
     signatures = tuple(signatures)
@@ -137,12 +138,12 @@ def _signed(trusted: TrustedKeys, message: bytes, signatures: Iterable[str]) -> 
     except UsageError as error:
         return "damaged", error.message
     except Untrusted as error:
-        kind: Kind = "damaged" if trusted.is_void(message, signatures) else "untrusted"
+        kind: FindingKind = "damaged" if trusted.is_void(message, signatures) else "untrusted"
         return kind, error.in_a_line
     return None
 
 
-def _judged(info: NarInfo, trusted: TrustedKeys) -> tuple[Kind, str] | None:
+def _judged(info: NarInfo, trusted: TrustedKeys) -> tuple[FindingKind, str] | None:
     wrong = _signed(trusted, info.fingerprint, info.signatures)
     own = info.own_message
     if own is not None and (wrong is None or wrong[0] != "damaged"):
@@ -157,16 +158,16 @@ class _Look:
     """What one narinfo looked like: None as `info` when nobody can use it; nothing at all when it is gone."""
 
     info: NarInfo | None
-    findings: tuple[Finding, ...]
+    findings: tuple[CacheFinding, ...]
     keys: tuple[str, ...] = ()  # what it needs
 
 
 class _Examiner:
     """Looks at single objects of a cache."""
 
-    def __init__(self, cache: BinaryCache, read: Callable[[int], object] = _quiet) -> None:
-        self._cache = cache
-        self._backend = cache.backend
+    def __init__(self, cache: CacheReader, read: Callable[[int], object] = _quiet) -> None:
+        self._trusted = cache.access.trusted
+        self._backend = cache.access.backend
         self._read = read
 
     def narinfo(self, key: str) -> _Look:
@@ -180,18 +181,18 @@ class _Examiner:
             needs = None if data is None else needs_of(data, hash_part)
             detail = error.in_a_line
             path = None if needs is None else needs.path
-            kind: Kind = "foreign" if isinstance(error, OtherCompression) and needs is not None else "damaged"
-            return _Look(None, (Finding(key, path, kind, detail),), () if needs is None else needs.keys)
+            kind: FindingKind = "foreign" if isinstance(error, OtherCompression) and needs is not None else "damaged"
+            return _Look(None, (CacheFinding(key, path, kind, detail),), () if needs is None else needs.keys)
         if data is None or info is None:
             return _Look(None, ())
         needs = needs_of(data, hash_part)
         if needs is None:
-            return _Look(None, (Finding(key, None, "damaged", f"it is the narinfo of {info.path}"),))
-        wrong = _judged(info, self._cache.trusted)
-        findings = () if wrong is None else (Finding(key, info.path, *wrong),)
+            return _Look(None, (CacheFinding(key, None, "damaged", f"it is the narinfo of {info.path}"),))
+        wrong = _judged(info, self._trusted)
+        findings = () if wrong is None else (CacheFinding(key, info.path, *wrong),)
         return _Look(info if wrong is None or wrong[0] != "damaged" else None, findings, needs.keys)
 
-    def nar(self, info: NarInfo, *, deep: bool) -> Finding | None:
+    def nar(self, info: NarInfo, *, deep: bool) -> CacheFinding | None:
         """The NAR of a narinfo. Raises RemoteError when the place fails."""
         entry = self._backend.head(info.url)
         if entry is None:
@@ -202,7 +203,7 @@ class _Examiner:
             return _damaged_nar(info, f"wanted {info.file_hash.nix}, and the place says {entry.sha256.nix}")
         return self.content(info) if deep else None
 
-    def derivation(self, info: NarInfo) -> Finding | None:
+    def derivation(self, info: NarInfo) -> CacheFinding | None:
         """The `drv/` record of a narinfo, if there is one."""
         if info.drv_hash is None:
             return None
@@ -210,12 +211,12 @@ class _Examiner:
         try:
             data = read_entry(self._backend, key, MAX_DERIVATION)
         except Damaged as error:
-            return Finding(key, info.path, "damaged", error.message)
+            return CacheFinding(key, info.path, "damaged", error.message)
         if data is None or DrvHash.of(data) == info.drv_hash:
             return None
-        return Finding(key, info.path, "damaged", "its hash is not the one it is filed under")
+        return CacheFinding(key, info.path, "damaged", "its hash is not the one it is filed under")
 
-    def build_record(self, info: NarInfo) -> Finding | None:
+    def build_record(self, info: NarInfo) -> CacheFinding | None:
         """The `build/` record of a narinfo, if there is one."""
         if info.build_key is None:
             return None
@@ -226,40 +227,40 @@ class _Examiner:
                 return None
             found = BuildRecord.parse(data, self._backend.url)
         except Damaged as error:
-            return Finding(key, info.path, "damaged", error.reason or error.message)
+            return CacheFinding(key, info.path, "damaged", error.reason or error.message)
         record = found.realization
         if record.build_key != info.build_key:
-            return Finding(key, info.path, "damaged", "it is that of another build key")
-        wrong = _signed(self._cache.trusted, found.message, found.signatures)
+            return CacheFinding(key, info.path, "damaged", "it is that of another build key")
+        wrong = _signed(self._trusted, found.message, found.signatures)
         if wrong is not None:
-            return Finding(key, record.path, *wrong)
+            return CacheFinding(key, record.path, *wrong)
         if record.path == info.path:
             if (record.nar_hash, record.nar_size, record.drv_hash) != (info.nar_hash, info.nar_size, info.drv_hash):
-                return Finding(key, info.path, "damaged", "it does not agree with the narinfo of its path")
+                return CacheFinding(key, info.path, "damaged", "it does not agree with the narinfo of its path")
         elif self._backend.head(narinfo_key(record.path)) is None:
             # Nobody gains anything by it, and as records are written only where there is none, it would stay.
-            return Finding(key, info.path, "damaged", f"it names {record.path}, which is not there")
+            return CacheFinding(key, info.path, "damaged", f"it names {record.path}, which is not there")
         return None
 
-    def statement(self, key: str) -> Finding | None:
+    def statement(self, key: str) -> CacheFinding | None:
         """The `attest/` entry at `key`: whether it is what its name says. Who signed what in it is not asked."""
         if key.endswith(f"/{INDEX}"):
             return None
         try:
             data = read_entry(self._backend, key, MAX_ATTESTATION)
         except Damaged as error:
-            return Finding(key, None, "damaged", error.message)
+            return CacheFinding(key, None, "damaged", error.message)
         if data is None or is_intact(key, data):
             return None
-        return Finding(key, None, "damaged", "its hash is not the one it is named after")
+        return CacheFinding(key, None, "damaged", "its hash is not the one it is named after")
 
-    def _missing(self, info: NarInfo) -> Finding | None:
+    def _missing(self, info: NarInfo) -> CacheFinding | None:
         # Narinfos go first: if this one is there still, the NAR is not merely being collected.
         if self._backend.head(narinfo_key(info.path)) is None:
             return None
-        return Finding(narinfo_key(info.path), info.path, "missing-nar", f"{info.url} is not there")
+        return CacheFinding(narinfo_key(info.path), info.path, "missing-nar", f"{info.url} is not there")
 
-    def content(self, info: NarInfo) -> Finding | None:
+    def content(self, info: NarInfo) -> CacheFinding | None:
         """The NAR of a narinfo, read from the first byte to the last, whatever the place says of it."""
         opened = open_entry(self._backend, info.url)
         if opened is None:
@@ -279,8 +280,8 @@ class _Examiner:
         return None
 
 
-def _damaged_nar(info: NarInfo, detail: str) -> Finding:
-    return Finding(info.url, info.path, "damaged-nar", detail)
+def _damaged_nar(info: NarInfo, detail: str) -> CacheFinding:
+    return CacheFinding(info.url, info.path, "damaged-nar", detail)
 
 
 # --- verifying --------------------------------------------------------------------------------------------------------
@@ -289,8 +290,10 @@ def _damaged_nar(info: NarInfo, detail: str) -> Finding:
 class _Check:
     """One verification."""
 
-    def __init__(self, cache: BinaryCache, deep: bool, found: Callable[[Finding], object], progress: Progress) -> None:
-        self._backend = cache.backend
+    def __init__(
+        self, cache: CacheReader, deep: bool, found: Callable[[CacheFinding], object], progress: CheckProgress
+    ) -> None:
+        self._backend = cache.access.backend
         self._deep = deep
         self._found = found
         self._progress = progress
@@ -302,7 +305,7 @@ class _Check:
         self._sound = KeySet()  # NARs, with what was wanted of them
         self._told: set[str] = set()  # keys of findings that several objects may share
 
-    def run(self, workers: int) -> Checked:
+    def run(self, workers: int) -> CheckSummary:
         old = self._backend.now() - FRESH_SECS
         objects = entries = 0
         with tempfile.TemporaryFile("w+", prefix="vzrepro-") as spool:
@@ -320,7 +323,7 @@ class _Check:
             if self._deep:
                 self._statements(_lines(spool), workers)
         self._progress(self._total, self._total)
-        return Checked(objects, entries, self._nar_bytes)
+        return CheckSummary(objects, entries, self._nar_bytes)
 
     def _narinfos(self, lines: Iterable[_Line], workers: int) -> None:
         narinfos = ((key, size) for key, size, _ in lines if kind_of(key) == "narinfo")
@@ -343,7 +346,7 @@ class _Check:
         info = look.info
         if info is None:
             return look
-        findings: list[Finding | None] = [*look.findings]
+        findings: list[CacheFinding | None] = [*look.findings]
         wanted = f"{info.url} {info.file_hash} {info.file_size} {info.nar_hash} {info.nar_size}"
         with self._lock:
             known = wanted in self._sound
@@ -363,7 +366,7 @@ class _Check:
                 continue
             if self._backend.head(key) is None:
                 self._told.add(key)
-                self._found(Finding(key, reference, "missing-reference", f"{info.path} refers to it"))
+                self._found(CacheFinding(key, reference, "missing-reference", f"{info.path} refers to it"))
 
     def _orphans(self, lines: Iterable[_Line], workers: int) -> None:
         def unneeded() -> Iterator[str]:
@@ -373,7 +376,7 @@ class _Check:
 
         for entry in in_order(self._backend.head, unneeded(), workers):
             if entry is not None:
-                self._found(Finding(entry.key, None, "orphan", f"no narinfo needs its {entry.size} bytes"))
+                self._found(CacheFinding(entry.key, None, "orphan", f"no narinfo needs its {entry.size} bytes"))
 
     def _statements(self, lines: Iterable[_Line], workers: int) -> None:
         keys = (key for key, _, _ in lines if kind_of(key) == "attest")
@@ -409,39 +412,40 @@ def _lines(spool: IO[str]) -> Iterator[_Line]:
 class _Repair:
     """One repair."""
 
-    def __init__(self, cache: BinaryCache, source: Source) -> None:
+    def __init__(self, cache: CacheWriter, source: ObjectSource) -> None:
         self._cache = cache
-        self._backend = cache.backend
+        self._access = cache.access
+        self._backend = self._access.backend
         self._source = source
-        self._examiner = _Examiner(cache)
+        self._examiner = _Examiner(cache.reader)
 
-    def run(self, findings: Iterable[Finding]) -> Iterator[Repaired]:
+    def run(self, findings: Iterable[CacheFinding]) -> Iterator[RepairResult]:
         useless: dict[str, NarInfo] = {}  # damaged NARs whose narinfos had to go
         for finding in findings:
             if finding.kind == "untrusted":
-                yield Repaired(finding, "left", "keys that are not trusted here have signed it")
+                yield RepairResult(finding, "left", "keys that are not trusted here have signed it")
             elif finding.kind == "foreign":
-                yield Repaired(finding, "left", "others can read it")
+                yield RepairResult(finding, "left", "others can read it")
             elif finding.kind == "orphan":
-                yield Repaired(finding, "left", "collecting garbage removes it when it is old")
+                yield RepairResult(finding, "left", "collecting garbage removes it when it is old")
             else:
                 yield self._mended(finding, useless)
         for url, info in useless.items():
             self._remove_nar(url, info)
 
-    def _mended(self, finding: Finding, useless: dict[str, NarInfo]) -> Repaired:
+    def _mended(self, finding: CacheFinding, useless: dict[str, NarInfo]) -> RepairResult:
         if self._again(finding, deep=True) is None:
-            return Repaired(finding, "sound", "it has been mended or removed since")
+            return RepairResult(finding, "sound", "it has been mended or removed since")
         held = None if finding.path is None else self._source(finding.path)
         if held is not None:
             pushed = self._pushed(finding, held)
             if pushed is not None:
                 return pushed
         if finding.kind == "missing-reference":
-            return Repaired(finding, "left", "there is no valid copy of it here")
+            return RepairResult(finding, "left", "there is no valid copy of it here")
         return self._removed(finding, useless)
 
-    def _again(self, finding: Finding, *, deep: bool) -> Finding | None:
+    def _again(self, finding: CacheFinding, *, deep: bool) -> CacheFinding | None:
         """The same finding, if it holds still; without `deep`, what needs a NAR to be read is believed."""
         if finding.kind == "missing-reference":
             return finding if self._backend.head(finding.key) is None else None
@@ -462,44 +466,46 @@ class _Repair:
         record = self._examiner.derivation(info) if kind_of(finding.key) == "drv" else self._examiner.build_record(info)
         return record if record is not None and record.kind == "damaged" else None
 
-    def _info(self, finding: Finding) -> NarInfo | None:
+    def _info(self, finding: CacheFinding) -> NarInfo | None:
         return None if finding.path is None else self._examiner.narinfo(narinfo_key(finding.path)).info
 
-    def _pushed(self, finding: Finding, held: Held) -> Repaired | None:
+    def _pushed(self, finding: CacheFinding, held: HeldObject) -> RepairResult | None:
         """Push the object anew; None when it is not valid where it was said to be."""
         if finding.kind == "damaged-nar":
-            self._cache.suspect(finding.key)
+            self._access.wrong_nars.add(finding.key)
         elif kind_of(finding.key) in ("drv", "build"):
             self._backend.delete([finding.key])  # records are written only where there is none
 
-        def push() -> Kept:
+        def push() -> PushOutcome:
             return self._cache.push(held.info, held.tree, derivation=held.derivation, log=held.log, mend=True).kept
 
         try:
             kept = push()
-            if kept is Kept.DIFFERENT and finding.kind in ("missing-nar", "damaged-nar"):
+            if kept is PushOutcome.DIFFERENT and finding.kind in ("missing-nar", "damaged-nar"):
                 # Another result than ours, which nobody can have any more.
                 self._remove(finding, narinfo_key(held.info.path))
                 kept = push()
         except (HashMismatch, OSError):
             return None
-        if kept is Kept.DIFFERENT:
-            return Repaired(finding, "removed", "the cache keeps another result for this path than the one here")
-        return Repaired(finding, "pushed", f"{held.info.path} was pushed again")
+        if kept is PushOutcome.DIFFERENT:
+            return RepairResult(finding, "removed", "the cache keeps another result for this path than the one here")
+        return RepairResult(finding, "pushed", f"{held.info.path} was pushed again")
 
-    def _removed(self, finding: Finding, useless: dict[str, NarInfo]) -> Repaired:
+    def _removed(self, finding: CacheFinding, useless: dict[str, NarInfo]) -> RepairResult:
         key = finding.key
         if finding.kind in ("missing-nar", "damaged-nar"):
             assert finding.path is not None
             key = narinfo_key(finding.path)
         info = self._info(finding)
         if not self._remove(finding, key):
-            return Repaired(finding, "sound", "it has been mended or removed since")
+            return RepairResult(finding, "sound", "it has been mended or removed since")
         if finding.kind == "damaged-nar" and info is not None:
             useless[info.url] = info
-        return Repaired(finding, "removed", f"{key} is gone, for nobody could use it, and there is no valid copy here")
+        return RepairResult(
+            finding, "removed", f"{key} is gone, for nobody could use it, and there is no valid copy here"
+        )
 
-    def _remove(self, finding: Finding, key: str) -> bool:
+    def _remove(self, finding: CacheFinding, key: str) -> bool:
         """Remove an entry if the finding holds still; whether it did."""
         with self._backend.lock(exclusive=True), announced(self._backend) as notice:
             if self._again(finding, deep=False) is None:

@@ -28,18 +28,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import IO, Literal, Protocol, runtime_checkable
 
+from vzrepro.base.errors import RemoteError, UsageError
+from vzrepro.base.model import StorePath
 from vzrepro.cache.backend import CACHE_INFO, FRESH_SECS, PROBED, Backend, Damaged, Entry
-from vzrepro.cache.layout import KeySet, Kind, Needs, claim_of, kind_of, needs_of, number_of, read_entry
+from vzrepro.cache.layout import EntryKind, KeySet, Needs, claim_of, kind_of, needs_of, number_of, read_entry
 from vzrepro.cache.narinfo import MAX_SIZE
 from vzrepro.cache.notice import NOTICE_SECS, NOTICES, announced
 from vzrepro.cache.parallel import WORKERS, in_order
-from vzrepro.cache.roots import ROOTS, Root, read_roots
-from vzrepro.errors import RemoteError, UsageError
-from vzrepro.model import StorePath
+from vzrepro.cache.roots import ROOTS, CacheRoot, read_roots
 
 _BATCH = 500  # entries that are looked at again and deleted under one notice
 
-Progress = Callable[[Literal["mark", "list", "delete"], int], object]
+CollectionProgress = Callable[[Literal["mark", "list", "delete"], int], object]
 """What is being done, and to how many narinfos or entries it has been done so far."""
 
 
@@ -60,7 +60,7 @@ class Amount:
 
 
 @dataclass(frozen=True, slots=True)
-class Collected:
+class CollectionResult:
     """What a collection kept and deleted (with `dry_run`: what it would have deleted).
 
     `roots` are the objects that each root keeps, shared ones under each, and `kept` those of all roots, each once;
@@ -101,10 +101,10 @@ def collect(
     older_than_secs: float,
     keep_roots: bool = True,
     dry_run: bool = False,
-    progress: Progress = _quiet,
+    progress: CollectionProgress = _quiet,
     fresh_secs: float = FRESH_SECS,
     workers: int = WORKERS,
-) -> Collected:
+) -> CollectionResult:
     """Delete the objects that no root keeps and that are older than `older_than_secs`; safe beside pushes and others
     that do the same.
 
@@ -202,7 +202,7 @@ class _Collection:
         older_than_secs: float,
         keep_roots: bool,
         dry_run: bool,
-        progress: Progress,
+        progress: CollectionProgress,
         fresh_secs: float,
         workers: int,
     ) -> None:
@@ -220,9 +220,9 @@ class _Collection:
         self._roots: dict[str, tuple[int, ...]] = {}
         self._missing: dict[str, StorePath] = {}
         self._kept = 0  # of what is in `_graph`, what roots keep
-        self._report = Collected(dry_run, {}, Amount(), (), Amount(), Amount(), Amount(), Amount(), 0, None)
+        self._report = CollectionResult(dry_run, {}, Amount(), (), Amount(), Amount(), Amount(), Amount(), 0, None)
 
-    def run(self) -> Collected:
+    def run(self) -> CollectionResult:
         roots = read_roots(self._backend, workers=self._workers) if self._keep_roots else []
         if self._keep_roots and not roots:
             raise UsageError(
@@ -256,7 +256,7 @@ class _Collection:
 
     # --- marking ------------------------------------------------------------------------------------------------------
 
-    def _keep(self, roots: Iterable[Root]) -> None:
+    def _keep(self, roots: Iterable[CacheRoot]) -> None:
         """Mark what these roots keep."""
         for root in roots:
             self._mark(((path.hash_part, path) for path in root.paths), rooted=True)
@@ -380,7 +380,7 @@ class _Collection:
         self._progress("delete", self._report.deleted.count)
 
 
-def _counted_as(kind: Kind | None) -> str:
+def _counted_as(kind: EntryKind | None) -> str:
     return kind if kind in ("narinfo", "nar") else "record"
 
 

@@ -6,18 +6,22 @@ import hashlib
 from collections.abc import Callable
 
 from vzrepro import nar
+from vzrepro.base.model import FileHash, NarHash
 from vzrepro.cache.backend import Damaged, Stream
 from vzrepro.cache.narinfo import NarInfo
-from vzrepro.model import FileHash, NarHash
 
-Progress = Callable[[int, int | None], None]
+TransferProgress = Callable[[int, int | None], None]
 """Bytes of the compressed NAR that have arrived, and how many there are if that is known."""
 
 _PIECE = 1 << 20
 
 
 def take(
-    stream: Stream, info: NarInfo, place: str, consume: Callable[[nar.Read], tuple[NarHash, int]], progress: Progress
+    stream: Stream,
+    info: NarInfo,
+    place: str,
+    consume: Callable[[nar.Read], tuple[NarHash, int]],
+    progress: TransferProgress,
 ) -> None:
     """Have `consume` read the NAR, not compressed any more, that arrives as `info` describes; it returns what it found:
     hash and size.
@@ -55,7 +59,7 @@ def hashed(read: nar.Read, limit: int) -> tuple[NarHash, int]:
 class _Counted:
     """A compressed NAR on its way in: its size is bounded, its size and hash are compared in the end."""
 
-    def __init__(self, stream: Stream, info: NarInfo, progress: Progress) -> None:
+    def __init__(self, stream: Stream, info: NarInfo, progress: TransferProgress) -> None:
         self._stream = stream
         self._info = info
         self._progress = progress

@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager, contextmanager
 from io import FileIO
 from pathlib import Path
 
+from vzrepro.base import disk
+from vzrepro.base.errors import RemoteError
+from vzrepro.base.model import FileHash
 from vzrepro.cache.backend import Entry, Sent, check_key, is_key
-from vzrepro.errors import RemoteError
-from vzrepro.model import FileHash
 
-_OWN = ".vzrepro"  # no key starts with a dot, and Nix clients do not look there
 _LEFTOVER_SECS = 24 * 3600.0
 
 
@@ -72,14 +72,11 @@ class DirectoryBackend:
             temporary = self._temporary()
             try:
                 self._fill(temporary, source)
-                if not if_absent:
-                    temporary.replace(path)
-                    return True
-                try:
-                    path.hardlink_to(temporary)
-                except FileExistsError:
-                    return False
+                # A lost entry is a miss, so that a push of many small objects does not wait for as many directories.
+                disk.publish(temporary, path, replace=not if_absent, durable=False)
                 return True
+            except FileExistsError:
+                return False
             finally:
                 temporary.unlink(missing_ok=True)
 
@@ -97,10 +94,10 @@ class DirectoryBackend:
         # A prefix need not end at a part's end: walk what it certainly contains.
         inside = prefix.rpartition("/")[0]
         start = self._path(inside) if inside else self._root
-        for directory, names, files in os.walk(start, onerror=self._refuse_listing):
+        for directory, names, files in disk.walk(start, self._refuse_listing):
             names[:] = [name for name in names if not name.startswith(".")]
             for name in files:
-                key = Path(directory, name).relative_to(self._root).as_posix()
+                key = (directory / name).relative_to(self._root).as_posix()
                 if key.startswith(prefix) and is_key(key) and (entry := self.head(key)) is not None:
                     yield entry
 
@@ -137,7 +134,7 @@ class DirectoryBackend:
     def lock(self, *, exclusive: bool) -> Iterator[None]:
         """See `Backend.lock`: many writers together, or one that trims."""
         with self._explained("write"):
-            own = self._root / _OWN
+            own = self._root / disk.PRIVATE
             own.mkdir(parents=True, exist_ok=True)
             file = FileIO(os.open(own / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644), "r+")
         with file:
@@ -147,7 +144,7 @@ class DirectoryBackend:
     def sweep(self) -> None:
         """Remove what interrupted writers left a day ago or earlier."""
         with self._explained("write"):
-            for path in (self._root / _OWN / "tmp").glob("*"):
+            for path in (self._root / disk.PRIVATE / "tmp").glob("*"):
                 with contextlib.suppress(FileNotFoundError):
                     if path.lstat().st_mtime < time.time() - _LEFTOVER_SECS:
                         path.unlink()
@@ -156,7 +153,7 @@ class DirectoryBackend:
         return self._root / check_key(key)
 
     def _temporary(self) -> Path:
-        temporary = self._root / _OWN / "tmp"
+        temporary = self._root / disk.PRIVATE / "tmp"
         temporary.mkdir(parents=True, exist_ok=True)
         return temporary / uuid.uuid4().hex
 
@@ -167,8 +164,6 @@ class DirectoryBackend:
             source.rename(temporary)  # spooled here, for us
         else:
             shutil.copyfile(source, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
 
     def _refuse_listing(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from vzrepro.base.errors import UsageError
+from vzrepro.base.model import FileHash
 from vzrepro.cache.backend import CACHE_INFO, NARS, Entry, Sent, check_key
-from vzrepro.cache.remote import EntryStream, Patience
-from vzrepro.errors import UsageError
-from vzrepro.model import FileHash
-from vzrepro.wire import Body, Failed, Http, shown
+from vzrepro.cache.remote import Concealment, EntryStream, Patience
+from vzrepro.net import AttemptFailed, Body, shown
+from vzrepro.net.http import Http
 
 CONNECTIONS = 32
 """Connections to one cache that are kept open."""
@@ -36,7 +37,7 @@ class HttpBackend:
         self._patience = patience
         self._http = http or Http(connections=CONNECTIONS)
         self._pool = ThreadPoolExecutor(_PIECES, thread_name_prefix="cache-http")
-        self._readable: bool | None = None
+        self._concealment = Concealment(self._reads_info)
 
     @property
     def url(self) -> str:
@@ -64,7 +65,7 @@ class HttpBackend:
                 return None
             with closing(body):
                 if body.total is None:
-                    raise Failed(f"does not say how large {key} is", again=False)
+                    raise AttemptFailed(f"does not say how large {key} is", again=False)
                 return Entry(key, body.total, body.modified or 0.0)
 
         return self._patience.attempt(self._place, once)
@@ -115,46 +116,37 @@ class HttpBackend:
         raise UsageError(f"{self._place} is read-only", hint="push to s3:// or file://")
 
     def _url(self, key: str) -> str:
+        # The URL of a NAR is one: harmonia and others need its query. In our own keys `?` is a letter like any other.
+        path, mark, query = check_key(key).partition("?") if key.startswith(NARS) else (key, "", "")
         # `+` is a letter like any other in a path, but some S3 servers take it for a blank.
-        return f"{self._prefix}/{quote(check_key(key), safe='/')}"
+        return f"{self._prefix}/{quote(check_key(path), safe='/')}{mark}{quote(query, safe='=?')}"
 
     def _asked(
         self, key: str, url: str, start: int, end: int | None, etag: str | None, *, head: bool = False
     ) -> Body | None:
-        """One answer, None for a missing entry. Raises Failed."""
+        """One answer, None for a missing entry. Raises AttemptFailed."""
         timeout = self._patience.timeout_secs
         try:
-            body = self._http.open(url, start, etag, timeout, timeout, end=end, head=head)
-        except Failed as failure:
-            if failure.missing or (failure.status == 403 and self._hides(key)):
+            body = self._patience.answer(
+                lambda: self._http.open(url, start, etag, timeout, timeout, end=end, head=head)
+            )
+        except AttemptFailed as failure:
+            # A NAR that a narinfo promises is not missing in a sound cache, so being refused one is worth telling.
+            hidden = failure.status == 403 and not key.startswith(NARS)
+            if failure.missing or (hidden and self._concealment.hides(key)):
                 return None
             if failure.status in (401, 403):
                 failure.hint = "check user and password in the cache's URL, and what the server allows to read"
             raise
-        if key == CACHE_INFO:
-            self._readable = True
+        self._concealment.was_read(key)
         return body
 
-    def _hides(self, key: str) -> bool:
-        """Whether 403 may mean that there is no such entry.
-
-        S3 says so of a missing object to those who may not list the bucket. They may read what is there, and that is
-        seen from nix-cache-info: a place that refuses that one too refuses everything, and its user should know. A NAR
-        that a narinfo promises is not missing in a sound cache, so being refused one is worth telling as well.
-        """
-        if key == CACHE_INFO or key.startswith(NARS):
-            return False
-        if self._readable is None:
-            try:
-                body = self._asked(CACHE_INFO, self._url(CACHE_INFO), 0, None, None)
-            except Failed as failure:
-                if failure.again:
-                    raise
-                body = None
-            self._readable = body is not None
-            if body is not None:
-                body.close()
-        return self._readable
+    def _reads_info(self) -> bool:
+        """For `Concealment`."""
+        body = self._asked(CACHE_INFO, self._url(CACHE_INFO), 0, None, None)
+        if body is not None:
+            body.close()
+        return body is not None
 
 
 def _prefix(url: str) -> str:

@@ -11,24 +11,24 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
+from vzrepro.base.errors import UsageError
+from vzrepro.base.model import StorePath
 from vzrepro.cache.backend import Backend, Damaged, Stream, is_key, read_whole
 from vzrepro.cache.directory import DirectoryBackend
 from vzrepro.cache.narinfo import MAX_SIZE, NarInfo
 from vzrepro.cache.records import build_key_record, differences_prefix
-from vzrepro.errors import UsageError
-from vzrepro.model import StorePath
 
-Kind = Literal["narinfo", "nar", "drv", "log", "build", "attest"]
+EntryKind = Literal["narinfo", "nar", "drv", "log", "build", "attest"]
 
 MAX_DERIVATION = 16 << 20
 """Bytes of the largest `drv/` record that is read."""
 
 _NARINFO = re.compile(r"[0-9a-df-np-sv-z]{32}\.narinfo")
-_FOLDERS: dict[str, Kind] = {"nar": "nar", "drv": "drv", "log": "log", "build": "build", "attest": "attest"}
+_FOLDERS: dict[str, EntryKind] = {"nar": "nar", "drv": "drv", "log": "log", "build": "build", "attest": "attest"}
 _MERGE = 1 << 16
 
 
-def kind_of(key: str) -> Kind | None:
+def kind_of(key: str) -> EntryKind | None:
     """What an entry of this key is in our layout; None for everything else, which is nobody's to delete.
 
     Roots, `nix-cache-info` and other things of ours that belong to no object are None as well.

@@ -9,14 +9,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from vzrepro.base.errors import RemoteError, UsageError
+from vzrepro.base.signing import SigningKey, TrustedKeys
 from vzrepro.cache.backend import Damaged, Entry
-from vzrepro.cache.binary import BinaryCache
 from vzrepro.cache.directory import DirectoryBackend
 from vzrepro.cache.layout import claim_of, keys_of, kind_of, read_entry
 from vzrepro.cache.narinfo import MAX_SIZE, NarInfo
+from vzrepro.cache.reader import CacheReader
 from vzrepro.cache.records import differences_prefix
-from vzrepro.cache.signing import SigningKey, TrustedKeys
-from vzrepro.errors import RemoteError, UsageError
+from vzrepro.cache.writer import CacheWriter
 
 DEFAULT_MAX_BYTES = 30_000_000_000
 KEY_FILE = "machine.key"
@@ -31,7 +32,7 @@ def machine_cache(
     max_bytes: int = DEFAULT_MAX_BYTES,
     *,
     warn: Callable[[str], None] = lambda _message: None,
-) -> BinaryCache:
+) -> CacheWriter:
     """The cache in `cache_dir`, signed with the key in `key_dir` (made now if there is none) and trusting only it.
 
     Nothing is written to `cache_dir` before the first push; after a push that makes the cache larger than `max_bytes`
@@ -41,12 +42,13 @@ def machine_cache(
     try:
         key = machine_key(key_dir)
     except (OSError, UsageError) as error:
-        cache = BinaryCache(backend, TrustedKeys(), warn=warn)
+        reader = CacheReader(backend, TrustedKeys(), warn=warn)
         failure = error if isinstance(error, UsageError) else UsageError(f"cannot make a key in {key_dir}: {error}")
-        cache.disable(failure)
-        return cache
+        reader.access.disable(failure)
+        return CacheWriter(reader)
     bound = _Bound(backend, max_bytes)
-    return BinaryCache(backend, TrustedKeys([key.public]), key, warn=warn, after_push=bound.after_push, own=True)
+    reader = CacheReader(backend, TrustedKeys([key.public]), warn=warn, own=True)
+    return CacheWriter(reader, key, after_push=bound.after_push)
 
 
 def machine_key(key_dir: Path) -> SigningKey:

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from vzrepro.cache.backend import Damaged, check_key
-from vzrepro.cache.signing import SigningKey, TrustedKeys, parse_signature
-from vzrepro.errors import Untrusted, UsageError
-from vzrepro.model import (
+from vzrepro.base.errors import Untrusted, UsageError
+from vzrepro.base.model import (
     FORMAT,
     STORE_DIR,
     BuildKey,
     DrvHash,
     FileHash,
     NarHash,
+    ObjectInfo,
+    Outcome,
     StorePath,
     canonical_json,
     store_path,
 )
+from vzrepro.base.signing import SigningKey, TrustedKeys, parse_signature
+from vzrepro.cache.backend import Damaged, check_key
 
-MAX_SIZE = 1 << 20
-"""Bytes of the largest narinfo that is read."""
+MAX_SIZE = 256 << 10
+"""Bytes of the largest narinfo that is read: room for some 4,000 references."""
+
+MAX_SIGNATURES = 64
+"""Of either kind, in one narinfo. Real ones have one or two."""
 
 COMPRESSIONS = ("zstd", "none")
 """What we read; we write zstd."""
@@ -45,9 +50,10 @@ class OtherCompression(Damaged):
 class NarInfo:
     """One narinfo. Sizes in bytes; `references` are sorted and may hold the path itself.
 
-    `file_hash` and `file_size` are those of the compressed NAR at the key `url`; others may leave them out. `deriver`
-    is a base name. `drv_hash`, `build_key` and `origin` mean what they mean in `model.ObjectInfo`; `own_signatures`
-    vouch for them, as `signatures` do for what a Nix client knows.
+    `file_hash` and `file_size` are those of the compressed NAR at the key `url`; others may leave them out, and an HTTP
+    cache's `url` may have a query (`nar/….nar?hash=…`). `deriver` is a base name. `drv_hash`, `build_key` and `origin`
+    mean what they mean in `model.ObjectInfo`; `own_signatures` vouch for them, as `signatures` do for what a Nix client
+    knows.
     """
 
     path: StorePath
@@ -78,6 +84,20 @@ class NarInfo:
         if other is not None:
             raise OtherCompression("this narinfo is of no use here", reason=f"its NAR is compressed with {other}")
         return info
+
+    def as_object(self, voucher: bytes | None) -> ObjectInfo:
+        """What is registered of the object when it is taken from a cache, on the word of `voucher`."""
+        return ObjectInfo(
+            path=self.path,
+            nar_hash=self.nar_hash,
+            nar_size=self.nar_size,
+            references=self.references,
+            drv_hash=self.drv_hash,
+            build_key=self.build_key,
+            origin=self.origin,
+            outcome=Outcome.SUBSTITUTED,
+            voucher=voucher,
+        )
 
     def render(self) -> bytes:
         """The file's bytes, fields in the order in which Nix writes them, ours at the end."""
@@ -138,6 +158,14 @@ class NarInfo:
         if own is not None:
             trusted.verify(own, self.own_signatures, f"the Vz fields of {what}")
 
+    def is_trusted(self, trusted: TrustedKeys) -> bool:
+        """Whether `verify` would have nothing against it."""
+        try:
+            self.verify(trusted, "the cache")
+        except Untrusted:
+            return False
+        return True
+
     def is_void(self, trusted: TrustedKeys) -> bool:
         """Whether its signatures are of no use to anybody, so that it is nobody's result."""
         own = self.own_message
@@ -182,11 +210,7 @@ def has_lost_trust(voucher: bytes, trusted: TrustedKeys) -> bool:
     signed = [(info.fingerprint, info.signatures), *([] if own is None else [(own, info.own_signatures)])]
     if not any(trusted.revoked_signers(*each) for each in signed):
         return False
-    try:
-        info.verify(trusted, "the store")
-    except Untrusted:
-        return True
-    return False
+    return not info.is_trusted(trusted)
 
 
 def _with(signatures: tuple[str, ...], new: str) -> tuple[str, ...]:
@@ -235,6 +259,8 @@ def _built(single: dict[str, str], signatures: list[str], own_signatures: list[s
     drv_hash = DrvHash(single["VzDrvHash"]) if "VzDrvHash" in single else None
     if drv_hash is not None and store_path(drv_hash, path.name) != path:
         raise ValueError("VzDrvHash does not give this store path")
+    if max(len(signatures), len(own_signatures)) > MAX_SIGNATURES:
+        raise ValueError(f"it has more than {MAX_SIGNATURES} signatures")
     for text in (*signatures, *own_signatures):
         parse_signature(text)
     return NarInfo(

@@ -15,9 +15,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from vzrepro.base.errors import RemoteError
+from vzrepro.base.model import FORMAT, canonical_json
 from vzrepro.cache.backend import Backend
-from vzrepro.errors import RemoteError
-from vzrepro.model import FORMAT, canonical_json
 
 NOTICES = "gc/"
 """Below which keys notices are."""
@@ -29,7 +29,7 @@ _ACT_SECS = 60.0  # a deletion starts this long after its notice at the latest; 
 _PAUSE_SECS = 0.5
 
 
-class Notice:
+class CollectionNotice:
     """A notice that is there. `check` is called right before every deletion that it is for."""
 
     def __init__(self, backend: Backend, since: float) -> None:
@@ -47,13 +47,13 @@ class Notice:
 
 
 @contextmanager
-def announced(backend: Backend) -> Iterator[Notice]:
+def announced(backend: Backend) -> Iterator[CollectionNotice]:
     """A notice is there meanwhile. Raises RemoteError when it cannot be written."""
     key = f"{NOTICES}{uuid.uuid4().hex}.json"
     since = backend.now()
     backend.put(key, canonical_json({"format": FORMAT, "type": "notice"}))
     try:
-        yield Notice(backend, since)
+        yield CollectionNotice(backend, since)
     finally:
         # If it cannot be taken away, it ends by itself.
         with contextlib.suppress(RemoteError):

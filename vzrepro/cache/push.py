@@ -8,19 +8,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vzrepro import nar
-from vzrepro.cache.backend import FRESH_SECS, Entry
+from vzrepro.base.errors import HashMismatch, RemoteError
+from vzrepro.base.model import FileHash, NarHash, ObjectInfo, Outcome, Realization
+from vzrepro.base.signing import SigningKey, TrustedKeys
+from vzrepro.cache.access import Access
+from vzrepro.cache.backend import FRESH_SECS, Backend, Damaged, Entry
+from vzrepro.cache.layout import claim_of, kind_of
 from vzrepro.cache.narinfo import NarInfo, deriver_of, narinfo_key
 from vzrepro.cache.notice import settle
-from vzrepro.cache.records import attestation_key, build_key_record, signed_difference, signed_realization
-from vzrepro.cache.signing import SigningKey, TrustedKeys
-from vzrepro.errors import HashMismatch, RemoteError
-from vzrepro.model import FileHash, NarHash, ObjectInfo, Outcome, Realization
-
-if TYPE_CHECKING:
-    from vzrepro.cache.binary import BinaryCache
+from vzrepro.cache.records import (
+    MAX_RECORD,
+    BuildRecord,
+    attestation_key,
+    build_key_record,
+    signed_difference,
+    signed_realization,
+)
+from vzrepro.cache.statements import write_index
 
 _SMALL = 1 << 20  # NARs up to this are made ready in memory, and at once
 _COSIGN_TRIES = 4  # each beaten by somebody else who signs at the same time
@@ -30,7 +36,7 @@ Attest = Callable[[SigningKey], bytes | None]
 """Gives the DSSE envelope of an object's provenance, signed with this key; None when there is nothing to state."""
 
 
-class Kept(enum.Enum):
+class PushOutcome(enum.Enum):
     """What a push found in the cache and left there."""
 
     NEW = "new"
@@ -44,15 +50,54 @@ class Kept(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Pushed:
+class PushResult:
     """How a push ended: what is in the cache now, how many bytes were written for it, and, when the cache keeps another
     result, its NAR hash and the key of the record that says so (None: what came from elsewhere is not ours to state).
     """
 
-    kept: Kept
+    kept: PushOutcome
     written_bytes: int
     other: NarHash | None = None
     record: str | None = None
+
+
+class Survey:
+    """What a place holds: asked for entry by entry or, between `list` and `forget`, known from one listing."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._entries: dict[str, Entry | None] | None = None  # of narinfos, all is kept; of others, that they are there
+        self._stated: set[str] = set()  # prefixes below `attest/` that had entries
+
+    def list(self) -> None:
+        """List the place. Raises RemoteError."""
+        self._entries = {
+            entry.key: entry if kind_of(entry.key) == "narinfo" else None for entry in self._backend.list()
+        }
+        self._stated = {claim_of(key) for key in self._entries if kind_of(key) == "attest"}
+
+    def forget(self) -> None:
+        """Ask again from now on."""
+        self._entries = None
+
+    def head(self, key: str) -> Entry | None:
+        """What the place says of an entry, now or, where that does, when it was listed."""
+        if self._entries is None:
+            return self._backend.head(key)
+        return (self._entries[key] or self._backend.head(key)) if key in self._entries else None
+
+    def was_absent(self, key: str) -> bool:
+        """Whether it is known that there was no such entry a moment ago. Others may have written it since."""
+        return self._entries is not None and key not in self._entries
+
+    def was_stated(self, key: str) -> bool:
+        """Whether there may be others beside this entry below `attest/`."""
+        return self._entries is None or claim_of(key) in self._stated
+
+    def add(self, key: str) -> None:
+        """The entry has been written, perhaps anew."""
+        if self._entries is not None:
+            self._entries.setdefault(key)
 
 
 class Push:
@@ -61,7 +106,8 @@ class Push:
 
     def __init__(
         self,
-        cache: BinaryCache,
+        access: Access,
+        survey: Survey,
         signer: SigningKey | None,
         info: ObjectInfo,
         tree: Path,
@@ -71,8 +117,9 @@ class Push:
         progress: Callable[[int, int | None], None],
         mend: bool,
     ) -> None:
-        self._cache = cache
-        self._backend = cache.backend
+        self._access = access
+        self._backend = access.backend
+        self._survey = survey
         self._info = info
         self._tree = tree
         self._derivation = derivation
@@ -85,13 +132,13 @@ class Push:
         ours = self._voucher is None or self._voucher.path != info.path
         self._signer = signer if ours else None
 
-    def run(self) -> Pushed:
+    def run(self) -> PushResult:
         """Do it. Raises RemoteError, and HashMismatch when the tree is not the object announced."""
         with self._backend.lock(exclusive=False):
-            self._cache.make_place()
+            self._access.make_place()
             existing, damaged = None, False
-            if not self._cache.was_absent(narinfo_key(self._info.path)):
-                existing, damaged = self._cache.look(self._info.path)
+            if not self._survey.was_absent(narinfo_key(self._info.path)):
+                existing, damaged = self._access.look(self._info.path)
             pushed = self._settled(existing, damaged) or self._renamed(existing, damaged)
             if pushed is None and self._info.nar_size <= _SMALL:
                 pieces: list[bytes] = []
@@ -106,14 +153,14 @@ class Push:
                 ready = self._compressed(lambda piece: self._spool(file, piece))
             return self._finished(ready, spool)
 
-    def _finished(self, ready: NarInfo, compressed: bytes | Path) -> Pushed:
+    def _finished(self, ready: NarInfo, compressed: bytes | Path) -> PushResult:
         with self._backend.lock(exclusive=False):
-            existing, damaged = self._cache.look(self._info.path)
+            existing, damaged = self._access.look(self._info.path)
             return self._settled(existing, damaged) or self._written_anew(ready, compressed, existing, damaged)
 
     # --- what is there already ----------------------------------------------------------------------------------------
 
-    def _settled(self, existing: NarInfo | None, damaged: bool) -> Pushed | None:
+    def _settled(self, existing: NarInfo | None, damaged: bool) -> PushResult | None:
         """The end of the push if what is in the cache makes the NAR unnecessary."""
         if existing is None or damaged:
             return None
@@ -125,16 +172,16 @@ class Push:
             return self._cosigned(existing, self._signer)
         # The narinfo came last, so its records were there; only a log may come later.
         self._records(existing, *(() if self._mend else ("log",)))
-        return Pushed(Kept.PRESENT, self._written)
+        return PushResult(PushOutcome.PRESENT, self._written)
 
     def _serves(self, info: NarInfo, *also: str) -> bool:
         """Whether the NAR that `info` names is there and, as far as can be told, right, and so are the entries `also`.
 
         Then they are young, since from now on somebody relies on them.
         """
-        entries = [self._cache.head(key) for key in (info.url, *also)]
+        entries = [self._survey.head(key) for key in (info.url, *also)]
         there = [entry for entry in entries if entry is not None]
-        if len(there) < len(entries) or self._cache.is_suspect(info.url) or not _is_announced(there[0], info):
+        if len(there) < len(entries) or info.url in self._access.wrong_nars or not _is_announced(there[0], info):
             return False
         return not self._made_young(there)
 
@@ -148,17 +195,29 @@ class Push:
         settle(self._backend)
         return [key for key in old if key in gone or self._backend.head(key) is None]
 
-    def _renamed(self, existing: NarInfo | None, damaged: bool) -> Pushed | None:
+    def _renamed(self, existing: NarInfo | None, damaged: bool) -> PushResult | None:
         """For a copy made here of an object whose NAR the cache has: only its new name travels."""
         info = self._info
         if existing is not None or info.outcome is not Outcome.COPIED or self._signer is None:
             return None
-        originals = (self._voucher, self._cache.made_of(info))
+        originals = (self._voucher, self._made_of(info))
         original = next((each for each in originals if each is not None and self._has_content(each)), None)
         if original is None:
             return None
         fresh = self._described(original.url, original.compression, original.file_hash, original.file_size)
         return self._published(fresh, None, damaged)
+
+    def _made_of(self, info: ObjectInfo) -> NarInfo | None:
+        """The narinfo, trusted or not, of an object that came of the same work under another name."""
+        if info.build_key is None or self._survey.was_absent(build_key_record(info.build_key)):
+            return None
+        try:
+            data = self._access.read(build_key_record(info.build_key), MAX_RECORD)
+            if data is None:
+                return None
+            return self._access.look(BuildRecord.parse(data, self._access.url).realization.path)[0]
+        except Damaged:
+            return None
 
     def _has_content(self, other: NarInfo) -> bool:
         return other.nar_hash == self._info.nar_hash and self._serves(other)
@@ -179,19 +238,19 @@ class Push:
 
         Where several must sign, readers would refuse fields that only we have signed, and do without if there are none.
         """
-        return existing.own_message is None and self._cache.trusted.required <= 1
+        return existing.own_message is None and self._access.trusted.required <= 1
 
     def _with_our_fields(self, existing: NarInfo) -> NarInfo:
         info = self._info
         return replace(existing, drv_hash=info.drv_hash, build_key=info.build_key, origin=info.origin)
 
-    def _cosigned(self, existing: NarInfo, signer: SigningKey) -> Pushed:
+    def _cosigned(self, existing: NarInfo, signer: SigningKey) -> PushResult:
         """Others have pushed the same bytes: vouch for them too."""
         info = self._info
         for _ in range(_COSIGN_TRIES):
             ours = self._with_our_fields(existing)
             same = ours.own_message == existing.own_message
-            if same or self._lacks_fields(existing) or not self._cache.is_trusted(existing):
+            if same or self._lacks_fields(existing) or not existing.is_trusted(self._access.trusted):
                 if not same:
                     ours = replace(ours, own_signatures=())
                 signed = ours.signed(signer)
@@ -201,28 +260,28 @@ class Push:
             self._records(signed)
             self._put(narinfo_key(info.path), signed.render(), if_absent=False)
             # Two that sign at once would overwrite each other.
-            found, damaged = self._cache.look(info.path)
+            found, damaged = self._access.look(info.path)
             if found is None or damaged or found.nar_hash != info.nar_hash or self._vouched_for_by_us(found):
                 break
             existing = found
-        return Pushed(Kept.HEALED, self._written)
+        return PushResult(PushOutcome.HEALED, self._written)
 
-    def _different(self, existing: NarInfo) -> Pushed:
+    def _different(self, existing: NarInfo) -> PushResult:
         """Record that the same derivation gave other bytes here."""
         if self._signer is None:
-            return Pushed(Kept.DIFFERENT, self._written, existing.nar_hash)
+            return PushResult(PushOutcome.DIFFERENT, self._written, existing.nar_hash)
         key, record = signed_difference(self._info, existing, self._signer)
         self._put(key, record)
         for attested, envelope in self._attestation():
             self._put(attested, envelope)
-        self._cache.index_statement(key)
-        return Pushed(Kept.DIFFERENT, self._written, existing.nar_hash, key)
+        self._index(key)
+        return PushResult(PushOutcome.DIFFERENT, self._written, existing.nar_hash, key)
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
     def _written_anew(
         self, ready: NarInfo, compressed: bytes | Path, existing: NarInfo | None, damaged: bool
-    ) -> Pushed:
+    ) -> PushResult:
         if not self._serves(ready):
             self._backend.put(
                 ready.url,
@@ -231,10 +290,11 @@ class Push:
                 progress=lambda sent: self._progress(sent, ready.file_size),
             )
             self._written += ready.file_size or 0
-            self._cache.has_written(ready.url)
+            self._access.wrong_nars.discard(ready.url)
+            self._survey.add(ready.url)
         return self._published(ready, existing, damaged)
 
-    def _published(self, ready: NarInfo, existing: NarInfo | None, damaged: bool) -> Pushed:
+    def _published(self, ready: NarInfo, existing: NarInfo | None, damaged: bool) -> PushResult:
         """The NAR is there: write the records, and the narinfo last."""
         self._records(ready)
         if existing is not None:
@@ -242,9 +302,9 @@ class Push:
             ready = replace(ready, signatures=tuple(dict.fromkeys((*ready.signatures, *existing.signatures))))
         replaces = damaged or existing is not None
         if self._put(narinfo_key(ready.path), ready.render(), if_absent=not replaces):
-            return Pushed(Kept.HEALED if replaces else Kept.NEW, self._written)
+            return PushResult(PushOutcome.HEALED if replaces else PushOutcome.NEW, self._written)
         # Somebody else was first, just now.
-        return self._settled(*self._cache.look(self._info.path)) or Pushed(Kept.PRESENT, self._written)
+        return self._settled(*self._access.look(self._info.path)) or PushResult(PushOutcome.PRESENT, self._written)
 
     def _compressed(self, write: Callable[[bytes], object]) -> NarInfo:
         """Pack and compress the object. Raises HashMismatch when it is not the one announced."""
@@ -302,7 +362,7 @@ class Push:
                 left = left[file.write(left) :]
         except OSError as error:
             raise RemoteError(
-                f"cannot prepare an upload to {self._cache.url}",
+                f"cannot prepare an upload to {self._access.url}",
                 reason=error.strerror,
                 hint="for a bucket, that is done in $TMPDIR, else in the cache's directory: make room there",
             ) from error
@@ -321,7 +381,7 @@ class Push:
             self._put(key, records[key])
         for key in records:
             if key.startswith("attest/"):
-                self._cache.index_statement(key)
+                self._index(key)
 
     def _attestation(self) -> Iterator[tuple[str, bytes]]:
         """Key and content of what this push states about how the object was made, if it does."""
@@ -340,6 +400,9 @@ class Push:
         if self._signer is not None and ours.build_key is not None and ours.drv_hash is not None:
             realization = Realization(ours.build_key, ours.drv_hash, ours.path, ours.nar_hash, ours.nar_size)
             yield build_key_record(ours.build_key), signed_realization(realization, self._signer)
+
+    def _index(self, key: str) -> None:
+        write_index(self._backend, key, None if self._survey.was_stated(key) else ())
 
     def _put(self, key: str, data: bytes | Path, *, if_absent: bool = True) -> bool:
         written = self._backend.put(key, data, if_absent=if_absent)

@@ -8,11 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from vzrepro.cache.backend import Damaged
-from vzrepro.cache.narinfo import NarInfo, own_message
-from vzrepro.cache.signing import SigningKey, TrustedKeys, parse_signature
-from vzrepro.errors import UsageError
-from vzrepro.model import (
+from vzrepro.base.errors import UsageError
+from vzrepro.base.model import (
     FORMAT,
     BuildKey,
     DrvHash,
@@ -24,6 +21,9 @@ from vzrepro.model import (
     canonical_json,
     store_path,
 )
+from vzrepro.base.signing import SigningKey, TrustedKeys, parse_signature
+from vzrepro.cache.backend import Damaged
+from vzrepro.cache.narinfo import MAX_SIGNATURES, NarInfo, own_message
 
 MAX_RECORD = 1 << 16
 """Bytes of the largest record that is read."""
@@ -81,6 +81,8 @@ class BuildRecord:
                 nar_size=_size(made["nar_size"]),
             )
             signatures = tuple(str(text) for text in document["signatures"])
+            if len(signatures) > MAX_SIGNATURES:
+                raise ValueError(f"it has more than {MAX_SIGNATURES} signatures")
             for text in signatures:
                 parse_signature(text)
             if store_path(realization.drv_hash, realization.path.name) != realization.path:
@@ -96,7 +98,7 @@ class BuildRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class DifferenceRecord:
     """Somebody's statement that the same derivation gave other bytes than those the cache keeps: by which key, whether
     its signature is that of a trusted key, and both NAR hashes."""
 
@@ -127,12 +129,12 @@ def signed_difference(info: ObjectInfo, existing: NarInfo, signer: SigningKey) -
     return f"{prefix}{signer.public.id}/{FileHash.of(record)}.json", record
 
 
-def read_difference(data: bytes, path: StorePath, trusted: TrustedKeys) -> Difference | None:
+def read_difference(data: bytes, path: StorePath, trusted: TrustedKeys) -> DifferenceRecord | None:
     """Read an `attest/` record; None when it is another kind of record, malformed, or about another object than `path`,
     as one is that somebody has copied here."""
     try:
         document = json.loads(data)
-        statement, signatures = document["statement"], [str(text) for text in document["signatures"]]
+        statement, signatures = document["statement"], [str(text) for text in document["signatures"][:MAX_SIGNATURES]]
         if statement["type"] != "not-deterministic" or statement["path"] != str(path):
             return None
         kept, found = NarHash(statement["kept"]["nar_hash"]), NarHash(statement["found"]["nar_hash"])
@@ -140,7 +142,7 @@ def read_difference(data: bytes, path: StorePath, trusted: TrustedKeys) -> Diffe
         signers = trusted.signers(own_message(statement), signatures)
     except (ValueError, KeyError, TypeError, UsageError, RecursionError):
         return None
-    return Difference(by, bool(signers), kept, found)
+    return DifferenceRecord(by, bool(signers), kept, found)
 
 
 def attestation_key(drv_hash: DrvHash, envelope: bytes) -> str:

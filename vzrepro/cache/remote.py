@@ -1,7 +1,7 @@
 """What caches behind a network share: how long failures may cost in all, and entries that arrive in parallel pieces.
 
-A place is asked through `Open`, which gives one answer (`wire.Body`) and raises `wire.Failed`. Everything that makes
-this robust is here, once: retries with full jitter, `Retry-After`, limits in time and speed, resuming.
+A place is asked through `Open`, which gives one answer (`net.Body`) and raises `net.AttemptFailed`; `net.engine` tries
+again.
 """
 
 from __future__ import annotations
@@ -14,37 +14,41 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import replace
+from contextlib import closing, contextmanager
 from typing import TypeVar
 
 from vzrepro import nar
-from vzrepro.errors import Interrupted, RemoteError
-from vzrepro.wire import Body, Failed
+from vzrepro.base.errors import Interrupted, RemoteError
+from vzrepro.cache.backend import CACHE_INFO
+from vzrepro.net import AttemptFailed, Body
+from vzrepro.net.engine import MIN_SPEED, Backoff, Pace, persist, starting_at
 
 PIECE = 4 << 20
 """Bytes asked for at once; an entry that is not larger is one request."""
 
 _AHEAD = 4  # pieces of one entry on their way, so at most about 5 · PIECE are held
-_MIN_SPEED = 4 << 10  # bytes per second
-_BACKOFF_SECS = 0.2
+_CRAWL = 4 << 10  # bytes per second of one body; several may share what comes
+_ANSWER_SECS = 1.0  # how long an answer may take for nothing
+_BACKOFF_SECS = 0.4
 _BACKOFF_MAX_SECS = 5.0
 _THROTTLING = frozenset({429, 503})  # who answers so wants fewer questions, whoever asks them
 
 T = TypeVar("T")
 Open = Callable[[int, int | None, str | None], Body | None]
 """Ask for the entry's bytes from the first number up to, without, the second (None: the end), of the version with this
-ETag (None: any). A place that knows no ranges answers with all of it. None: there is no such entry. Raises Failed."""
+ETag (None: any). A place that knows no ranges answers with all of it. None: there is no such entry. Raises
+AttemptFailed."""
 
 
 class Patience:
     """How many seconds in all, in this process, one place's failures may cost before it is given up; a fifth of that
     while not even a connection has been made, as on a machine that is off line.
 
-    Time counts from an attempt's begin, or the last time that one succeeded or a body brought enough, while attempts
+    Time counts from an attempt's begin, or the last time that one succeeded or a body brought bytes, while attempts
     fail, however many threads try. Requests time out after a third of it, and a body that brings less than 4 KiB/s for
-    that long is a failed attempt as well. Setting `stop` ends waiting with Interrupted. `clock` and `jitter` are for
-    tests.
+    that long is a failed attempt as well. What succeeds slowly costs patience, too: all the time in which somebody
+    waits for answers and bodies, but for a second for each answer and for each 16 KiB. Setting `stop` ends waiting with
+    Interrupted. `clock` and `jitter` are for tests. It is an `engine.AttemptPolicy`.
     """
 
     def __init__(
@@ -56,13 +60,17 @@ class Patience:
         jitter: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self.secs = secs
+        self.backoff = Backoff(_BACKOFF_SECS, _BACKOFF_MAX_SECS, jitter)
         self._stop = stop or threading.Event()
         self._clock = clock
-        self._jitter = jitter
+        self._pace = Pace(self.timeout_secs, clock, _CRAWL)
         self._lock = threading.Lock()
         self._lost = 0.0  # until `_counted`
         self._counted = -math.inf
         self._failing_since: float | None = None
+        self._waiting = 0  # for answers and bodies, in all threads
+        self._waited = -math.inf  # until when that is in `_owed`
+        self._owed = 0.0  # what they took longer than they may for nothing
         self._answered = False
         self._not_before = -math.inf
 
@@ -72,70 +80,103 @@ class Patience:
         return self.secs / 3
 
     def attempt(self, place: str, act: Callable[[], T]) -> T:
-        """Do `act` until it does not raise Failed, as long as trying again may help and patience lasts.
+        """Do `act` until it does not raise AttemptFailed, as long as trying again may help and patience lasts.
 
         Raises RemoteError naming `place` with the last attempt's reason, Interrupted when `stop` is set.
         """
-        failures = 0
-        while True:
-            early = self._not_before - self._clock()
-            if early > 0:
-                self._stop.wait(early)
-            self.check()
-            begun = self._clock()
-            try:
-                result = act()
-            except Failed as failure:
-                failures += 1
-                pause = max(failure.after, self._jitter(0.0, min(_BACKOFF_MAX_SECS, _BACKOFF_SECS * 2.0**failures)))
-                limit = self.secs / 5 if failure.unreachable and not self._answered else self.secs
-                if not failure.again or self._lost_since(begun) + pause > limit:
-                    self._count()  # nobody waits here any more
-                    raise RemoteError(f"{place} {failure.why}", hint=failure.hint) from failure
-                if failure.status in _THROTTLING:
-                    self._not_before = max(self._not_before, self._clock() + pause)  # for all who ask
-                self._stop.wait(pause)
-            else:
-                self._answered = True
-                self._count()
-                return result
+        try:
+            return persist(self, act)
+        except AttemptFailed as failure:
+            raise RemoteError(f"{place} {failure.why}", hint=failure.hint) from failure
 
     def check(self) -> None:
         """Raise Interrupted once `stop` is set."""
         if self._stop.is_set():
             raise Interrupted("interrupted")
 
+    def answer(self, ask: Callable[[], T]) -> T:
+        """What `ask` gives, an answer without its body. Raises AttemptFailed, also when patience with a slow place has
+        ended: before anything is asked, so that no answer is left open."""
+        self._judge()
+        with self._waits():
+            answer = ask()
+            self._came(_ANSWER_SECS)
+        return answer
+
+    def pieces(self, body: Body) -> Generator[bytes]:
+        """The pieces of a body. Raises AttemptFailed when it breaks off or crawls, or patience with a slow place
+        ends."""
+        with self._waits():
+            for piece in self._pace.pieces(body, self.check):
+                self._came(len(piece) / MIN_SPEED)
+                self._judge()
+                yield piece
+
     def read_into(self, held: bytearray, body: Body, limit: int) -> bool:
         """Append a body's next bytes to `held` until that has `limit` bytes, or a few more, since none are dropped;
         False when the body ends before.
 
-        What has arrived stays in `held` when Failed is raised: the body breaks off, or crawls.
+        What has arrived stays in `held` when AttemptFailed is raised: the body breaks off, or crawls.
         """
-        window_end, window_size = self._clock() + self.timeout_secs, len(held)
-        while len(held) < limit:
-            piece = body.read()
-            if not piece:
-                return False
-            held += piece
-            self.check()
-            if self._clock() >= window_end and len(held) < limit:
-                if len(held) - window_size < _MIN_SPEED * self.timeout_secs:
-                    raise Failed(f"sends fewer than {_MIN_SPEED} bytes per second", again=True)
-                self._count()
-                window_end, window_size = self._clock() + self.timeout_secs, len(held)
+        with closing(self.pieces(body)) as pieces:
+            for piece in pieces:
+                held += piece
+                if len(held) >= limit:
+                    return True
+        return False
+
+    @contextmanager
+    def _waits(self) -> Iterator[None]:
+        with self._lock:
+            if not self._waiting:
+                self._waited = self._clock()
+            self._waiting += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting -= 1
+
+    def _came(self, worth: float) -> None:
+        """Something has come that may take so many seconds."""
+        with self._lock:
+            now = self._sum_up()
+            self._owed = max(0.0, self._owed + now - self._waited - worth)
+            self._waited = now
+
+    def _judge(self) -> None:
+        """Raise AttemptFailed when patience is at its end because of what came slowly."""
+        if self._owed and self._lost + self._owed > self.secs:
+            raise AttemptFailed(f"is too slow: it sends fewer than {MIN_SPEED} bytes per second", again=False)
+
+    # --- what the engine asks -----------------------------------------------------------------------------------------
+
+    def begin(self) -> float:
+        """See `AttemptPolicy.begin`: not before a server that was asked too often wants to be asked again."""
+        early = self._not_before - self._clock()
+        if early > 0:
+            self._stop.wait(early)
+        self.check()
+        return self._clock()
+
+    def grants(self, failure: AttemptFailed, begun: float, pause: float) -> bool:
+        """See `AttemptPolicy.grants`."""
+        limit = self.secs / 5 if failure.unreachable and not self._answered else self.secs
+        if not failure.again or self._lost_since(begun) + pause > limit:
+            self._count()  # nobody waits here any more
+            return False
+        if failure.status in _THROTTLING:
+            self._not_before = max(self._not_before, self._clock() + pause)  # for all who ask
         return True
 
-    def without(self, body: Body, count: int) -> Body:
-        """The body after its first `count` bytes, which are read and dropped. Raises Failed."""
-        held = bytearray()
-        while count:
-            if not self.read_into(held, body, min(count, PIECE)):
-                raise Failed("breaks off in the middle", again=True)
-            dropped = min(count, len(held))
-            del held[:dropped]
-            count -= dropped
-        surplus = [bytes(held)] if held else []
-        return replace(body, read=lambda: surplus.pop() if surplus else body.read())
+    def sleep(self, secs: float) -> None:
+        """See `AttemptPolicy.sleep`."""
+        self._stop.wait(secs)
+
+    def succeed(self) -> None:
+        """See `AttemptPolicy.succeed`."""
+        self._answered = True
+        self._count()
 
     def _lost_since(self, begun: float) -> float:
         """What failures have cost in all, the attempt that began at `begun` and has just failed included."""
@@ -145,12 +186,50 @@ class Patience:
             return self._lost + self._clock() - self._failing_since
 
     def _count(self) -> None:
-        """Something has succeeded, or been given up: what was lost until now is a sum, and counted once."""
+        """Something has succeeded, or been given up."""
         with self._lock:
-            self._counted = self._clock()
-            if self._failing_since is not None:
-                self._lost += self._counted - self._failing_since
-                self._failing_since = None
+            self._sum_up()
+
+    def _sum_up(self) -> float:
+        """What was lost until now is a sum, and counted once; the time. The lock is held."""
+        now = self._counted = self._clock()
+        if self._failing_since is not None:
+            self._lost += now - self._failing_since
+            # Of what is lost, nothing is owed as well.
+            self._owed += max(0.0, self._failing_since - self._waited) if self._waiting else 0.0
+            self._waited = now
+            self._failing_since = None
+        return now
+
+
+class Concealment:
+    """Whether a place answers 403 where there is no such entry, as S3 does to those who may not list the bucket.
+
+    They may read what is there, and that is seen from nix-cache-info: who is refused that one too is refused
+    everything, and should know. `ask` says whether it can be read; it raises AttemptFailed.
+    """
+
+    def __init__(self, ask: Callable[[], bool]) -> None:
+        self._ask = ask
+        self._readable: bool | None = None
+
+    def was_read(self, key: str) -> None:
+        """An entry has been read."""
+        if key == CACHE_INFO:
+            self._readable = True
+
+    def hides(self, key: str) -> bool:
+        """Whether 403 for this key may mean that there is no such entry. Raises AttemptFailed."""
+        if key == CACHE_INFO:
+            return False
+        if self._readable is None:
+            try:
+                self._readable = self._ask()
+            except AttemptFailed as failure:
+                if failure.again:
+                    raise
+                self._readable = False
+        return self._readable
 
 
 class EntryStream:
@@ -200,7 +279,7 @@ class EntryStream:
             assert self._body is not None
             if self._body.partial and self._total is None:
                 self._close()
-                raise Failed("does not say how long an entry is", again=False)
+                raise AttemptFailed("does not say how long an entry is", again=False)
             return self._fill(first, 0)
 
         more = self._patience.attempt(self._place, once)
@@ -228,7 +307,7 @@ class EntryStream:
 
             def once(held: bytearray = held, offset: int = offset) -> bool:
                 if self._body is None and not self._reopen(offset + len(held), None):
-                    raise Failed("has lost an entry while it was read", again=False)
+                    raise AttemptFailed("has lost an entry while it was read", again=False)
                 return self._fill(held, offset)
 
             more = self._patience.attempt(self._place, once)
@@ -242,20 +321,20 @@ class EntryStream:
             ended = not self._patience.read_into(held, self._body, PIECE)
             if ended and self._total is not None and offset + len(held) < self._total:
                 # The end of a range, or of a connection.
-                raise Failed("breaks off in the middle", again=True)
+                raise AttemptFailed("breaks off in the middle", again=True)
         except BaseException:
             self._close()
             raise
         return not ended and (self._total is None or offset + len(held) < self._total)
 
     def _reopen(self, start: int, end: int | None) -> bool:
-        """Have `_body` open at exactly `start`; False when there is no entry. Raises Failed."""
+        """Have `_body` open at exactly `start`; False when there is no entry. Raises AttemptFailed."""
         self._close()
         body = self._opened(start, end)
         if body is None:
             return False
         try:
-            self._body = body if body.start == start else self._patience.without(body, start - body.start)
+            self._body = body if body.start == start else starting_at(body, start, self._patience.pieces)
         except BaseException:
             body.close()
             raise
@@ -288,27 +367,28 @@ class EntryStream:
 
         def once() -> bytes:
             if self._left:
-                raise Failed("is not read any further", again=False)
+                raise AttemptFailed("is not read any further", again=False)
             body = self._opened(start + len(held), end)
             if body is None:
-                raise Failed("has lost an entry while it was read", again=False)
+                raise AttemptFailed("has lost an entry while it was read", again=False)
             with closing(body):
                 if not body.partial:
                     # Reading all that comes before, for every piece, would cost more than it is worth.
-                    raise Failed("sends a whole entry where it has sent parts before", again=True)
+                    raise AttemptFailed("sends a whole entry where it has sent parts before", again=True)
                 if not self._patience.read_into(held, body, end - start):
-                    raise Failed("breaks off in the middle", again=True)
+                    raise AttemptFailed("breaks off in the middle", again=True)
             with memoryview(held) as view:
                 return bytes(view[: end - start])
 
         return self._patience.attempt(self._place, once)
 
     def _opened(self, start: int, end: int | None) -> Body | None:
-        """A body from `start` on, or from an earlier byte, of the same version as those before it. Raises Failed."""
+        """A body from `start` on, or from an earlier byte, of the same version as those before it. Raises
+        AttemptFailed."""
         body = self._ask(start, end, self._etag)
         if body is not None:
             changed = self._etag is not None and body.etag not in (None, self._etag)
             if changed or (self._total is not None and body.total not in (None, self._total)):
                 body.close()
-                raise Failed("has changed an entry while it was read", again=False)
+                raise AttemptFailed("has changed an entry while it was read", again=False)
         return body

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from vzrepro.base.errors import UsageError, VzreproError
+from vzrepro.base.model import FORMAT, STORE_DIR, StorePath, canonical_json
 from vzrepro.cache.backend import FRESH_SECS, Backend, Damaged, Entry, is_key
 from vzrepro.cache.layout import read_entry
 from vzrepro.cache.narinfo import MAX_SIZE, NarInfo, narinfo_key
 from vzrepro.cache.notice import settle
 from vzrepro.cache.parallel import WORKERS, in_order
-from vzrepro.errors import UsageError, VzreproError
-from vzrepro.model import FORMAT, STORE_DIR, StorePath, canonical_json
 
 ROOTS = "roots/"
 """Below which keys roots are."""
@@ -37,7 +37,7 @@ class Lacking(VzreproError):
 
 
 @dataclass(frozen=True, slots=True)
-class Root:
+class CacheRoot:
     """A named set of store paths that stay. `made` is when, in seconds since the epoch by the place's clock; `paths`
     are sorted, at least one; what they refer to stays with them."""
 
@@ -46,7 +46,7 @@ class Root:
     paths: tuple[StorePath, ...]
 
     @classmethod
-    def parse(cls, data: bytes, name: str) -> Root:
+    def parse(cls, data: bytes, name: str) -> CacheRoot:
         """Read the entry of the root `name`. Raises ValueError, saying what is wrong."""
         document = json.loads(data)
         if not isinstance(document, dict) or document.get("type") != "root":
@@ -90,7 +90,7 @@ def add_root(
     *,
     workers: int = WORKERS,
     pause: Callable[[float], object] = time.sleep,
-) -> Root:
+) -> CacheRoot:
     """Have `paths` and all they refer to stay, under `name`; a root of that name is replaced.
 
     When this returns, the whole closure is there and no collection that runs meanwhile, or later, takes any of it.
@@ -98,7 +98,7 @@ def add_root(
     Raises UsageError for a bad name or no paths, RemoteError when the place fails. `pause` waits so many seconds.
     """
     key = root_key(name)
-    root = Root(name, int(backend.now()), tuple(sorted(set(paths))))
+    root = CacheRoot(name, int(backend.now()), tuple(sorted(set(paths))))
     if not root.paths:
         raise UsageError(f"the root {name} needs a path to keep")
     with backend.lock(exclusive=False):
@@ -121,7 +121,7 @@ def remove_root(backend: Backend, name: str) -> bool:
     return there
 
 
-def read_roots(backend: Backend, *, workers: int = WORKERS) -> list[Root]:
+def read_roots(backend: Backend, *, workers: int = WORKERS) -> list[CacheRoot]:
     """All roots, by name.
 
     Raises Damaged, naming the key, when anything below `roots/` is not a root that is understood: what it was meant to
@@ -131,14 +131,14 @@ def read_roots(backend: Backend, *, workers: int = WORKERS) -> list[Root]:
     return sorted((root for root in found if root is not None), key=lambda root: root.name)
 
 
-def _read_root(backend: Backend, entry: Entry) -> Root | None:
+def _read_root(backend: Backend, entry: Entry) -> CacheRoot | None:
     """None when it has been removed since it was listed."""
     name = entry.key.removeprefix(ROOTS).removesuffix(_SUFFIX)
     try:
         if not entry.key.endswith(_SUFFIX) or root_key(name) != entry.key:
             raise ValueError("its key is not that of a root")
         data = read_entry(backend, entry.key, _MAX_ROOT)
-        return None if data is None else Root.parse(data, name)
+        return None if data is None else CacheRoot.parse(data, name)
     except (ValueError, UsageError, RecursionError) as error:
         raise Damaged(
             f"{entry.key} in {backend.url} is not a root that this vzrepro understands",

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from vzrepro.cache.backend import is_key
-from vzrepro.errors import UsageError
+from vzrepro.base.errors import UsageError
+from vzrepro.cache.backend import content_type, is_key
 
 _MAX_HEAD = 16 << 10  # bytes of a request line and its headers
 _IDLE_SECS = 60.0  # between requests, and for each piece of an answer to get on
@@ -239,7 +239,7 @@ class _Connection(socketserver.BaseRequestHandler):
             start, end = span or (0, size)
             head = _head(
                 HTTPStatus.OK if span is None else HTTPStatus.PARTIAL_CONTENT,
-                f"Content-Type: {_content_type(key)}",
+                f"Content-Type: {content_type(key)}",
                 f"Content-Length: {end - start}",
                 *(() if span is None else (f"Content-Range: bytes {start}-{end - 1}/{size}",)),
                 f"ETag: {etag}",
@@ -353,14 +353,6 @@ def _span(headers: dict[str, str], etag: str, size: int) -> tuple[int, int] | No
     if start >= end:
         raise _Refused(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, f"Content-Range: bytes */{size}")
     return start, end
-
-
-def _content_type(key: str) -> str:
-    if key.endswith(".narinfo"):
-        return "text/x-nix-narinfo"
-    if key.startswith("log/") or key == "nix-cache-info":
-        return "text/plain; charset=utf-8"
-    return "application/json" if key.endswith(".json") else "application/octet-stream"
 
 
 def _head(status: HTTPStatus, *lines: str, keep: bool) -> bytes:

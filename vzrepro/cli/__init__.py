@@ -1,4 +1,7 @@
-"""The command line: parses, calls, and is the only place that ends the process. One module per group of verbs."""
+"""The command line: parses, calls, and is the only place that ends the process. One module per group of verbs.
+
+A verb's module, and what it needs, is loaded when the verb is called: `_VERBS` tells where it is, and its line of help.
+"""
 
 from __future__ import annotations
 
@@ -10,63 +13,68 @@ from types import FrameType
 
 import click
 
-import vzrepro
-from vzrepro.cli import (
-    attest,
-    audit,
-    bundle,
-    cache,
-    challenge,
-    diff,
-    doctor,
-    inspect,
-    key,
-    lock,
-    oci,
-    realize,
-    sbom,
-    store,
-    verify,
-    vm,
-)
+from vzrepro.base.errors import Interrupted, UsageError, VzreproError
 from vzrepro.cli.session import Session
+from vzrepro.cli.verbs import Card, LazyVerbs
 from vzrepro.console import Console
-from vzrepro.errors import Interrupted, UsageError, VzreproError
-from vzrepro.wire import Stop
+
+_VERBS = {
+    "attest": Card("vzrepro.cli.attest:attest", "Sign what was built here: vzrepro attest TARGET --key FILE."),
+    "audit": Card("vzrepro.cli.audit:audit", "Rebuild TARGETS and compare with what the store has."),
+    "bundle": Card("vzrepro.cli.bundle:bundle", "Check, install, find and pack boot bundles."),
+    "cache": Card("vzrepro.cli.cache:cache", "Share what was built, in a bucket or a directory."),
+    "challenge": Card(
+        "vzrepro.cli.challenge:challenge", "Compare what builders say they got for TARGET; build nothing."
+    ),
+    "completion": Card("vzrepro.cli.completion:completion", "Print what makes a shell complete verbs and options."),
+    "diff": Card("vzrepro.cli.diff:diff", "Tell where A and B differ, and what probably made them differ."),
+    "doctor": Card("vzrepro.cli.doctor:doctor", "Check Docker, QEMU, the disk, workspace, lock and caches."),
+    "farm": Card("vzrepro.cli.farm:farm", "Build on other machines, or for others."),
+    "graph": Card("vzrepro.cli.inspect:graph", "Draw what TARGET is built from."),
+    "init": Card("vzrepro.cli.init:init", "Make a workspace in DIR, with one small artifact."),
+    "key": Card("vzrepro.cli.key:key", "Make and show ed25519 keys, in the form that Nix uses too."),
+    "lock": Card("vzrepro.cli.lock:lock", "Pin what recipes ask for and lock.toml lacks."),
+    "log": Card("vzrepro.cli.inspect:log", "Print the log of TARGET's last build, from here or a cache."),
+    "man": Card("vzrepro.cli.man:man", "Print the manual page of all verbs."),
+    "oci": Card("vzrepro.cli.oci:oci", "Run containers, each in a guest of its own."),
+    "provenance": Card("vzrepro.cli.attest:provenance", "Print TARGET's provenance: of what it was made, and how."),
+    "realize": Card("vzrepro.cli.realize:realize", "Make TARGETS valid in the store and print where they are."),
+    "sbom": Card("vzrepro.cli.sbom:sbom", "Write TARGET's bill of materials."),
+    "shell": Card("vzrepro.cli.realize:shell", "Open a shell in TARGET's sandbox."),
+    "show": Card("vzrepro.cli.inspect:show", "Show TARGET's derivation: everything its hash is made of."),
+    "store": Card("vzrepro.cli.store:store", "Work on the local store."),
+    "targets": Card("vzrepro.cli.inspect:targets", "List what can be realized."),
+    "verify": Card("vzrepro.cli.verify:verify_output", "Check that enough builders have signed what is here."),
+    "vm": Card("vzrepro.cli.vm:vm", "Boot bundles under QEMU, and use them."),
+    "why": Card("vzrepro.cli.inspect:why", "Explain why TARGET would be realized."),
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(vzrepro.__version__, prog_name="vzrepro")
+def _version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
+    if asked:
+        from vzrepro.base import version
+
+        ctx.obj.console.print_text(f"vzrepro, version {version.full()}")
+        ctx.exit()
+
+
+@click.group(
+    cls=LazyVerbs,
+    cards=_VERBS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit."
+)
 @click.option("-C", "directory", default=".", metavar="DIR", help="Work in DIR instead of the current directory.")
-@click.pass_context
-def group(context: click.Context, directory: str) -> None:
+@click.pass_obj
+def group(session: Session, directory: str) -> None:
     """Reproducible builds of Linux boot bundles.
 
     Exit codes: 0 done, 1 failed, 2 usage, 100 build failed, 101 timed out, 102 hash mismatch, 103 untrusted,
     104 not deterministic, 105 cache or network, 130 interrupted.
     """
-    console, stop = context.obj
-    context.obj = Session(console, stop, Path(directory))
-
-
-group.add_command(realize.realize)
-group.add_command(lock.lock)
-group.add_command(store.store)
-group.add_command(cache.cache)
-group.add_command(key.key)
-group.add_command(bundle.bundle)
-group.add_command(vm.vm)
-group.add_command(oci.oci)
-group.add_command(diff.diff)
-group.add_command(doctor.doctor)
-group.add_command(audit.audit)
-group.add_command(sbom.sbom)
-group.add_command(attest.attest)
-group.add_command(attest.provenance)
-group.add_command(verify.verify_output)
-group.add_command(challenge.challenge)
-for verb in (inspect.targets, inspect.show, inspect.why, inspect.graph, inspect.log, realize.shell):
-    group.add_command(verb)
+    session.start = Path(directory)
 
 
 def main(words: Sequence[str]) -> None:
@@ -81,13 +89,14 @@ def main(words: Sequence[str]) -> None:
     except VzreproError as error:
         console.show_error(error)
         code = error.exit_code
-    sys.exit(code)
+    farm = sys.modules.get("vzrepro.farm.temporal.server")
+    (sys.exit if farm is None else farm.leave)(code)
 
 
 def _run(words: Sequence[str], console: Console) -> int:
-    stop = Stop()
+    session = Session(console)
     try:
-        result = group.main(list(words), prog_name="vzrepro", standalone_mode=False, obj=(console, stop))
+        result = group.main(list(words), prog_name="vzrepro", standalone_mode=False, obj=session)
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         console.print_text(error.ctx.get_help())
@@ -96,7 +105,7 @@ def _run(words: Sequence[str], console: Console) -> int:
         command = error.ctx.command_path if error.ctx else "vzrepro"
         raise UsageError(error.format_message(), hint=f"see: {command} --help") from error
     except (KeyboardInterrupt, click.Abort) as error:
-        stop.set()
+        session.interrupt()
         raise Interrupted("interrupted") from error
     except OSError as error:
         raise _explained(error) from error

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from vzrepro.attest.dsse import parse
-from vzrepro.attest.provenance import NotBuiltHere, build_of
-from vzrepro.attest.review import Keys, Reviewed, Signer, Standing, review
-from vzrepro.attest.statement import Statement, subjects_of
-from vzrepro.attest.witness import attest as testify
+from vzrepro.base.errors import UsageError, VzreproError
+from vzrepro.base.events import Notice, Started, working
+from vzrepro.base.signing import SigningKey
 from vzrepro.cache.places import is_writable
-from vzrepro.cache.signing import SigningKey
 from vzrepro.cli.options import DefaultVerb, json_option
 from vzrepro.cli.session import Session
-from vzrepro.errors import UsageError, VzreproError
-from vzrepro.events import Finished, Notice, Started
-from vzrepro.recipe import Node
+from vzrepro.proof.attest.dsse import parse
+from vzrepro.proof.attest.provenance import NotBuiltHere, build_of
+from vzrepro.proof.attest.review import ReviewedEnvelope, review
+from vzrepro.proof.attest.signers import Keys, Signer, SignerStanding
+from vzrepro.proof.attest.statement import Statement, subjects_of
+from vzrepro.proof.attest.witness import attest as testify
+from vzrepro.recipe.graph import Node
 
 _PLACES = click.option("--cache", "url", metavar="URL", help="The cache to ask, instead of all that are configured.")
 
@@ -40,7 +40,7 @@ def attest() -> None:
 @json_option
 @click.pass_obj
 def sign(session: Session, targets: tuple[str, ...], file: Path, url: str | None) -> None:
-    """Sign the provenance of TARGETs and of all that they were made from, as far as it was built here.
+    """Sign the provenance of what was built here. That is of TARGETs and all that they were made from.
 
     What was substituted is somebody else's to attest, and is skipped. The attestations are kept beside the
     store; signing again changes nothing.
@@ -48,7 +48,7 @@ def sign(session: Session, targets: tuple[str, ...], file: Path, url: str | None
     key = SigningKey.load(file)
     if url is not None and not is_writable(url):
         raise UsageError(f"{url} cannot be written", hint="use s3://… or a directory; HTTP is for reading")
-    place = None if url is None else session.cache(url)
+    place = None if url is None else session.writer(url, None)
     nodes = [
         node
         for node in session.graph.closure([session.target(name) for name in targets])
@@ -75,19 +75,12 @@ def _signed(session: Session, node: Node, key: SigningKey) -> tuple[str, str | N
     info = session.store.query(node.path)
     if info is None:
         return "skipped", "it is not in the store", None
-    report, begun, path, outcome = session.console.report, time.monotonic(), str(node.path), "failed"
-    report(Started(node.target, path, "check"))
-    try:
-        made = testify(session.store, info, key)
-        outcome = "done"
-    except NotBuiltHere as error:
-        outcome = "done"
-        return "skipped", error.reason, None
-    except KeyboardInterrupt:
-        outcome = "interrupted"
-        raise
-    finally:
-        report(Finished(node.target, path, "check", outcome, time.monotonic() - begun, info.nar_size))
+    with working(session.console.report, Started(node.target, str(node.path), "check")) as work:
+        work.nar_size = info.nar_size
+        try:
+            made = testify(session.store, info, key)
+        except NotBuiltHere as error:
+            return "skipped", error.reason, None
     return "signed" if made.new else "present", None, made.envelope
 
 
@@ -97,7 +90,7 @@ def _signed(session: Session, node: Node, key: SigningKey) -> tuple[str, str | N
 @json_option
 @click.pass_obj
 def show(session: Session, target: str, url: str | None) -> None:
-    """Show what is attested of TARGET's output: who signed what, when, and whether that is the output we have.
+    """Show what is attested of TARGET's output. That is who signed what, when, and whether it is the output we have.
 
     Looks beside the store and into the caches.
     """
@@ -123,7 +116,7 @@ def show(session: Session, target: str, url: str | None) -> None:
             seen.sha256.hex,
         )
         for seen, _, places in found
-        for signer in seen.signers or (Signer(None, "", Standing.UNKNOWN),)
+        for signer in seen.signers or (Signer(None, "", SignerStanding.UNKNOWN),)
     ]
     session.console.print_table(_COLUMNS, rows)
 
@@ -138,14 +131,16 @@ _YES_NO = {True: "yes", False: "no", None: None}
 @json_option
 @click.pass_obj
 def provenance(session: Session, target: str, url: str | None) -> None:
-    """Print TARGET's provenance, an in-toto statement with SLSA's predicate: of what inputs it was made, and how.
+    """Print TARGET's provenance: of what it was made, and how. It is an in-toto statement with SLSA's predicate.
 
     The one that a key known here has signed; else, of what was built here, one that nobody has signed.
     """
     node = session.target(target)
     info = session.store.query(node.path)
     for seen, envelope, places in _reviewed(session, node, url):
-        signer = next((each for each in seen.signers if each.standing in (Standing.OWN, Standing.TRUSTED)), None)
+        signer = next(
+            (each for each in seen.signers if each.standing in (SignerStanding.OWN, SignerStanding.TRUSTED)), None
+        )
         if seen.kind == "provenance" and seen.agrees is not False and signer is not None:
             session.console.report(Notice("info", f"signed by {signer.name}, found in {', '.join(places)}"))
             _print(session, Statement.of(parse(envelope)))
@@ -167,7 +162,7 @@ def _print(session: Session, statement: Statement) -> None:
     session.console.print_text(json.dumps(document, indent=2, ensure_ascii=False), document)
 
 
-def _reviewed(session: Session, node: Node, url: str | None) -> list[tuple[Reviewed, bytes, tuple[str, ...]]]:
+def _reviewed(session: Session, node: Node, url: str | None) -> list[tuple[ReviewedEnvelope, bytes, tuple[str, ...]]]:
     """What there is about a node's derivation, each with its envelope and its places: what agrees with our output and
     is signed by whom we know comes first."""
     info = session.store.query(node.path)
@@ -177,17 +172,17 @@ def _reviewed(session: Session, node: Node, url: str | None) -> list[tuple[Revie
     return sorted(found, key=lambda each: _order(each[0]))
 
 
-def _order(seen: Reviewed) -> tuple[Any, ...]:
+def _order(seen: ReviewedEnvelope) -> tuple[Any, ...]:
     standing = min((_STANDINGS.index(each.standing) for each in seen.signers), default=len(_STANDINGS))
     return seen.kind != "provenance", seen.kind or "~", standing, seen.agrees is not True, seen.when or "", seen.sha256
 
 
-_STANDINGS = list(Standing)
+_STANDINGS = list(SignerStanding)
 
 
 def known_keys(session: Session) -> Keys:
     """The public keys that are known here: this machine's, the upload key, those that are trusted or revoked."""
-    own = [key for cache in session.caches if cache.own for key in cache.trusted.keys]
+    own = [key for cache in session.caches if cache.own for key in cache.access.trusted.keys]
     if session.upload_key is not None:
         own.append(session.upload_key.public)
-    return Keys(tuple(own), session.trusted)
+    return Keys(tuple(own), session.trusted.keys, session.trusted.revoked)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import json
 import shutil
 import tempfile
 from collections import Counter
@@ -13,29 +12,29 @@ from pathlib import Path
 import click
 
 from vzrepro import console, sandbox
-from vzrepro.audit import diff, diffoscope, page
-from vzrepro.audit.axes import AXES, TOOLS_TARGET, Axis
-from vzrepro.audit.changes import World
-from vzrepro.audit.engine import Audit, Request
-from vzrepro.audit.model import REPEAT, AuditedNode, Cell, Report, Verdict
-from vzrepro.audit.page.words import plural
-from vzrepro.audit.rebuild import Rebuilder, memory_directory
-from vzrepro.audit.records import Records
-from vzrepro.audit.report import Around, builder, compare_with_caches, make_report
-from vzrepro.audit.statements import Signer
+from vzrepro.base import words
+from vzrepro.base.errors import BuildFailed, Interrupted, NotDeterministic, RemoteError, UsageError, VzreproError
+from vzrepro.base.signing import SigningKey
 from vzrepro.cache.machine import machine_key
-from vzrepro.cache.signing import SigningKey
 from vzrepro.cli.options import DefaultVerb, json_option
 from vzrepro.cli.session import Session
-from vzrepro.errors import BuildFailed, Interrupted, NotDeterministic, RemoteError, UsageError, VzreproError
-from vzrepro.recipe import Node
+from vzrepro.proof.audit import diff
+from vzrepro.proof.audit.axes import AXES, TOOLS_TARGET, Axis
+from vzrepro.proof.audit.changes import World
+from vzrepro.proof.audit.engine import Audit, Request
+from vzrepro.proof.audit.model import REPEAT, AuditedNode, AuditReport, Cell, Verdict
+from vzrepro.proof.audit.rebuild import Rebuilder, memory_directory
+from vzrepro.proof.audit.records import Records
+from vzrepro.proof.audit.report import Around, builder, compare_with_caches, make_report
+from vzrepro.proof.audit.statements import StatementSigner
+from vzrepro.recipe.graph import Node
 
 _SHORT = 160  # characters of a reason in a table
 
 
 @click.group(cls=DefaultVerb, default="run")
 def audit() -> None:
-    """Rebuild TARGETS beside the store and compare with what is registered.
+    """Rebuild TARGETS and compare with what the store has.
 
     Every node is built on its registered inputs, so only a true origin is blamed. Exit code 104 when something differs,
     100 when something could not be built, else 0. A target that is called like a command: vzrepro audit -- NAME
@@ -78,7 +77,7 @@ def run(
     jobs: int | None,
     cores: int | None,
 ) -> None:
-    """Rebuild TARGETS and all they are built from, and compare with what is registered.
+    """Rebuild TARGETS and compare with what is registered. All that they are built from is rebuilt, too.
 
     Every node is built on its registered inputs, so only a true origin is blamed. Exit code 104 when something differs,
     100 when something could not be built, else 0.
@@ -90,29 +89,24 @@ def run(
         _prepare(folder)
     signing = _key(session, key)
     caches = [session.cache(url) for url in against]
+    session.check_repeatable()
     runtime = sandbox.check()
     request = Request(nodes, axes_asked, quick=quick, deep=deep, rounds=rounds, fresh=fresh)
     closure = session.graph.closure(nodes)
     _warn_of_typos(session, closure)
     realizer = session.realizer()
-    tools = session.graph.targets.get(TOOLS_TARGET)
     tools_place = None
-    if tools is None:
-        session.warn(
-            f"no target is called {TOOLS_TARGET}, so nothing can be seen from inside: most axes are INCONCLUSIVE"
-        )
-    else:
-        tools_place = session.store.location(realizer.realize([tools])[0].path)
+    if (toolbox := session.tools) is not None:
+        [made] = toolbox.realize([toolbox.graph.find(TOOLS_TARGET)])
+        tools_place = session.store.location(made.path)
     axes = {axis.name: axis for axis in AXES}
     records = _records(session)
     described = builder(signing.public, runtime, session.config.build_cores())
-    # Where there is no image of diffoscope, that is said once and not at every difference.
-    looking = realizer if diffoscope.IMAGE in session.graph.targets else None
-    signer = Signer(session.store, signing, described, axes, session.caches, session.warn)
+    signer = StatementSigner(session.store, signing, described, axes, session.writers, session.warn)
 
     def explain(registered: Path, rebuilt: Path, scratch: Path, context: Mapping[str, tuple[str, str]]) -> str | None:
         try:
-            explanation = diff.explain(registered, rebuilt, realizer=looking, scratch=scratch, context=context)
+            explanation = diff.explain(registered, rebuilt, realizer=toolbox, scratch=scratch, context=context)
         except Interrupted:
             raise
         except (VzreproError, OSError) as error:
@@ -145,7 +139,9 @@ def run(
     report = make_report(request, found, realizer, around)
     place, lost = None, None
     try:
-        place = records.keep_report(report, _document(report), page.render(report))
+        from vzrepro.proof.audit import page  # and with it jinja2
+
+        place = records.keep_report(report, page.render(report))
         place = _written_out(place, folder, report.id)
     except (VzreproError, OSError) as error:
         lost = error
@@ -199,7 +195,7 @@ def show(session: Session, audit_id: str, cells: bool, folder: Path | None) -> N
         _prepare(folder)
     kept = _records(session).find(audit_id)
     file = kept / "report.json"
-    report = Report.parse(file.read_bytes(), str(file))
+    report = AuditReport.parse(file.read_bytes(), str(file))
     if cells:
         rows = [
             (node.target, axis, str(cell.verdict), cell.together, _secs(cell.milliseconds), cell.reason)
@@ -249,10 +245,6 @@ def _key(session: Session, file: Path | None) -> SigningKey:
 # --- what is printed and written --------------------------------------------------------------------------------------
 
 
-def _document(report: Report) -> bytes:
-    return (json.dumps(report.document(), ensure_ascii=False, indent=1) + "\n").encode()
-
-
 def _prepare(folder: Path) -> None:
     """Before hours of work: a directory to write into is new, empty, or an earlier report, and can be written."""
     try:
@@ -291,12 +283,12 @@ def _written_out(kept: Path, folder: Path | None, audit_id: str) -> Path:
     return folder
 
 
-def _print(session: Session, report: Report, place: Path | None) -> None:
+def _print(session: Session, report: AuditReport, place: Path | None) -> None:
     """The table for people; under `--json` the report as one object."""
     session.console.print_text("\n".join(_lines(report, place)), report.document())
 
 
-def _lines(report: Report, place: Path | None) -> list[str]:
+def _lines(report: AuditReport, place: Path | None) -> list[str]:
     rows = [_row(node) for node in report.nodes if _is_audited(node)]
     lines = console.aligned(("node", "verdict", "axes", "causes", "time"), rows) if rows else []
     lines += [
@@ -308,12 +300,12 @@ def _lines(report: Report, place: Path | None) -> list[str]:
     lines += _notes(report)
     others = Counter(node.kind for node in report.nodes if not _is_audited(node))
     if others:
-        named = ", ".join(plural(others[kind], words) for kind, words in _OTHERS.items() if others[kind])
+        named = ", ".join(words.plural(others[kind], each) for kind, each in _OTHERS.items() if others[kind])
         lines.append(f"UNTESTED: {named}" + ("" if report.deep else " (--deep makes images and downloads again)"))
     lines += _against(report)
     images = ", ".join(image.target for image in report.seed.images)
     lines.append(
-        f"trusted binary seed: {report.seed.packages} .debs, {console.size(report.seed.bytes)}, in {images}"
+        f"trusted binary seed: {report.seed.packages} .debs, {words.size(report.seed.bytes)}, in {images}"
         if report.seed.packages
         else "trusted binary seed: none"
     )
@@ -328,7 +320,7 @@ def _is_audited(node: AuditedNode) -> bool:
     return node.kind == "sandbox" or bool(node.rebuilds)
 
 
-def _against(report: Report) -> list[str]:
+def _against(report: AuditReport) -> list[str]:
     lines = [
         f"{each.cache} has other bytes for {each.target}, signed by {', '.join(each.signers) or 'nobody'}"
         for each in report.against
@@ -349,14 +341,14 @@ def _row(node: AuditedNode) -> tuple[str, ...]:
     cells = Counter(str(cell.verdict) for cell in node.cells.values())
     causes = ", ".join(cause.axis for cause in node.causes)
     secs = sum(run.milliseconds for run in node.rebuilds) / 1000
-    return node.target, str(node.verdict), _counts(cells), causes or "-", console.duration(secs)
+    return node.target, str(node.verdict), _counts(cells), causes or "-", words.duration(secs)
 
 
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts.get(verdict))
 
 
-def _notes(report: Report) -> list[str]:
+def _notes(report: AuditReport) -> list[str]:
     """Every reason once, with the axes and nodes that it is of; but for differences that a cause is named for."""
     notes: dict[tuple[Verdict, str], dict[str, list[str]]] = {}
     for node in filter(_is_audited, report.nodes):
@@ -381,7 +373,7 @@ def _secs(milliseconds: int) -> float:
     return round(milliseconds / 1000, 1)
 
 
-def _failure(report: Report, place: Path | None) -> VzreproError | None:
+def _failure(report: AuditReport, place: Path | None) -> VzreproError | None:
     """The error that a finished audit ends with, whose page is in `place`; None when nothing differs and all could be
     built."""
     bad = [node for node in report.nodes if node.verdict is Verdict.DIFFERS]

@@ -7,27 +7,22 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from vzrepro import console, plan
-from vzrepro.attest.witness import pushed_along
-from vzrepro.cache.binary import BinaryCache
-from vzrepro.cache.check import Finding, Held, repair, verify
-from vzrepro.cache.collect import collect
-from vzrepro.cache.history import CacheHistory
-from vzrepro.cache.layout import kind_of
-from vzrepro.cache.places import is_writable, prepare
-from vzrepro.cache.roots import add_root, read_roots, remove_root
-from vzrepro.cache.serve import serve as listen
-from vzrepro.cli.inspect import changes_document, changes_lines
+from vzrepro.base import words
+from vzrepro.base.errors import UsageError, VzreproError
+from vzrepro.base.events import Notice, Result
 from vzrepro.cli.options import cache_option, json_option, signatures_option
 from vzrepro.cli.session import Session
-from vzrepro.errors import UsageError, VzreproError
-from vzrepro.events import Notice, Result
-from vzrepro.model import ObjectInfo, StorePath
-from vzrepro.transfer import Pusher
+from vzrepro.cli.verbs import Verbs
+
+if TYPE_CHECKING:
+    from vzrepro.base.model import ObjectInfo, StorePath
+    from vzrepro.cache.check import CacheFinding, HeldObject
+    from vzrepro.cache.reader import CacheReader
+    from vzrepro.recipe.graph import Node
 
 _JOBS = 8
 _HARMLESS = frozenset({"orphan", "untrusted", "foreign"})  # what others do, or have begun, is no fault of the cache
@@ -35,9 +30,9 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
-@click.group()
+@click.group(cls=Verbs)
 def cache() -> None:
-    """Share what was built: a binary cache in a bucket or a directory, readable by stock Nix clients.
+    """Share what was built, in a bucket or a directory. It is a binary cache, which stock Nix clients can read.
 
     Caches are named by URL: s3://BUCKET[/PREFIX]?endpoint=…, https://…, file:///…; by default by the configuration
     (caches, push-to). OBJECT is a store path, its directory, or a target.
@@ -52,17 +47,20 @@ def cache() -> None:
 @json_option
 @click.pass_obj
 def init(session: Session, url: str | None) -> None:
-    """Make the cache at URL ready: bucket, nix-cache-info, and a record of what its server can do, found out by trying.
+    """Make the cache at URL ready. That is the bucket, nix-cache-info, and a record of what its server can do, found
+    out by trying.
 
     It is safe to run again. Nothing that is there is changed.
     """
+    from vzrepro.cache.places import is_writable, prepare
+
     url = session.chosen_cache(url)
     if not is_writable(url):
         raise UsageError(f"{url} cannot be written", hint="use s3://… or a directory; HTTP is for reading")
     place = session.cache(url)
-    found = prepare(place)
+    found = prepare(place.access)
     for name, value in found.items():
-        session.console.report(Notice("info", f"{name.replace('_', ' ')}: {_shown(value)}"))
+        session.console.report(Notice("info", f"{name.replace('_', ' ')}: {words.in_words(value)}"))
     if not found.get("conditional_writes", True):
         session.warn(
             "two who push the same object at once may both write it: the server cannot keep the second one out"
@@ -87,9 +85,12 @@ def push(
     session: Session, objects: tuple[str, ...], url: str | None, everything: bool, with_inputs: bool, jobs: int
 ) -> None:
     """Have OBJECTs and all that they refer to in the cache. Nothing that is there, and right, is sent again."""
+    from vzrepro.proof.attest.witness import pushed_along
+    from vzrepro.realize.transfer import Pusher
+
     if bool(objects) == everything:
         raise UsageError("name objects to push, or --all", hint="vzrepro cache push container-bundle")
-    place = session.cache(session.chosen_cache(url), session.upload_key)
+    place = session.writer(session.chosen_cache(url), session.upload_key)
     infos = session.store.objects() if everything else _wanted(session, objects, with_inputs)
     session.store.hold([info.path for info in infos])
     pusher = Pusher(session.store, session.console.report, session.stop, lambda info: pushed_along(session.store, info))
@@ -97,7 +98,7 @@ def push(
     counts = {kept.value: len(paths) for kept, paths in summary.kept.items() if paths}
     told = ", ".join(f"{count} {kept}" for kept, count in counts.items()) or "nothing to push"
     session.console.print_text(
-        f"{place.url}: {told}, {console.size(summary.written_bytes)} written",
+        f"{place.url}: {told}, {words.size(summary.written_bytes)} written",
         {"cache": place.url, "objects": counts, "written_bytes": summary.written_bytes},
     )
 
@@ -127,9 +128,7 @@ def pull(session: Session, targets: tuple[str, ...], url: str | None, require_si
     """Take TARGETs from the caches into the store; nothing is built."""
     session.override(require_signatures=require_signatures)
     nodes = [session.target(name) for name in targets]
-    realizer = session.realizer()
-    if url is not None:
-        realizer.caches = [session.cache(url)]
+    realizer = session.realizer(caches=None if url is None else [session.cache(url)])
     for node, info in zip(nodes, realizer.pull(nodes), strict=True):
         session.console.report(Result(node.target, str(info.path), str(session.store.location(info.path))))
 
@@ -143,7 +142,8 @@ def pull(session: Session, targets: tuple[str, ...], url: str | None, require_si
 @json_option
 @click.pass_obj
 def info(session: Session, object: str | None, url: str | None) -> None:
-    """Print what the cache is and holds, or what it says of OBJECT: who signed it, and who got something else."""
+    """Print what the cache is and holds, or what it says of OBJECT. Of an object it says who signed it, and who got
+    something else."""
     place = session.cache(session.chosen_cache(url))
     if object is None:
         _print_cache(session, place)
@@ -151,30 +151,32 @@ def info(session: Session, object: str | None, url: str | None) -> None:
         _print_object(session, place, session.path(object))
 
 
-def _print_cache(session: Session, place: BinaryCache) -> None:
+def _print_cache(session: Session, place: CacheReader) -> None:
+    from vzrepro.cache.layout import kind_of
+
     count: Counter[str] = Counter()
     size: Counter[str] = Counter()
-    for entry in place.backend.list():
+    for entry in place.access.backend.list():
         kind = kind_of(entry.key) or entry.key.partition("/")[0]
         count[kind] += 1
         size[kind] += entry.size
-    rows = [(kind, count[kind], console.size(size[kind])) for kind in sorted(count, key=lambda kind: -size[kind])]
-    rows.append(("all", count.total(), console.size(size.total())))
+    rows = [(kind, count[kind], words.size(size[kind])) for kind in sorted(count, key=lambda kind: -size[kind])]
+    rows.append(("all", count.total(), words.size(size.total())))
     session.console.print_table(("kind", "entries", "size"), rows)
 
 
-def _print_object(session: Session, place: BinaryCache, path: StorePath) -> None:
-    found, damaged = place.look(path)
+def _print_object(session: Session, place: CacheReader, path: StorePath) -> None:
+    found, damaged = place.access.look(path)
     if found is None:
         state = "a narinfo that nobody can use" if damaged else "nothing"
         raise VzreproError(f"{place.url} has {state} under {path}", hint=f"vzrepro cache why-missing {path.name}")
     signers = session.trusted.signers(found.fingerprint, found.signatures)
-    nar = place.backend.head(found.url)
+    nar = place.access.backend.head(found.url)
     differences = place.differences(found)
     document: dict[str, Any] = {
         "path": str(found.path),
         "cache": place.url,
-        "trusted": place.is_trusted(found),
+        "trusted": found.is_trusted(session.trusted),
         "signed_by": [text.partition(":")[0] for text in found.signatures],
         "trusted_signers": sorted(key.name for key in signers),
         "nar": found.url,
@@ -188,7 +190,7 @@ def _print_object(session: Session, place: BinaryCache, path: StorePath) -> None
         "build_key": found.build_key and found.build_key.hex,
         "differences": [{"by": each.by, "trusted": each.trusted, "nar_hash": each.found.nix} for each in differences],
     }
-    lines = [f"{name + ':':17}{_shown(value)}" for name, value in document.items() if name != "differences"]
+    lines = [f"{name + ':':17}{words.in_words(value)}" for name, value in document.items() if name != "differences"]
     lines += [
         f"not deterministic: {each.by} ({'trusted' if each.trusted else 'unknown here'}) got {each.found.nix}"
         for each in differences
@@ -196,28 +198,20 @@ def _print_object(session: Session, place: BinaryCache, path: StorePath) -> None
     session.console.print_text("\n".join(lines), document)
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value)) or "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "-" if value is None else str(value)
-
-
 @cache.command()
 @cache_option
 @json_option
 @click.pass_obj
 def ls(session: Session, url: str | None) -> None:
-    """List the objects in the cache: size, who signed them, how many days old they are."""
+    """List the cache's objects: size, signers, age in days."""
     place = session.cache(session.chosen_cache(url))
-    now = place.backend.now()
+    now = place.access.backend.now()
     rows = [
         (
             found.path.base,
-            console.size(found.file_size or found.nar_size),
+            words.size(found.file_size or found.nar_size),
             " ".join(text.partition(":")[0] for text in found.signatures),
-            "yes" if place.is_trusted(found) else "no",
+            "yes" if found.is_trusted(session.trusted) else "no",
             round(max(0.0, now - mtime) / 86400, 1),
         )
         for found, mtime in place.objects()
@@ -235,12 +229,17 @@ def _by_name(row: tuple[str, ...] | Sequence[object]) -> str:
 @json_option
 @click.pass_obj
 def why_missing(session: Session, target: str, url: str | None) -> None:
-    """Explain why TARGET does not come from the cache: what differs from the nearest of its name that is there."""
+    """Explain why TARGET does not come from the cache. Tells what differs from the nearest of its name that is
+    there."""
+    from vzrepro.cache.history import CacheHistory
+    from vzrepro.cli.inspect import changes_document, changes_lines
+    from vzrepro.recipe import plan
+
     node = session.target(target)
     place = session.cache(session.chosen_cache(url))
-    reason, found = _why_missing(session, place, node.path), []
+    reason, found = _why_missing(place, node), []
     if reason is None:
-        found = plan.why(session.graph, node, CacheHistory(place), plan.nearest)
+        found = plan.why(session.graph, node, CacheHistory(place.access), plan.nearest)
         reason = f"{place.url} has no {node.path.base}"
         reason += "" if found else f", and never saw a recipe called {node.target}"
     lines = [reason, *changes_lines(found, "the nearest one in the cache")]
@@ -248,16 +247,21 @@ def why_missing(session: Session, target: str, url: str | None) -> None:
     session.console.print_text("\n".join(lines), document)
 
 
-def _why_missing(session: Session, place: BinaryCache, path: StorePath) -> str | None:
+def _why_missing(place: CacheReader, node: Node) -> str | None:
     """What stands in the way although something is there; None when nothing is."""
+    from vzrepro.recipe import plan
+
+    path = node.path
     try:
         found = place.ask(path)
     except VzreproError as error:
         return error.in_a_line + (f" ({error.hint})" if error.hint else "")
     if found is None:
         return None
-    if place.backend.head(found.url) is None:
+    if place.access.backend.head(found.url) is None:
         return f"{place.url} has lost the NAR of {path.base}: vzrepro cache push mends it"
+    if (why := plan.objection(node, found.origin, place.url)) is not None:
+        return f"{why}; realize downloads it again"
     return f"nothing is missing: {place.url} has {path.base}"
 
 
@@ -271,11 +275,13 @@ def _why_missing(session: Session, place: BinaryCache, path: StorePath) -> str |
 @json_option
 @click.pass_obj
 def verify_cache(session: Session, deep: bool, mend: bool, url: str | None) -> None:
-    """Check every object of the cache: signatures, sizes, references, records; with --deep, every byte."""
-    place = session.cache(session.chosen_cache(url), session.upload_key)
-    findings: list[Finding] = []
+    """Check all objects: signatures, sizes, references, records. With --deep, every byte."""
+    from vzrepro.cache.check import repair, verify
+
+    place = session.writer(session.chosen_cache(url), session.upload_key)
+    findings: list[CacheFinding] = []
     with session.long_work("check", place.url) as work:
-        checked = verify(place, deep=deep, found=findings.append, progress=work.progress)
+        checked = verify(place.reader, deep=deep, found=findings.append, progress=work.progress)
     rows = [(each.kind, each.key, each.path.base if each.path else None, each.detail) for each in findings]
     if rows:
         session.console.print_table(("kind", "entry", "object", "detail"), rows)
@@ -284,7 +290,7 @@ def verify_cache(session: Session, deep: bool, mend: bool, url: str | None) -> N
         Notice(
             "info",
             f"{place.url}: {checked.objects} objects and {checked.entries} entries checked, "
-            f"{console.size(checked.nar_bytes)} read, {len(bad)} wrong",
+            f"{words.size(checked.nar_bytes)} read, {len(bad)} wrong",
         )
     )
     if mend and findings:
@@ -300,13 +306,15 @@ def verify_cache(session: Session, deep: bool, mend: bool, url: str | None) -> N
         )
 
 
-def _held(session: Session, path: StorePath) -> Held | None:
+def _held(session: Session, path: StorePath) -> HeldObject | None:
     """The object, if it is valid here; it is hashed again, since it may be damaged as well."""
+    from vzrepro.cache.check import HeldObject
+
     info = session.store.query(path)
     if info is None or session.store.verify([path]):
         return None
     derivation = None if info.drv_hash is None else session.store.derivation(info.drv_hash)
-    return Held(info, session.store.location(path), derivation, session.store.log_path(path))
+    return HeldObject(info, session.store.location(path), derivation, session.store.log_path(path))
 
 
 @cache.group()
@@ -322,12 +330,14 @@ def root() -> None:
 @json_option
 @click.pass_obj
 def root_add(session: Session, name: str, objects: tuple[str, ...], with_inputs: bool, url: str | None) -> None:
-    """Have the cache keep OBJECTs, and all they refer to, under NAME; a root of that name is replaced."""
+    """Have the cache keep OBJECTs, and all they refer to, under NAME. A root of that name is replaced."""
+    from vzrepro.cache.roots import add_root
+
     place = session.cache(session.chosen_cache(url))
     paths = [session.path(each) for each in objects]
     if with_inputs:
         paths += [info.path for info in _wanted(session, objects, with_inputs)]
-    made = add_root(place.backend, name, paths)
+    made = add_root(place.access.backend, name, paths)
     session.console.report(Notice("info", f"{place.url} keeps {len(made.paths)} objects as {name}"))
 
 
@@ -337,8 +347,10 @@ def root_add(session: Session, name: str, objects: tuple[str, ...], with_inputs:
 @click.pass_obj
 def root_list(session: Session, url: str | None) -> None:
     """List the roots and what they keep."""
+    from vzrepro.cache.roots import read_roots
+
     place = session.cache(session.chosen_cache(url))
-    rows = [(each.name, _day(each.made), path.base) for each in read_roots(place.backend) for path in each.paths]
+    rows = [(each.name, _day(each.made), path.base) for each in read_roots(place.access.backend) for path in each.paths]
     session.console.print_table(("root", "made", "object"), rows)
 
 
@@ -352,9 +364,11 @@ def _day(secs: int) -> str:
 @json_option
 @click.pass_obj
 def root_remove(session: Session, name: str, url: str | None) -> None:
-    """Forget the root NAME; what only it kept goes with a later `cache gc`."""
+    """Forget the root NAME. What only it kept goes with a later `cache gc`."""
+    from vzrepro.cache.roots import remove_root
+
     place = session.cache(session.chosen_cache(url))
-    if not remove_root(place.backend, name):
+    if not remove_root(place.access.backend, name):
         raise UsageError(f"{place.url} has no root {name!r}", hint="see: vzrepro cache root list")
     session.console.report(Notice("info", f"{place.url}: the root {name} is gone"))
 
@@ -372,24 +386,26 @@ def root_remove(session: Session, name: str, url: str | None) -> None:
 @json_option
 @click.pass_obj
 def gc(session: Session, keep_roots: bool, older_than: str, dry_run: bool, url: str | None) -> None:
-    """Delete the cache's objects that no root keeps and that nobody has used for AGE. Safe while others push."""
+    """Delete objects that no root keeps and nobody used for AGE. Safe while others push."""
+    from vzrepro.cache.collect import collect
+
     place = session.cache(session.chosen_cache(url))
     with session.long_work("collect", place.url) as work:
         done = collect(
-            place.backend,
+            place.access.backend,
             older_than_secs=_seconds(older_than),
             keep_roots=keep_roots,
             dry_run=dry_run,
             progress=lambda step, count: work.line(f"{step}: {count}"),
         )
-    rows = [(name, amount.count, console.size(amount.size)) for name, amount in done.roots.items()]
+    rows = [(name, amount.count, words.size(amount.size)) for name, amount in done.roots.items()]
     session.console.print_table(
-        ("root", "objects", "keeps"), [*rows, ("all roots", done.kept.count, console.size(done.kept.size))]
+        ("root", "objects", "keeps"), [*rows, ("all roots", done.kept.count, words.size(done.kept.size))]
     )
     verb = "would delete" if dry_run else "deleted"
     lines = [
-        f"{verb} {done.narinfos.count} objects: {done.deleted.count} entries, {console.size(done.deleted.size)}",
-        f"left: {done.young.count} entries too young, {console.size(done.young.size)}; {done.foreign} not ours",
+        f"{verb} {done.narinfos.count} objects: {done.deleted.count} entries, {words.size(done.deleted.size)}",
+        f"left: {done.young.count} entries too young, {words.size(done.young.size)}; {done.foreign} not ours",
         *(f"warning: {each} is kept by a root, and the cache lacks it" for each in done.missing),
     ]
     document = {
@@ -421,7 +437,9 @@ def _seconds(text: str) -> float:
 @json_option
 @click.pass_obj
 def serve(session: Session, directory: Path, host: str, port: int) -> None:
-    """Serve the cache in DIRECTORY over HTTP, to vzrepro and to Nix clients, until Ctrl-C. Reading only."""
+    """Serve the cache in DIRECTORY over HTTP until Ctrl-C. Nix clients can read it as vzrepro can; nobody can write."""
+    from vzrepro.cache.serve import serve as listen
+
     with listen(directory, host, port) as server:
         session.console.print_text(server.url, {"url": server.url})
         try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
-from vzrepro.attest.votes import SHORT
-from vzrepro.audit.challenge import State
-from vzrepro.audit.challenge import challenge as compared
-from vzrepro.cache.signing import PublicKey
+from vzrepro.base.errors import UsageError
+from vzrepro.base.signing import PublicKey
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
-from vzrepro.errors import UsageError
+from vzrepro.proof.attest.challenge import ResultState
+from vzrepro.proof.attest.challenge import challenge as compared
+from vzrepro.proof.attest.signers import Keys
+from vzrepro.proof.attest.votes import SHORT
 
 _MADE = ("sandbox", "image")
 
@@ -27,7 +28,7 @@ _MADE = ("sandbox", "image")
 def challenge(
     session: Session, target: str, more: tuple[str, ...], first: tuple[str, ...], keys: tuple[str, ...]
 ) -> None:
-    """Compare what builders say they got for TARGET and all that it is built from; build nothing.
+    """Compare what builders say they got for TARGET; build nothing. All that it is built from is compared, too.
 
     Any number of caches: --against URL URL…. Exit code 104 when results differ, 105 when no cache answers.
     """
@@ -38,13 +39,12 @@ def challenge(
     if not caches:
         raise UsageError("there is no cache to compare", hint="name some: --against URL URL…")
     nodes = [node for node in session.graph.closure([session.target(target)]) if node.drv.builder in _MADE]
-    known = [*session.trusted.keys, *map(PublicKey.parse, keys)]
-    if session.upload_key is not None:
-        known.append(session.upload_key.public)
+    own = () if session.upload_key is None else (session.upload_key.public,)
+    known = Keys(own, (*session.trusted.keys, *map(PublicKey.parse, keys)), session.trusted.revoked)
     have = session.store.query_many(node.path for node in nodes)
     ours = {str(path): info for path, info in have.items()}
     with session.long_work("check", f"{len(caches)} caches") as work:
-        found = compared(nodes, caches, known, ours, lambda node: work.line(node.target), session.trusted.revoked)
+        found = compared(nodes, caches, known, ours, lambda node: work.line(node.target))
     rows = [
         (
             row.node,
@@ -61,7 +61,7 @@ def challenge(
     for url, why in found.silent.items():
         session.warn(f"{url} does not answer: {why}")
     for row in found.rows:
-        if row.state is State.FORGED:
+        if row.state is ResultState.FORGED:
             session.warn(f"{row.node}: {row.builder}, in {', '.join(row.places)}: this is nobody's result")
     counts = {"nodes": len(nodes), "different": len(found.splits), "caches": len(caches) - len(found.silent)}
     text = f"{counts['nodes']} nodes in {counts['caches']} caches compared, {counts['different']} differ"

@@ -12,14 +12,14 @@ from typing import Any
 
 import click
 
-from vzrepro.audit.diff import LIMITS, explain
-from vzrepro.audit.model import Detail, Explanation
+from vzrepro.base.errors import UsageError
+from vzrepro.base.events import Notice
+from vzrepro.base.model import NarHash, StorePath
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
 from vzrepro.console import clean
-from vzrepro.errors import UsageError
-from vzrepro.events import Notice
-from vzrepro.model import NarHash, StorePath
+from vzrepro.proof.audit.diff import LIMITS, explain
+from vzrepro.proof.audit.model import Detail, Explanation
 
 DIFFERENT = 1
 """The exit code for trees that differ, as diff(1) has it; trouble is 2."""
@@ -84,10 +84,10 @@ def diff(
         "excerpt_bytes": limit_excerpt,
     }
     limits = replace(LIMITS, **{name: value for name, value in asked.items() if value is not None})
-    known = _in_workspace(session)
+    known = session.has_workspace()
     if not known and not plain:
-        session.console.report(Notice("info", "without diffoscope: its image is a target, and this is no workspace"))
-    deep = session.realizer() if known and not plain else None
+        session.console.report(Notice("info", "without diffoscope: its image is made in a workspace, and this is none"))
+    deep = session.tools if known and not plain else None
     try:
         with _scratch(session, known) as scratch:
             page = scratch / "page.html" if html else None
@@ -131,7 +131,7 @@ def _side(session: Session, name: str) -> _Side:
         except OSError as error:
             raise UsageError(f"{name}: the symbolic link leads nowhere", reason=error.strerror) from error
         return _Side(name, place, _registered(session, place))
-    if not _in_workspace(session) or (not _is_store_path(place) and len(place.parts) > 1):
+    if not session.has_workspace() or (not _is_store_path(place) and len(place.parts) > 1):
         raise UsageError(f"{name}: no such file or directory")
     path = session.path(name)
     info = session.store.query(path)
@@ -151,7 +151,7 @@ def _is_store_path(place: Path) -> bool:
 
 def _registered(session: Session, place: Path) -> NarHash | None:
     """The hash of an object of this workspace's store."""
-    if not _is_store_path(place) or not _in_workspace(session) or place.parent != session.config.store.resolve():
+    if not _is_store_path(place) or not session.has_workspace() or place.parent != session.config.store.resolve():
         return None
     path = StorePath.parse(place.name)
     info = session.store.query(path)
@@ -163,14 +163,6 @@ def _registered(session: Session, place: Path) -> NarHash | None:
 
 def _known_equal(a: _Side, b: _Side) -> bool:
     return a.place == b.place or (a.nar_hash is not None and a.nar_hash == b.nar_hash)
-
-
-def _in_workspace(session: Session) -> bool:
-    """Whether there are a store and recipes."""
-    try:
-        return bool(session.root)
-    except UsageError:
-        return False
 
 
 @contextmanager

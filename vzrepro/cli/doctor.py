@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 import sys
 from collections.abc import Callable
 
 import click
 
-from vzrepro import console, sandbox
+from vzrepro import sandbox
+from vzrepro.base import disk, words
+from vzrepro.base.errors import VzreproError
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
-from vzrepro.errors import VzreproError
 
 _ROOM_BYTES = 15 * 10**9
+
+_FORMS = ("\u00e9", "e\u0301")  # é in two forms
 
 _SLOW_DRIVERS = {
     "fuse-overlayfs": "slow: whatever a build opens passes through another process",
@@ -25,9 +30,10 @@ _SLOW_DRIVERS = {
 @json_option
 @click.pass_obj
 def doctor(session: Session) -> None:
-    """Check Docker, QEMU, the disk, the workspace, its lock and the caches."""
+    """Check Docker, QEMU, the disk, workspace, lock and caches."""
     checks: list[tuple[str, Callable[[Session], str]]] = [
         ("python", _python),
+        ("host", _host),
         ("container engine", _engine),
         ("qemu", _qemu),
         ("workspace", _workspace),
@@ -51,6 +57,13 @@ def _python(_session: Session) -> str:
     return sys.version.split()[0]
 
 
+def _host(_session: Session) -> str:
+    host = f"{platform.system()} {platform.release()} {platform.machine()}"
+    if platform.system() == "Linux":
+        return host
+    return f"{host}: vm and oci run do not work here, they need Linux; the rest is untried here (docs/hosts.md)"
+
+
 def _engine(_session: Session) -> str:
     found = sandbox.check()
     driver = found.storage_driver
@@ -58,11 +71,13 @@ def _engine(_session: Session) -> str:
         driver += f" ({_SLOW_DRIVERS[driver]}; see docs/sandbox.md)"
     return (
         f"{found.engine} {found.server_version}, {driver}, cgroup v{found.cgroup_version}, "
-        f"{found.cpus} CPUs, {console.size(found.memory_bytes)}"
+        f"{found.cpus} CPUs, {words.size(found.memory_bytes)}"
     )
 
 
 def _qemu(_session: Session) -> str:
+    if platform.system() != "Linux":
+        return "not used on this host"
     found = shutil.which("qemu-system-aarch64")
     if found is None:
         raise VzreproError("qemu-system-aarch64 is not installed", hint="apt-get install qemu-system-arm")
@@ -83,16 +98,23 @@ def _lock(session: Session) -> str:
 def _store(session: Session) -> str:
     place = session.config.store
     existing = next(folder for folder in (place, *place.parents) if folder.exists())
+    writable = os.access(existing, os.W_OK)
+    if writable and disk.same_name(existing, "a", "A"):
+        raise VzreproError(
+            f"{place} ignores the case of names, so nothing can be built",
+            hint="use a disk that tells them apart: export VZREPRO_STORE=DIR",
+        )
     free = shutil.disk_usage(existing).free
     if free < _ROOM_BYTES:
         raise VzreproError(
-            f"{place} has {console.size(free)} free, all targets need {console.size(_ROOM_BYTES)}",
+            f"{place} has {words.size(free)} free, all targets need {words.size(_ROOM_BYTES)}",
             hint="make room with: vzrepro store gc, or set VZREPRO_STORE",
         )
-    return f"{place}, {console.size(free)} free"
+    forms = ", takes two Unicode forms of a name for one" if writable and disk.same_name(existing, *_FORMS) else ""
+    return f"{place}, {words.size(free)} free{forms}"
 
 
 def _caches(session: Session) -> str:
     for cache in session.shared_caches:
-        cache.reach()
+        cache.access.reach()
     return ", ".join(cache.url for cache in session.caches) or "none"

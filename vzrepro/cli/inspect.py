@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from vzrepro import plan
+from vzrepro.base.errors import VzreproError
+from vzrepro.base.events import Notice
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
 from vzrepro.console import clean
-from vzrepro.errors import VzreproError
-from vzrepro.evaluate import DrvGraph
-from vzrepro.model import DrvHash
-from vzrepro.recipe import Node
 
-Changes = list[tuple[str, list[plan.Change]]]
+if TYPE_CHECKING:
+    from vzrepro.base.model import DrvHash
+    from vzrepro.recipe.graph import DrvGraph, Node
+    from vzrepro.recipe.plan import FieldChange
 
 
 @click.command()
@@ -31,7 +31,9 @@ def targets(session: Session, everything: bool) -> None:
         for node in session.graph.targets.values()
         if everything or node.kind == "recipe"
     ]
-    session.console.print_table(("target", "version", "store path", "here"), rows)
+    text = session.console.print_table(("target", "version", "store path", "here"), rows)
+    if text is not None and not everything:
+        session.remember(["targets"], text)
 
 
 @click.command()
@@ -48,8 +50,10 @@ def show(session: Session, target: str) -> None:
         "drv_hash": node.drv_hash.hex,
         "derivation": node.drv.document(),
         "files": {name: {"url": file.url, "size": file.size} for name, file in node.files.items()},
+        "checkout": None if node.checkout is None else {"url": node.checkout.url, "commit": node.checkout.commit},
         "timeout_secs": node.timeout_secs,
         "memory_bytes": node.memory_bytes,
+        "disk_bytes": node.disk_bytes,
     }
     session.console.print_text(json.dumps(document, indent=2, ensure_ascii=False), document)
 
@@ -59,10 +63,12 @@ def show(session: Session, target: str) -> None:
 @json_option
 @click.pass_obj
 def why(session: Session, target: str) -> None:
-    """Explain why TARGET would be realized: what changed since its recipe was realized before."""
+    """Explain why TARGET would be realized. Tells what changed since its recipe was realized before."""
+    from vzrepro.recipe import plan
+
     node = session.target(target)
     console = session.console
-    steps = plan.make_plan(session.graph, [node], session.realizer()).steps
+    steps = plan.make_plan(session.graph, [node], session.inventory()).steps
     step = next(step for step in steps if step.node.drv_hash == node.drv_hash)
     found = plan.why(session.graph, node, session.store)
     document = {"target": node.target, "action": step.verb, "reason": step.reason, "changes": changes_document(found)}
@@ -73,7 +79,7 @@ def why(session: Session, target: str) -> None:
     console.print_text("\n".join(lines), document)
 
 
-def changes_document(found: Changes) -> list[dict[str, Any]]:
+def changes_document(found: list[tuple[str, list[FieldChange]]]) -> list[dict[str, Any]]:
     """What `plan.why` has found, as plain data."""
     return [
         {"target": name, "field": change.field, "before": change.before, "after": change.after}
@@ -82,16 +88,16 @@ def changes_document(found: Changes) -> list[dict[str, Any]]:
     ]
 
 
-def changes_lines(found: Changes, before: str) -> list[str]:
+def changes_lines(found: list[tuple[str, list[FieldChange]]], before: str) -> list[str]:
     """What `plan.why` has found, for people; `before` says what was compared with."""
     lines = []
     for name, changes in found:
         lines.append(f"{name}, compared with {before}:")
-        lines += [f"  {change.field}: {_shown(change.before)} → {_shown(change.after)}" for change in changes]
+        lines += [f"  {change.field}: {_as_json(change.before)} → {_as_json(change.after)}" for change in changes]
     return lines
 
 
-def _shown(value: object) -> str:
+def _as_json(value: object) -> str:
     return "absent" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -181,15 +187,28 @@ _DRAWINGS: dict[str, Callable[[DrvGraph, Node, Sequence[Node]], str]] = {
 @click.argument("target")
 @click.pass_obj
 def log(session: Session, target: str) -> None:
-    """Print the log of TARGET's last build, from this machine or a cache."""
+    """Print the log of TARGET's last build, from here or a cache."""
     path = session.path(target)
     local = session.store.log_path(path)
-    kept = [local.read_bytes()] if local.is_file() else (cache.log(path) for cache in session.caches)
-    text = next((text for text in kept if text is not None), None)
-    if text is not None:
-        lines = text.decode(errors="replace").splitlines()
-        session.console.print_text("\n".join(map(clean, lines)))
+    if local.is_file():
+        with local.open(encoding="utf-8", errors="replace") as lines:
+            session.console.print_lines(clean(part) for line in lines for part in line.splitlines())
         return
+    text = next((text for cache in session.caches if (text := cache.log(path)) is not None), None)
+    if text is not None:
+        session.console.print_lines(map(clean, text.decode(errors="replace").splitlines()))
+        return
+    if target in session.graph.targets:
+        from vzrepro.farm.livelog import failed_log
+
+        drv = session.graph.find(target).drv_hash
+        text = next(
+            (text for cache in session.shared_caches if (text := failed_log(cache.access, drv, path.name))), None
+        )
+        if text is not None:
+            session.console.report(Notice("info", f"this is the log of a build of {target} that failed on the farm"))
+            session.console.print_lines(map(clean, text.decode(errors="replace").splitlines()))
+            return
     raise VzreproError(
         f"there is no log of {target}",
         reason="it was not built in the sandbox on this machine, and no cache has its log",

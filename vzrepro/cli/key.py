@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from vzrepro.cache.signing import SigningKey
+from vzrepro.base.errors import UsageError, VzreproError
+from vzrepro.base.events import Notice
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
-from vzrepro.errors import UsageError, VzreproError
-from vzrepro.events import Notice
+from vzrepro.cli.verbs import Verbs
 
 
-@click.group()
+@click.group(cls=Verbs)
 def key() -> None:
     """Make and show ed25519 keys, in the form that Nix uses too."""
 
@@ -24,10 +24,12 @@ def key() -> None:
 @json_option
 @click.pass_obj
 def generate(session: Session, name: str, out: Path) -> None:
-    """Make a key called NAME, write its secret half to a new file (mode 0600) and print its public half.
+    """Make a key called NAME and print its public half. Its secret half is written to a new file (mode 0600).
 
     NAME goes into every signature: say whose key it is, and number it, such as team-1.
     """
+    from vzrepro.base.signing import SigningKey
+
     made = SigningKey.generate(name)
     try:
         saved = made.save(out)
@@ -47,5 +49,7 @@ def generate(session: Session, name: str, out: Path) -> None:
 @click.pass_obj
 def public(session: Session, file: Path) -> None:
     """Print the public half of the secret key in FILE."""
+    from vzrepro.base.signing import SigningKey
+
     found = SigningKey.load(file).public
     session.console.print_text(str(found), {"public": str(found), "id": found.id})

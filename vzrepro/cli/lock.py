@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
-from vzrepro import lock as locks
+from vzrepro.base import disk
+from vzrepro.base.errors import UsageError
+from vzrepro.base.events import Notice
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
-from vzrepro.errors import UsageError
-from vzrepro.events import Notice
 
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option("--check", is_flag=True, help="Only compare lock.toml with the recipes, offline; exit 2 if it differs.")
+@click.option(
+    "--check", is_flag=True, help="Offline: compare lock.toml with the recipes, evaluate twice; exit 2 on a difference."
+)
 @click.option("--update", is_flag=True, help="Move the pins NAMES (all of them, if none is named) within their series.")
 @click.option("--allow-expired", is_flag=True, help="Accept an index past its Valid-Until; signatures still count.")
 @json_option
 @click.pass_obj
 def lock(session: Session, names: tuple[str, ...], check: bool, update: bool, allow_expired: bool) -> None:
-    """Pin what recipes ask for and lock.toml lacks; print what changed, old → new."""
+    """Pin what recipes ask for and lock.toml lacks. Prints what changed, old → new."""
     if names and not update:
         raise UsageError("names only go with --update", hint=f"vzrepro lock --update {' '.join(names)}")
     if check:
@@ -29,17 +29,16 @@ def lock(session: Session, names: tuple[str, ...], check: bool, update: bool, al
             raise UsageError("--check and --update exclude each other")
         _check(session)
         return
+    from vzrepro.realize import pin
+    from vzrepro.recipe.lock.writing import render
+
     previous = session.lock_file.read_text() if session.lock_file.is_file() else ""
     before = session.lock
     moving = (names or None) if update else ()
     after = session.pinner(moving, allow_expired=allow_expired).resolve(before)
-    text = locks.render(after, previous)
+    text = render(after, previous)
     if text != previous:
-        temporary = session.lock_file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(text)
-        temporary.replace(session.lock_file)
-    from vzrepro import pin
-
+        disk.write_file(session.lock_file, text.encode())
     moves = pin.moves(before, after)
     if moves:
         session.console.print_table(("pin", "old", "new"), [(move.what, move.before, move.after) for move in moves])
@@ -51,4 +50,5 @@ def _check(session: Session) -> None:
     count, faults = session.check_lock()
     if faults:
         raise UsageError("lock.toml does not match the recipes", reason="\n    ".join(faults), hint="run: vzrepro lock")
+    session.check_repeatable()
     session.console.report(Notice("info", f"lock.toml answers all {count} requests"))

@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 
 import click
 
-from vzrepro.errors import UsageError
+from vzrepro.base.errors import UsageError
+from vzrepro.cli.verbs import Verbs
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class DefaultVerb(click.Group):
+class DefaultVerb(Verbs):
     """A group that does something itself, too: `attest TARGET` is its verb `default`, whose name need not be said."""
 
     def __init__(self, *args: Any, default: str, **settings: Any) -> None:

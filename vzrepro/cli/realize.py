@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
-import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from vzrepro import console, sandbox
+from vzrepro.base import words
+from vzrepro.base.errors import UsageError
+from vzrepro.base.events import Result
 from vzrepro.cli.options import json_option, signatures_option
 from vzrepro.cli.session import Session
-from vzrepro.errors import UsageError
-from vzrepro.events import Result
-from vzrepro.plan import Plan, make_plan
-from vzrepro.realize import Substitute
+
+if TYPE_CHECKING:
+    from vzrepro.realize.inventory import Substitute
+    from vzrepro.recipe.plan import Plan, Step
 
 
 @click.command()
@@ -25,6 +25,7 @@ from vzrepro.realize import Substitute
 @click.option("--jobs", type=click.IntRange(1), help="Builds that run at the same time.")
 @click.option("--cores", type=click.IntRange(1), help="Cores one build may use.")
 @click.option("--keep-failed", is_flag=True, help="Keep /build of a failed build and print how to enter it.")
+@click.option("--on", metavar="URL", help="Have it built by the farm at URL (docs/farm.md); `here`: on this machine.")
 @click.option("--no-substitute", is_flag=True, help="Take nothing from caches: build everything that is not here.")
 @click.option("--sources-from-cache", is_flag=True, help="With --no-substitute: downloads may come from caches.")
 @signatures_option
@@ -38,12 +39,13 @@ def realize(
     jobs: int | None,
     cores: int | None,
     keep_failed: bool,
+    on: str | None,
     no_substitute: bool,
     sources_from_cache: bool,
     require_signatures: int | None,
     out_link: Path | None,
 ) -> None:
-    """Make TARGETS valid in the store and print where they are, one path per line."""
+    """Make TARGETS valid in the store and print where they are. One path per line."""
     session.override(jobs=jobs, cores=cores, require_signatures=require_signatures)
     if sources_from_cache and not no_substitute:
         raise UsageError(
@@ -53,26 +55,51 @@ def realize(
     if out_link is not None and len(targets) != 1:
         raise UsageError("--out-link needs exactly one target", hint="realize the targets one by one")
     nodes = [session.target(name) for name in targets]
-    realizer = session.realizer(substitute=substitute, keep_failed=keep_failed)
-    if dry_run:
-        _print_plan(session, make_plan(session.graph, nodes, realizer))
+    place = None if on == "here" else on or session.config.farm
+    if place is not None and (no_substitute or keep_failed):
+        raise UsageError(
+            "--no-substitute and --keep-failed are for builds on this machine",
+            reason=f"{place} builds, and what it gives comes through the cache",
+            hint="add: --on here",
+        )
+    if place is not None:
+        from vzrepro.cli.farm import farm_run
+
+        run = farm_run(session, place, dry_run=dry_run)
+        if dry_run:
+            _print_plan(session, run.plan(nodes), place)
+            return
+        found = run.realize(nodes)
+    elif dry_run:
+        from vzrepro.recipe.plan import make_plan
+
+        _print_plan(session, make_plan(session.graph, nodes, session.inventory(substitute=substitute)))
         return
-    found = realizer.realize(nodes)
+    else:
+        found = session.realizer(substitute=substitute, keep_failed=keep_failed).realize(nodes)
     if out_link is not None:
         session.store.add_root(Path.cwd() / out_link, found[0].path)
     for node, info in zip(nodes, found, strict=True):
         session.console.report(Result(node.target, str(info.path), str(session.store.location(info.path))))
-    session.remember(nodes, found)
+    session.remember_realized(nodes, found)
 
 
-def _print_plan(session: Session, plan: Plan) -> None:
+def _print_plan(session: Session, plan: Plan, farm: str | None = None) -> None:
+    """Print what is to be done; with a `farm`, what goes there."""
+    from vzrepro.farm.order import size_class
+
+    def where(step: Step) -> str:
+        if farm is None or step.verb not in ("build", "image"):
+            return step.reason
+        return f"{step.reason}; a worker for {step.node.drv.platform} ({size_class(step.node)}) builds it"
+
     rows = [
         (
             step.verb,
             step.node.target,
-            console.size(step.download_bytes) if step.download_bytes else None,
-            console.duration(step.expected_secs) if step.expected_secs is not None else None,
-            step.reason,
+            words.size(step.download_bytes) if step.download_bytes else None,
+            words.duration(step.expected_secs) if step.expected_secs is not None else None,
+            where(step),
         )
         for step in plan.todo()
     ]
@@ -86,15 +113,22 @@ def _print_plan(session: Session, plan: Plan) -> None:
 @click.argument("target")
 @click.pass_obj
 def shell(session: Session, target: str) -> int:
-    """Open a shell in TARGET's sandbox, with its inputs, environment and limits."""
+    """Open a shell in TARGET's sandbox. It has the build's inputs, environment and limits."""
+    import shlex
+    import shutil
+    import subprocess
+
+    from vzrepro import sandbox
+
     node = session.target(target)
     if node.drv.builder != "sandbox":
         raise UsageError(f"{target!r} is not built in a sandbox", hint="see: vzrepro targets")
     realizer = session.realizer()
-    realizer.realize([session.graph.nodes[dep] for dep in node.drv.dependencies()])
+    realizer.realize(session.graph.inputs(node))
     with session.store.scratch(f"shell {node.target}") as scratch:
-        job = realizer.job(node, scratch)
-        realizer.load_image(node)
+        inputs = session.graph.input_paths(node)
+        job = realizer.maker.job(node, inputs, scratch)
+        realizer.maker.load_image(node, inputs)
         sandbox.prepare(job)
         command = sandbox.shell_command(job)
         session.console.close()

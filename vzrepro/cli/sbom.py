@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import time
 from pathlib import Path
 
 import click
 
+from vzrepro.base import disk
+from vzrepro.base.errors import UsageError, VzreproError
+from vzrepro.base.events import Notice, Progress, Started, working
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
-from vzrepro.errors import UsageError, VzreproError
-from vzrepro.events import Finished, Notice, Progress, Started
-from vzrepro.model import Outcome
-from vzrepro.sbom import compare, facts, formats, output
-from vzrepro.sbom.components import Bill, describe
-from vzrepro.sbom.learn import learn
+from vzrepro.proof.sbom import compare, facts, formats, licences, output
+from vzrepro.proof.sbom.components import Bill, describe
+from vzrepro.proof.sbom.learn import learn
 
 
 @click.command()
@@ -37,12 +34,13 @@ def sbom(
     diff: bool,
     reading: bool,
 ) -> int | None:
-    """Write TARGET's bill of materials: all it is made of, and all that built it.
+    """Write TARGET's bill of materials. It tells all that TARGET is made of, and all that built it.
 
     A function of the workspace alone: the same on every machine, whether or not anything was built or downloaded
     there. With --diff, compare two bills. With --learn, look into the downloads of TARGETs (or of everything) for
     licences, and keep them in sbom.toml.
     """
+    licences.check_installed()
     if diff or reading:
         if form or file or built or (diff and reading):
             raise UsageError("--diff and --learn go with no other option but --json", hint="see: vzrepro sbom --help")
@@ -78,15 +76,10 @@ def _warn(session: Session, bill: Bill) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
+        disk.write_file(file, text.encode(), durable=False)
     except OSError as error:
         raise VzreproError(f"{file} cannot be written", reason=error.strerror) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 # --- --learn ----------------------------------------------------------------------------------------------------------
@@ -96,10 +89,8 @@ def _learn(session: Session, names: tuple[str, ...]) -> None:
     targets = [session.target(name) for name in names] or list(session.graph.targets.values())
     file = session.root / facts.FILE
     known = facts.load(file)
-    report, begun = session.console.report, time.monotonic()
-    report(Started(facts.FILE, str(file), "check"))
-    outcome = "failed"
-    try:
+    report = session.console.report
+    with working(report, Started(facts.FILE, str(file), "check")):
         learned = learn(
             session.graph,
             targets,
@@ -107,12 +98,6 @@ def _learn(session: Session, names: tuple[str, ...]) -> None:
             known,
             progress=lambda done, total: report(Progress(facts.FILE, str(file), done, total)),
         )
-        outcome = "done"
-    except KeyboardInterrupt:
-        outcome = Outcome.INTERRUPTED.value
-        raise
-    finally:
-        report(Finished(facts.FILE, str(file), "check", outcome, time.monotonic() - begun))
     text = facts.render(learned.facts)
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
         _write(file, text)

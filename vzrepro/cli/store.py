@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from vzrepro import console
-from vzrepro.audit.records import Records
+from vzrepro.base import words
+from vzrepro.base.errors import UsageError, VzreproError
+from vzrepro.base.events import Notice, Result
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
-from vzrepro.errors import UsageError, VzreproError
-from vzrepro.events import Notice, Result
-from vzrepro.model import ObjectInfo, StorePath
+from vzrepro.cli.verbs import Verbs
+
+if TYPE_CHECKING:
+    from vzrepro.base.model import ObjectInfo, StorePath
 
 
-@click.group()
+@click.group(cls=Verbs)
 def store() -> None:
     """Work on the local store. OBJECT is a store path, its directory, or a target."""
 
@@ -35,7 +39,10 @@ def _info(session: Session, name: str) -> ObjectInfo:
 def path(session: Session, object: str) -> None:
     """Print where OBJECT lies on this machine."""
     info = _info(session, object)
-    session.console.report(Result(object, str(info.path), str(session.store.location(info.path))))
+    place = str(session.store.location(info.path))
+    session.console.report(Result(object, str(info.path), place))
+    if Path(object).name != info.path.base:  # it is a target's name
+        session.remember(["store", "path", object], place)
 
 
 @store.command()
@@ -55,12 +62,8 @@ def info(session: Session, object: str) -> None:
         "outcome": found.outcome.value,
         "references": [str(reference) for reference in found.references],
     }
-    text = "\n".join(f"{name + ':':12}{_shown(value)}" for name, value in document.items())
+    text = "\n".join(f"{name + ':':12}{words.in_words(value)}" for name, value in document.items())
     session.console.print_text(text, document)
-
-
-def _shown(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
 
 
 @store.command()
@@ -94,7 +97,7 @@ def _print_paths(session: Session, paths: tuple[StorePath, ...]) -> None:
 @json_option
 @click.pass_obj
 def verify(session: Session, objects: tuple[str, ...]) -> None:
-    """Hash OBJECTS (all, if none is named) again and look for foreign entries; changes nothing."""
+    """Hash OBJECTS (else all) again; look for foreign entries. Changes nothing."""
     paths = [_info(session, name).path for name in objects] if objects else None
     findings = session.store.verify(paths)
     if not findings:
@@ -114,7 +117,7 @@ def verify(session: Session, objects: tuple[str, ...]) -> None:
 @json_option
 @click.pass_obj
 def repair(session: Session, objects: tuple[str, ...]) -> None:
-    """Replace corrupt OBJECTS (all that are, if none is named) from a cache or by building them again."""
+    """Replace corrupt OBJECTS from a cache, or build them again. If none is named, that is all that are corrupt."""
     paths = [session.path(name) for name in objects] or None
     findings = session.store.verify(paths)
     broken = [
@@ -131,7 +134,8 @@ def repair(session: Session, objects: tuple[str, ...]) -> None:
 @json_option
 @click.pass_obj
 def roots(session: Session) -> None:
-    """List what keeps objects from being collected: out-links and running processes."""
+    """List out-links and running processes that keep objects. What they name, and all it refers to, is not
+    collected."""
     session.console.print_table(
         ("root", "store path"), [(root.source, str(root.path)) for root in session.store.roots()]
     )
@@ -143,7 +147,10 @@ def roots(session: Session) -> None:
 @json_option
 @click.pass_obj
 def gc(session: Session, dry_run: bool, keep_days: float | None) -> None:
-    """Delete every object that no root keeps, and what is left of old audits that nobody needs."""
+    """Delete objects that no root keeps, and needless audit files. Those are what is left of old audits that nobody
+    needs."""
+    from vzrepro.proof.audit.records import Records
+
     newer = None if keep_days is None else time.time() - keep_days * 86400
     report = session.store.gc(dry_run=dry_run, keep_newer_than=newer)
     deleted = set(report.deleted)
@@ -159,7 +166,7 @@ def gc(session: Session, dry_run: bool, keep_days: float | None) -> None:
     }
     verb = "would delete" if dry_run else "deleted"
     kept = ", ".join(f"{count} {reason}" for reason, count in sorted(report.kept.items()))
-    lines = [*map(str, report.deleted), f"{verb} {len(report.deleted)} objects, {console.size(report.freed)}"]
+    lines = [*map(str, report.deleted), f"{verb} {len(report.deleted)} objects, {words.size(report.freed)}"]
     if audits.files:
-        lines.append(f"{verb} {len(audits.files)} files of old audits, {console.size(audits.freed)}")
+        lines.append(f"{verb} {len(audits.files)} files of old audits, {words.size(audits.freed)}")
     session.console.print_text("\n".join([*lines, f"kept: {kept}"] if kept else lines), document)

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from vzrepro import disk, metadata
-from vzrepro.attest import policy as policies
-from vzrepro.attest.ballots import Ballots, Found, read
-from vzrepro.attest.policy import Policy, PolicyMemory
-from vzrepro.attest.shelf import Shelf, gather
-from vzrepro.attest.votes import SHORT, Vote
-from vzrepro.attest.vsa import Summary, summary_statement
-from vzrepro.audit.verify import Asked, Verified, statements_in, verify
-from vzrepro.cache.signing import PublicKey, SigningKey
+from vzrepro.base import disk
+from vzrepro.base.errors import UsageError, VzreproError
+from vzrepro.base.events import Notice
+from vzrepro.base.model import DrvHash, StorePath
+from vzrepro.base.signing import PublicKey, SigningKey
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
-from vzrepro.errors import UsageError, VzreproError
-from vzrepro.events import Notice
-from vzrepro.model import DrvHash, StorePath
+from vzrepro.guest import metadata
+from vzrepro.proof.attest import policy as policies
+from vzrepro.proof.attest.ballots import Ballots, FoundEnvelope, read
+from vzrepro.proof.attest.policy import Policy, PolicyMemory
+from vzrepro.proof.attest.shelf import Shelf, gather
+from vzrepro.proof.attest.verify import VerificationResult, VerifyRequest, statements_in, verify
+from vzrepro.proof.attest.votes import SHORT, Vote
+from vzrepro.proof.attest.vsa import Summary, summary_statement
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
@@ -64,7 +64,7 @@ def verify_output(
     vsa: Path | None,
     sign_with: Path | None,
 ) -> None:
-    """Check that every byte is what enough builders have signed that they built; nothing is built.
+    """Check that enough builders have signed what is here. Every byte is compared; nothing is built.
 
     It is a bundle's directory, wherever it came from, or a target, a store path or an object's directory. What the
     builders have signed comes from the caches, from this store, and from *.intoto.jsonl files in the directory.
@@ -74,14 +74,14 @@ def verify_output(
     if offline is not None and urls:
         raise UsageError("--offline asks no cache", hint="leave out --against")
     signer = None if sign_with is None else SigningKey.load(sign_with)
-    inside = session.in_workspace()
+    inside = not session.do_without_workspace()
     rules = _rules(session, inside, policy_file, threshold, keys)
     asked, ask_about = _asked(session, inside, subject, target, offline=offline is not None)
 
     def failed(url: str, error: VzreproError) -> None:
         session.warn(f"{url} could not be asked for statements: {error.message}")
 
-    found: list[Found] = []
+    found: list[FoundEnvelope] = []
     if asked.bare:
         found += statements_in(asked.tree)
     if offline is not None:
@@ -91,7 +91,7 @@ def verify_output(
         for drv_hash in ask_about:
             with session.long_work("check", f"{len(caches)} caches"):
                 there = gather(drv_hash, Shelf(session.store), caches, failed)
-            found += [Found(place, envelope) for envelope, places in there.items() for place in places]
+            found += [FoundEnvelope(place, envelope) for envelope, places in there.items() for place in places]
     now = dt.datetime.now(dt.UTC)
     ballots = read(found, rules.policy)
     done = verify(asked, ballots, rules.policy, now)
@@ -118,7 +118,7 @@ def _rules(session: Session, inside: bool, file: Path | None, threshold: int | N
     policy = Policy.parse(data, str(file))
     config = session.config
     # The user's memory is that of all workspaces, the store's that of all who use it.
-    memories = [config.key_dir.parent / "policy", *([config.store / ".vzrepro" / "policy"] if inside else [])]
+    memories = [config.key_dir.parent / "policy", *([config.store / disk.PRIVATE / "policy"] if inside else [])]
     try:
         PolicyMemory(*memories).admit(policy)
     except OSError as error:
@@ -129,7 +129,7 @@ def _rules(session: Session, inside: bool, file: Path | None, threshold: int | N
 
 def _asked(
     session: Session, inside: bool, subject: str, target: str | None, *, offline: bool
-) -> tuple[Asked, list[DrvHash]]:
+) -> tuple[VerifyRequest, list[DrvHash]]:
     """What is to be verified, and the derivations that caches are to be asked about."""
     directory = _directory(session, inside, subject)
     if directory is None:
@@ -140,7 +140,7 @@ def _asked(
     if not directory.is_dir():
         raise UsageError(f"{subject} is not a directory", hint="name a bundle's directory, a target or a store path")
     try:
-        wanted = target or f"{metadata.read(directory).profile}-bundle"
+        wanted = target or f"{metadata.read(directory).kind}-bundle"
     except UsageError as error:
         raise UsageError(
             f"it is not known of what {subject} is a copy",
@@ -151,7 +151,7 @@ def _asked(
     if inside and not offline and wanted in session.graph.targets:
         node = session.graph.targets[wanted]
         name, ask_about = node.path.name, [node.drv_hash]
-    return Asked(subject, wanted, name, directory, bare=True), ask_about
+    return VerifyRequest(subject, wanted, name, directory, bare=True), ask_about
 
 
 def _directory(session: Session, inside: bool, subject: str) -> Path | None:
@@ -175,12 +175,12 @@ def _is_store_name(text: str) -> bool:
     return True
 
 
-def _object(session: Session, subject: str) -> Asked:
+def _object(session: Session, subject: str) -> VerifyRequest:
     # An out-link is named by its own name, the object by the one that it leads to.
     name = subject if subject in session.graph.targets else str(Path(subject).resolve().name)
     path = session.path(name)
     info = session.store.query(path)
-    node = next((node for node in session.graph.nodes.values() if node.path == path), None)
+    node = session.graph.at(path.base)
     if info is None:
         raise UsageError(
             f"{path.base} is not in the store",
@@ -190,13 +190,13 @@ def _object(session: Session, subject: str) -> Asked:
     if drv_hash is None:
         raise UsageError(f"it is not known which derivation {path.base} came from", reason="nobody has recorded it")
     target = path.name if node is None else node.target
-    return Asked(subject, target, path.name, session.store.location(path), drv_hash)
+    return VerifyRequest(subject, target, path.name, session.store.location(path), drv_hash)
 
 
 # --- what came of it --------------------------------------------------------------------------------------------------
 
 
-def _show(session: Session, done: Verified, ballots: Ballots) -> None:
+def _show(session: Session, done: VerificationResult, ballots: Ballots) -> None:
     void = {} if done.tally is None else {each.operator for each in done.tally.void}
     rows: list[tuple[str, str | None, str | None, str | None, str, str]] = []
     for vote in ballots.votes:
@@ -228,7 +228,7 @@ def _show(session: Session, done: Verified, ballots: Ballots) -> None:
     session.console.print_text(text, done.document())
 
 
-def _write_summary(file: Path, done: Verified, rules: _Rules, signer: SigningKey, now: dt.datetime) -> None:
+def _write_summary(file: Path, done: VerificationResult, rules: _Rules, signer: SigningKey, now: dt.datetime) -> None:
     counted = {vote.envelope for votes in _carrying(done) for vote in votes}
     exception = done.decision is not None and done.decision.exception is not None
     summary = Summary(
@@ -240,16 +240,11 @@ def _write_summary(file: Path, done: Verified, rules: _Rules, signer: SigningKey
         inputs=tuple(done.ballots.envelopes[each] for each in sorted(counted)),
     )
     envelope = summary_statement(summary, done.subjects(), signer.public).signed(signer)
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     try:
-        temporary.write_bytes(envelope + b"\n")
-        disk.sync(temporary)
-        temporary.replace(file)
+        disk.write_file(file, envelope + b"\n", durable=False)
     except OSError as error:
         raise VzreproError(f"the summary cannot be written to {file}", reason=error.strerror) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _carrying(done: Verified) -> list[tuple[Vote, ...]]:
+def _carrying(done: VerificationResult) -> list[tuple[Vote, ...]]:
     return [] if done.decision is None else list(done.decision.standing.voters.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -9,15 +10,19 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vzrepro.errors import VzreproError
-from vzrepro.model import NarHash
+from vzrepro.base.errors import VzreproError
+from vzrepro.base.model import NarHash
 from vzrepro.nar import tokens
 
 Inspect = Callable[[os.stat_result, int | None, Callable[[], str]], None]
 """Is shown a node: its status, its open descriptor (None for a symlink), and what tells its path when called."""
 
+PackingProgress = Callable[[int], None]
+"""Is told how many bytes of a NAR there were until now."""
+
 _PIECE = 1 << 20  # bytes read at once, and the most that one chunk holds
 _SMALL = 1 << 16  # pieces below this are gathered into chunks, larger ones pass through uncopied
+_ZEROS = bytes(_PIECE)
 _CHUNK = 1 << 18  # about what is gathered into one
 _ENTRY_SIZE = 300  # bytes, about, of an entry without contents
 
@@ -39,9 +44,9 @@ def pack(
 
     Links are never followed, entries are opened relative to their directory's descriptor. `inspect` is called for
     every node, directories before what is in them. Entries of `path` itself for whose name `without` is true are left
-    out. Raises VzreproError for nodes a NAR cannot hold (sockets,
-    devices, fifos), for files that change while they are read and for trees deeper than `MAX_DEPTH`; OSError when
-    something cannot be read.
+    out. Holes of a file are zeros, and not read. Raises VzreproError for nodes a NAR cannot hold (sockets, devices,
+    fifos), for files that change while they are read and for trees deeper than `MAX_DEPTH`; OSError when something
+    cannot be read.
     """
     small: list[bytes] = [tokens.MAGIC]
     small_size = 0
@@ -72,8 +77,13 @@ def pack(
                         size.to_bytes(8, "little"),
                     )
                     left = size
+                    has_holes = size >= _SMALL and status.st_blocks * 512 < size
                     while left >= _SMALL:
-                        piece = os.read(fd, min(left, _PIECE))
+                        if has_holes and (hole := _hole(fd, size - left)):
+                            piece = _ZEROS[: min(left, hole)]
+                            os.lseek(fd, len(piece), os.SEEK_CUR)
+                        else:
+                            piece = os.read(fd, min(left, _PIECE))
                         if not piece:
                             raise _changed(shown())
                         left -= len(piece)
@@ -137,13 +147,22 @@ def pack(
 
 
 def nar_hash(
-    path: Path, *, inspect: Inspect | None = None, without: Callable[[bytes], bool] | None = None
+    path: Path,
+    *,
+    inspect: Inspect | None = None,
+    without: Callable[[bytes], bool] | None = None,
+    progress: PackingProgress | None = None,
 ) -> tuple[NarHash, int]:
-    """The SHA-256 of the NAR of `path`, and the NAR's size in bytes. Takes and raises what `pack` does."""
+    """The SHA-256 of the NAR of `path`, and the NAR's size in bytes. Takes and raises what `pack` does.
+
+    `progress` is called with the bytes that have been read, every MiB or so; what it raises ends this.
+    """
     digest, size = hashlib.sha256(), 0  # in this thread: another one took 7 % more CPU time, for trees in memory
     for chunk in pack(path, inspect=inspect, without=without):
         digest.update(chunk)
         size += len(chunk)
+        if progress is not None:
+            progress(size)
     return NarHash(digest.hexdigest()), size
 
 
@@ -174,6 +193,18 @@ def _entries(fd: int) -> list[tuple[bytes, _Kind]]:
             found.append((entry.name.encode(_ENCODING, _ENCODE_ERRORS), kind))
     found.sort()
     return found
+
+
+def _hole(fd: int, offset: int) -> int:
+    """Bytes from `offset` to the next ones that are really there, or to the file's end; the position stays."""
+    try:
+        data = os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # a file system without holes
+            return 0
+        data = os.fstat(fd).st_size
+    os.lseek(fd, offset, os.SEEK_SET)
+    return max(0, data - offset)
 
 
 def _unpackable(shown: str) -> VzreproError:

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from vzrepro.errors import VzreproError
-from vzrepro.model import NarHash
+from vzrepro.base.errors import VzreproError
+from vzrepro.base.model import NarHash
 
 Read = Callable[[int], bytes]
 """Like a binary file's `read`: at most so many bytes, fewer is fine, none only at the end."""

@@ -7,14 +7,16 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from vzrepro.errors import VzreproError
-from vzrepro.model import NarHash
+from vzrepro.base import disk
+from vzrepro.base.errors import VzreproError
+from vzrepro.base.model import NarHash
 from vzrepro.nar import tokens
-from vzrepro.nar.packing import pack
+from vzrepro.nar.packing import PackingProgress, pack
 from vzrepro.nar.stream import Hasher, MalformedNar, Read, reader
 
 _PIECE = 1 << 22  # bytes asked for at once: a frame that `compress` makes arrives uncut
 _SMALL = 1 << 16  # files below this are taken out of the buffer whole
+_ZEROS = bytes(_PIECE)
 
 _OPEN_DIR = os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -119,7 +121,7 @@ class _Nar:
         return name, mode, buffer[at : at + size]
 
     def contents(self, fd: int, size: int) -> None:
-        """Write the next `size` bytes to `fd`."""
+        """Write the next `size` bytes to `fd`; long runs of zeros become holes."""
         left = size
         while left:
             if self._at == len(self._buffer):
@@ -129,9 +131,14 @@ class _Nar:
                 piece: bytes | memoryview = self._buffer
             else:
                 piece = memoryview(self._buffer)[self._at : self._at + left]
-            written = os.write(fd, piece)
+            if len(piece) >= _SMALL and piece == _ZEROS[: len(piece)]:
+                written = len(piece)
+                os.lseek(fd, written, os.SEEK_CUR)
+            else:
+                written = os.write(fd, piece)
             self._at += written
             left -= written
+        os.ftruncate(fd, size)  # what ends with a hole has its size only now
 
     def end(self) -> None:
         if self._at < len(self._buffer) or self._pull():
@@ -150,7 +157,8 @@ def unpack(read: Read | BinaryIO, dest: Path, *, max_size: int | None = None) ->
     compares the returned hash with the one wanted *before* using the tree.
 
     Raises MalformedNar for anything but the canonical form of one NAR (order, names, padding, trailing bytes,
-    depth beyond `MAX_DEPTH`) and for one larger than `max_size` bytes; OSError when writing fails.
+    depth beyond `MAX_DEPTH`) and for one larger than `max_size` bytes; VzreproError when the file system takes two of
+    its names for one, or changes a name; OSError when writing fails.
     """
     with Hasher() as hasher:
         nar = _Nar(read if callable(read) else read.read, hasher, max_size)
@@ -161,25 +169,29 @@ def unpack(read: Read | BinaryIO, dest: Path, *, max_size: int | None = None) ->
 
 def _make_tree(nar: _Nar, dest: bytes) -> None:
     nar.expect(tokens.MAGIC, "the magic string")
-    stack: list[tuple[int, bytes]] = []  # open directories: descriptor, last name in it
+    # Open directories: descriptor, last name in it, those of its names that are not ASCII.
+    stack: list[tuple[int, bytes, set[bytes]]] = []
     dir_fd: int | None = None
     name = dest
     try:
         while True:
             nested = _make_node(nar, name, dir_fd)
             if nested is not None:
-                stack.append((nested, b""))
+                stack.append((nested, b"", set()))
                 if len(stack) > tokens.MAX_DEPTH:
                     raise nar.malformed(f"more than {tokens.MAX_DEPTH} nested directories")
             elif stack:
                 nar.expect(tokens.CLOSE, "the end of an entry")
 
             while stack:
-                dir_fd, last = stack[-1]
+                dir_fd, last, foreign = stack[-1]
                 while (small := nar.small_file(last)) is not None:
                     last, mode, data = small
+                    if not last.isascii():
+                        foreign.add(last)
                     _write(last, dir_fd, mode, data)
                 if nar.skip(tokens.CLOSE):
+                    _check_names(dir_fd, foreign)
                     os.fchmod(dir_fd, 0o555)
                     os.utime(dir_fd, ns=_TIMES)
                     os.close(dir_fd)
@@ -193,13 +205,15 @@ def _make_tree(nar: _Nar, dest: bytes) -> None:
                     raise nar.malformed(f"the name {os.fsdecode(name)!r}")
                 if name <= last:
                     raise nar.malformed(f"the name {os.fsdecode(name)!r} out of order")
-                stack[-1] = (dir_fd, name)
+                if not name.isascii():
+                    foreign.add(name)
+                stack[-1] = (dir_fd, name, foreign)
                 nar.expect(tokens.NODE, "a node")
                 break
             else:
                 break
     finally:
-        for fd, _ in stack:
+        for fd, _, _ in stack:
             os.close(fd)
 
 
@@ -250,23 +264,32 @@ def _write(name: bytes, dir_fd: int, mode: int, data: bytes) -> None:
 
 
 def _exists(name: bytes, dir_fd: int | None) -> VzreproError:
-    return VzreproError(
-        f"{os.fsdecode(name)} exists already",
-        reason="the names in this object differ only in case, or in Unicode form, which the file system ignores"
-        if dir_fd is not None
-        else None,
-    )
+    return VzreproError(f"{os.fsdecode(name)} exists already") if dir_fd is None else disk.merged(os.fsdecode(name))
 
 
-def canonical_copy(src: Path, dst: Path, *, needles: Collection[str] = ()) -> tuple[NarHash, int, frozenset[str]]:
+def _check_names(dir_fd: int, names: set[bytes]) -> None:
+    """Raise VzreproError unless the directory has entries of just these names: some file systems write other ones."""
+    changed = names.difference(map(os.fsencode, os.listdir(dir_fd))) if names else None
+    if changed:
+        raise VzreproError(
+            f"{os.fsdecode(min(changed))} cannot be kept under its name",
+            reason="the file system writes it in another Unicode form",
+            hint="use a store on a disk that keeps names as they are: export VZREPRO_STORE=DIR",
+        )
+
+
+def canonical_copy(
+    src: Path, dst: Path, *, needles: Collection[str] = (), progress: PackingProgress | None = None
+) -> tuple[NarHash, int, frozenset[str]]:
     """Copy an untrusted tree to `dst` in canonical form; returns NAR hash, NAR size and the needles found in it.
 
     Every file becomes a fresh inode of its own (hard links are separated, set-id bits, extended attributes and
     times do not survive), under the same terms as `unpack`; no link is followed. Needles are ASCII strings, the
-    hash parts of store paths; contents, link targets and names are searched.
+    hash parts of store paths; contents, link targets and names are searched. `progress` is called with the bytes that
+    have been read, before they are written; what it raises ends this.
     Raises VzreproError as `pack` does, OSError when reading or writing fails.
     """
-    scan = _Scan(needles)
+    scan = _Scan(needles, progress)
     nar, size = unpack(reader(scan.through(pack(src))), dst)
     return nar, size, scan.found
 
@@ -274,7 +297,8 @@ def canonical_copy(src: Path, dst: Path, *, needles: Collection[str] = ()) -> tu
 class _Scan:
     """Looks for needles in a stream, also where they lie across two chunks."""
 
-    def __init__(self, needles: Collection[str]) -> None:
+    def __init__(self, needles: Collection[str], progress: PackingProgress | None) -> None:
+        self._progress = progress
         self._missing = {needle.encode(): needle for needle in needles}
         self._overlap = max(map(len, self._missing), default=1) - 1
         self._found: set[str] = set()
@@ -284,8 +308,11 @@ class _Scan:
         return frozenset(self._found)
 
     def through(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        tail = b""
+        tail, size = b"", 0
         for chunk in chunks:
+            size += len(chunk)
+            if self._progress is not None:
+                self._progress(size)
             if self._missing:
                 seam = tail + chunk[: self._overlap]
                 for needle in [each for each in self._missing if each in chunk or each in seam]:

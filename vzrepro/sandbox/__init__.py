@@ -1,8 +1,8 @@
 """Run one build in a hermetic container: what a builder sees, how it is ended, and what is said when it fails.
 
-The contract is design §5; docs/sandbox.md explains every flag, what cannot be hidden, and the seccomp profile.
-`job` is what to run, `staging` its directories, `confine` the flags, `running` the run itself, `engine` the container
-engine's command line.
+docs/sandbox.md has the contract and explains every flag, what cannot be hidden, and the seccomp profile.
+`job` is what to run, `staging` its directories, `confine` the flags, `running` the run itself and its limits, `log`
+what is kept of its output, `engine` the container engine's command line.
 """
 
 from vzrepro.sandbox.confine import shell_command
@@ -17,17 +17,21 @@ from vzrepro.sandbox.job import (
     Job,
     Surroundings,
 )
-from vzrepro.sandbox.running import run
+from vzrepro.sandbox.log import LOG_HEAD_BYTES, LOG_TAIL_BYTES
+from vzrepro.sandbox.running import RunLimits, run
 from vzrepro.sandbox.staging import discard, prepare
 
 __all__ = [
     "LINE_LIMIT",
+    "LOG_HEAD_BYTES",
+    "LOG_TAIL_BYTES",
     "OPEN_FILES_LIMIT",
     "PIDS_LIMIT",
     "SANDBOX_USER",
     "TAIL_LINES",
     "TMP_SIZE",
     "Job",
+    "RunLimits",
     "Runtime",
     "Surroundings",
     "check",

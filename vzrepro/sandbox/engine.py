@@ -16,11 +16,12 @@ import shlex
 import socket
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vzrepro.errors import VzreproError
+from vzrepro.base.errors import VzreproError
 
 _IMAGE_ID = re.compile(r"(?:sha256:)?[0-9a-f]{64}")
 _CONTAINER = re.compile(r"vzrepro-(?P<boot>[0-9a-f]+)-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]+")
@@ -57,8 +58,22 @@ def check() -> Runtime:
     code, out, err = docker("info", "--format", "{{json .}}", checked=False)
     try:
         info = json.loads(out) if code == 0 else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         info = {}
+    if not isinstance(info, dict) or ("host" not in info and not info.get("ServerVersion")):
+        errors = info.get("ServerErrors") if isinstance(info, dict) else None
+        raise trouble("\n".join([err, *map(str, errors if isinstance(errors, list) else [])]).strip())
+    try:
+        return _described(info)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise VzreproError(
+            f"what `{shlex.join([*command_line(), 'info'])}` says is not understood",
+            reason=f"{type(error).__name__}: {error}",
+            hint="name Docker's or Podman's client: export VZREPRO_DOCKER=…",
+        ) from error
+
+
+def _described(info: Mapping[str, Any]) -> Runtime:
     if "host" in info:  # podman
         host = info["host"]
         version = info["version"]["Version"]
@@ -74,8 +89,6 @@ def check() -> Runtime:
             memory_bytes=host["memTotal"],
             default_runtime=host.get("ociRuntime", {}).get("name", ""),
         )
-    if not info.get("ServerVersion"):
-        raise trouble("\n".join([err, *(info.get("ServerErrors") or [])]).strip())
     return Runtime(
         command=shlex.join(command_line()),
         engine="docker",

@@ -17,7 +17,7 @@ TMP_SIZE = "4g"
 """Processes, file descriptors and size of /tmp: constants, since a builder can see them."""
 
 LINE_LIMIT = 2000
-"""Bytes of one line that are shown; the log file holds all of it."""
+"""Bytes of one line that are shown; the log file has more of it."""
 
 TAIL_LINES = 20
 """Lines of the log that a failure repeats."""
@@ -71,9 +71,10 @@ class Job:
     `label` names it in messages (the recipe's target); `image` is an image id the engine knows (`sha256:…`).
     `inputs` maps a name to the file or directory shown at `/in/<name>`. `scratch` is an existing private directory
     (mode 0700) of a neutral name, best on the inputs' file system: its path is the only one of the host's that
-    a builder can find out (in /proc/self/mountinfo). `log` is appended to. `env` is the derivation's, `cores` becomes
-    VZ_CORES and the CPU limit; `memory_bytes` and `timeout_secs` of None mean no limit. With `keep_failed` a
-    failure's hint is the command that reopens this very sandbox. `surroundings` is for audits.
+    a builder can find out (in /proc/self/mountinfo). `log` is written anew. `env` is the derivation's, `cores` becomes
+    VZ_CORES and the CPU limit; `memory_bytes`, `disk_bytes` (of /build and /out together) and `timeout_secs` of None
+    mean no limit. With `keep_failed` a failure's hint is the command that reopens this very sandbox. `surroundings` is
+    for audits.
     """
 
     label: str
@@ -86,6 +87,7 @@ class Job:
     env: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, Path] = field(default_factory=dict)
     memory_bytes: int | None = None
+    disk_bytes: int | None = None
     timeout_secs: float | None = None
     platform: str = "linux/amd64"
     user: tuple[int, int] = SANDBOX_USER

@@ -7,6 +7,7 @@ time.
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import shlex
@@ -17,22 +18,29 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NoReturn
 
-from vzrepro.errors import BuildFailed, Interrupted, TimedOut, VzreproError
+from vzrepro.base import disk
+from vzrepro.base.errors import BuildFailed, Interrupted, OutOfMemory, TimedOut, VzreproError
 from vzrepro.sandbox import engine
 from vzrepro.sandbox.confine import run_arguments, shell_command
 from vzrepro.sandbox.job import LINE_LIMIT, TAIL_LINES, Job
+from vzrepro.sandbox.log import Log
 from vzrepro.sandbox.staging import prepare
 
+_LOOK_SECS = 1.0
+_LOOK_ANYWAY_SECS = 30.0
 
-def run(job: Job, *, on_line: Callable[[str], None], stop: threading.Event | None = None) -> None:
+
+def run(job: Job, *, on_line: Callable[[str], None], stop: threading.Event | None = None) -> RunLimits:
     """Build: prepare the scratch directory, run the command in a fresh container, remove that, return.
 
     Output, stdout and stderr in the order written, goes to `job.log` as it comes and line by line to `on_line` (called
     in this thread; text that is not UTF-8 is shown with replacement characters, long lines are cut). The result is in
     `job.out`, `discard` cleans up. Setting `stop` ends the build from another thread. However this ends, even by
     an exception in `on_line`, the container is gone before it returns.
+
+    Returns the limits, which go on: whoever reads the result calls `check` now and then.
 
     Raises BuildFailed, TimedOut, Interrupted (`stop` or KeyboardInterrupt), or VzreproError when the container
     engine itself does not work.
@@ -42,17 +50,17 @@ def run(job: Job, *, on_line: Callable[[str], None], stop: threading.Event | Non
     read_end, write_end = os.pipe()
     try:
         prepare(job)
-        deadline = None if job.timeout_secs is None else time.monotonic() + job.timeout_secs
+        limits = RunLimits(job, stop)
         with (
-            job.log.open("ab", buffering=0) as log,
+            Log(job.log) as log,
             tempfile.TemporaryFile() as complaints,
             Path(os.devnull).open("rb") as nothing,
         ):
-            output = _Output(log, on_line)
+            output = _Output(log, on_line, limits.tail)
             try:
                 client = engine.start(run_arguments(job, name), nothing, write_end, complaints)
                 write_end = _close(write_end)
-                _follow(job, read_end, output, deadline, stop)
+                _follow(read_end, output, limits)
                 exit_code = engine.wait(client)
                 complaints.seek(0)
                 complaint = complaints.read().decode(errors="replace").strip()
@@ -61,6 +69,8 @@ def run(job: Job, *, on_line: Callable[[str], None], stop: threading.Event | Non
                 engine.remove(name, client)
             if exit_code != 0:
                 raise _failure(job, state, complaint, output.tail)
+            limits.check_disk(at_end=True)
+            return limits
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted while {job.label} was being built") from error
     finally:
@@ -68,18 +78,92 @@ def run(job: Job, *, on_line: Callable[[str], None], stop: threading.Event | Non
         _close(read_end)
 
 
-class _Output:
-    """Takes the builder's bytes: all of them into the log, line by line to the caller, the last lines kept."""
+class RunLimits:
+    """When a build has to end: its time is over, it has taken too much of the disk, or it is not wanted any more.
 
-    def __init__(self, log: BinaryIO, on_line: Callable[[str], None]) -> None:
+    They hold from the command's start until its result has been read. `tail` are the log's last lines, which an error
+    repeats.
+    """
+
+    def __init__(self, job: Job, stop: threading.Event | None) -> None:
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._job = job
+        self._stop = stop
+        self._deadline = math.inf if job.timeout_secs is None else time.monotonic() + job.timeout_secs
+        self._next_look = -math.inf
+        self._look_anyway = -math.inf
+        self._enough_free = 0.0  # with more free than that, no look is needed yet
+
+    @property
+    def secs(self) -> float:
+        """Seconds until the time limit; infinity where there is none."""
+        return self._deadline - time.monotonic()
+
+    def check(self, size: int = 0) -> None:
+        """Raise Interrupted, TimedOut or, when the result has more than the allowed bytes, of which `size` have been
+        read, BuildFailed."""
+        if self._stop is not None and self._stop.is_set():
+            raise Interrupted(f"interrupted while {self._job.label} was being built")
+        if self.secs <= 0:
+            raise TimedOut(
+                f"building {self._job.label} took longer than its time limit of {self._job.timeout_secs:g} s",
+                reason=_log_excerpt(self._job, self.tail),
+                hint=f"raise the recipe's time limit, or look at what hangs: {_reopen(self._job)}",
+            )
+        if self._job.disk_bytes is not None and size > self._job.disk_bytes:
+            self._too_much("is larger than", "what it leaves in /out")
+
+    def check_disk(self, *, at_end: bool = False) -> None:
+        """Raise BuildFailed when /build and /out together hold too much; as `check` does while that is being counted.
+
+        Counting a large tree takes a while, so it waits until the disk has lost so much that the limit may have been
+        reached, and for half a minute at most: others may have given something back.
+        """
+        limit = self._job.disk_bytes
+        now = time.monotonic()
+        if limit is None or (now < self._next_look and not at_end):
+            return
+        places = [self._job.build, self._job.out]
+        free = sum({place.stat().st_dev: _free(place) for place in places}.values())
+        if free > self._enough_free and now < self._look_anyway:
+            self._next_look = now + _LOOK_SECS
+            return
+        used = 0
+        for place in places:
+            used += disk.usage(place, limit - used, self.check)
+        if used > limit:
+            self._too_much("takes more than", "what it has in /build and /out")
+        took = time.monotonic() - now
+        self._next_look = now + max(_LOOK_SECS, 20 * took)
+        self._look_anyway = now + max(_LOOK_ANYWAY_SECS, 20 * took)
+        self._enough_free = free - (limit - used)
+
+    def _too_much(self, is_more: str, what: str) -> NoReturn:
+        assert self._job.disk_bytes is not None
+        raise BuildFailed(
+            f"building {self._job.label} failed: {what} {is_more} its limit of {self._job.disk_bytes / 2**30:g} GiB",
+            reason=_log_excerpt(self._job, self.tail),
+            hint="raise the recipe's disk_gib, or disk-gib in your configuration (VZREPRO_DISK_GIB)",
+        )
+
+
+def _free(place: Path) -> int:
+    status = os.statvfs(place)
+    return status.f_bfree * status.f_frsize
+
+
+class _Output:
+    """Takes the builder's bytes: into the log, line by line to the caller, the last lines into `tail`."""
+
+    def __init__(self, log: Log, on_line: Callable[[str], None], tail: deque[str]) -> None:
+        self.tail = tail
         self._log = log
         self._on_line = on_line
         self._line = bytearray()
         self._cut = 0
 
     def feed(self, chunk: bytes) -> None:
-        self._write(chunk)
+        self._log.write(chunk)
         *ended, rest = chunk.split(b"\n")
         for piece in ended:
             self._append(piece)
@@ -89,18 +173,6 @@ class _Output:
     def finish(self) -> None:
         if self._line:
             self._emit()
-
-    def _write(self, chunk: bytes) -> None:
-        view = memoryview(chunk)
-        try:
-            while view:
-                view = view[self._log.write(view) :]
-        except OSError as error:
-            raise VzreproError(
-                f"the build log {self._log.name} cannot be written",
-                reason=os.strerror(error.errno or 0),
-                hint=f"look at the space left with: df -h {shlex.quote(str(Path(self._log.name).parent))}",
-            ) from error
 
     def _append(self, piece: bytes) -> None:
         kept = piece[: LINE_LIMIT - len(self._line)]
@@ -117,21 +189,14 @@ class _Output:
         self._on_line(text)
 
 
-def _follow(job: Job, read_end: int, output: _Output, deadline: float | None, stop: threading.Event | None) -> None:
-    """Pass on the client's output until it ends, the time is over (TimedOut) or `stop` is set (Interrupted)."""
+def _follow(read_end: int, output: _Output, limits: RunLimits) -> None:
+    """Pass on the client's output until it ends, or a limit is reached."""
     poll = select.poll()
     poll.register(read_end, select.POLLIN)
     while True:
-        if stop is not None and stop.is_set():
-            raise Interrupted(f"interrupted while {job.label} was being built")
-        left = 0.1 if deadline is None else min(0.1, deadline - time.monotonic())
-        if left <= 0:
-            raise TimedOut(
-                f"building {job.label} took longer than its time limit of {job.timeout_secs:g} s",
-                reason=_log_excerpt(job, output.tail),
-                hint=f"raise the recipe's time limit, or look at what hangs: {_reopen(job)}",
-            )
-        if poll.poll(left * 1000):
+        limits.check()
+        limits.check_disk()
+        if poll.poll(max(0.0, min(0.1, limits.secs)) * 1000):
             chunk = os.read(read_end, 1 << 16)
             if not chunk:
                 output.finish()
@@ -147,18 +212,18 @@ def _failure(job: Job, state: Mapping[str, Any] | None, complaint: str, tail: de
     excerpt = _log_excerpt(job, tail)
     limit = None if job.memory_bytes is None else f"its memory limit of {job.memory_bytes / 2**20:.0f} MiB"
     more_memory = (
-        "raise the recipe's memory limit, or memory_gib in [tool.vzrepro] (VZREPRO_MEMORY_GIB), "
+        "raise the recipe's memory_gib, or memory-gib in your configuration (VZREPRO_MEMORY_GIB), "
         "or let it do less at once: --cores 1"
     )
     if state.get("OOMKilled"):
-        return BuildFailed(
+        return OutOfMemory(
             f"building {job.label} ran out of memory: it needs more than {limit or 'the host has'} (exit code {code})",
             reason=excerpt,
             hint=more_memory,
         )
     if code == 128 + signal.SIGKILL and limit is not None:
         # Engines miss some kills for memory; nothing else in a sandbox is likely to send this signal.
-        return BuildFailed(
+        return OutOfMemory(
             f"building {job.label} failed: it was killed (exit code {code}), most likely for {limit}",
             reason=excerpt,
             hint=more_memory,

@@ -8,8 +8,12 @@ import json
 import os
 import random
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
+from vzrepro.base import disk
+from vzrepro.base.errors import VzreproError
 from vzrepro.sandbox import engine
 from vzrepro.sandbox.confine import ETC, SECCOMP, bind, mounted_files, seccomp_profile
 from vzrepro.sandbox.job import Job, Surroundings
@@ -23,11 +27,20 @@ def prepare(job: Job) -> None:
     Inputs are hard-linked (copied where that is not possible) into one neutral directory, since a bind mount's
     source path can be read from inside and would be a store path. `run` does this itself; `vzrepro shell` needs it
     before `shell_command`.
+
+    Raises VzreproError where the directories ignore the case of names: what a builder writes would be lost silently.
     """
     around = job.surroundings
     for elsewhere in (around.build_at, around.inputs_at):
         if elsewhere is not None:  # what is in it is open to everyone, so its parent must not be
             elsewhere.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for parent in sorted({job.build.parent, job.out.parent, job.staged.parent}):
+        if disk.same_name(parent, "a", "A"):
+            raise VzreproError(
+                f"{parent} cannot hold a build",
+                reason="its file system ignores the case of names: of a file `a` and a file `A`, one would be lost",
+                hint="use a store on a disk that tells them apart: export VZREPRO_STORE=DIR",
+            )
     for directory in (job.build, job.out):
         directory.mkdir()
         if os.geteuid() == 0:
@@ -107,6 +120,8 @@ class _Staging:
         else:
             try:
                 os.link(source, target)
+            except FileExistsError:  # never write through what is there: it may be a link to another input's file
+                raise
             except OSError:  # another file system, a file of another user, too many links
                 shutil.copy2(source, target)
                 if self._twins is not None:
@@ -124,28 +139,34 @@ def _finish_directory(directory: Path, mtime_ns: int) -> None:
     directory.chmod(0o555)
 
 
-def discard(job: Job) -> None:
-    """Remove the job's directories, whatever the builder left in them and whoever owns that."""
-    for made in (job.staged, job.scratch / "files"):
-        for parent, _, _ in os.walk(made):
-            Path(parent).chmod(0o755)
-    for directory in (job.build, job.out):
-        try:
-            shutil.rmtree(directory)
-        except FileNotFoundError:
-            pass
-        except PermissionError:
-            # Only the sandbox's user may open what it closed: a build that was ended did not get to its own chmod.
-            # That may not change /build itself, so what it says is not looked at.
-            uid, gid = job.user
-            flags = ["--rm", "--pull", "never", "--network", "none", "--cap-drop", "ALL", "--user", f"{uid}:{gid}"]
-            flags += ["--mount", bind(directory, "/build"), "--entrypoint", "chmod"]
-            engine.docker("run", *flags, job.image, "-R", "a+rwX", "/build", checked=False)
-            shutil.rmtree(directory)
+def discard(job: Job, *, stop: threading.Event | None = None) -> None:
+    """Remove the job's directories, whatever the builder left in them and whoever owns that.
+
+    Raises Interrupted some seconds after `stop` was set, TimedOut when it takes longer than the build may: the rest
+    is left to whoever owns the scratch directory.
+    """
+    go_on = disk.until_stopped(stop, job.timeout_secs)
     inputs_at = job.surroundings.inputs_at
+    # What is in memory goes first: nobody else knows of it.
     for elsewhere in (job.surroundings.build_at, inputs_at, None if inputs_at is None else _twins(job)):
         if elsewhere is not None:
-            shutil.rmtree(elsewhere, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(job, elsewhere)
             with contextlib.suppress(OSError):  # another one is still in it
                 elsewhere.parent.rmdir()
-    shutil.rmtree(job.scratch)
+    for directory in (job.build, job.out):
+        _remove(job, directory, go_on)
+    disk.remove_tree(job.scratch, go_on)
+
+
+def _remove(job: Job, directory: Path, go_on: Callable[[], None] = lambda: None) -> None:
+    try:
+        disk.remove_tree(directory, go_on)
+    except PermissionError:
+        # Only the sandbox's user may open what it closed: a build that was ended did not get to its own chmod.
+        # That may not change /build itself, so what it says is not looked at.
+        uid, gid = job.user
+        flags = ["--rm", "--pull", "never", "--network", "none", "--cap-drop", "ALL", "--user", f"{uid}:{gid}"]
+        flags += ["--mount", bind(directory, "/build"), "--entrypoint", "chmod"]
+        engine.docker("run", *flags, job.image, "-R", "a+rwX,-t", "/build", checked=False)
+        disk.remove_tree(directory, go_on)

@@ -13,17 +13,15 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vzrepro import disk
-from vzrepro.errors import VzreproError
+from vzrepro.base import disk
+from vzrepro.base.errors import VzreproError
 
 SCHEMA = 2
 """The `user_version` of the databases this code reads and writes: that of schema.sql."""
 
-PRIVATE = ".vzrepro"
 """The directory in the store directory that holds all but the objects."""
 
 Run = Callable[..., None]
@@ -42,7 +40,7 @@ class Database:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.private = root / PRIVATE
+        self.private = root / disk.PRIVATE
         self.file = self.private / "db.sqlite"
         self.mutex = threading.RLock()
         self._connection: sqlite3.Connection | None = None
@@ -89,6 +87,8 @@ class Database:
 
     @staticmethod
     def _write_schema(connection: sqlite3.Connection) -> None:
+        from importlib import resources
+
         schema = resources.files("vzrepro").joinpath("schema.sql").read_text("utf-8")
         connection.executescript(f"BEGIN IMMEDIATE; {schema} COMMIT;")
 
@@ -125,6 +125,7 @@ class Database:
                     hint="update vzrepro, or use another store: export VZREPRO_STORE=DIR",
                 )
             connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA fullfsync = ON")  # through the drive's cache on macOS; nothing elsewhere
             self._connection = connection
         return self._connection
 

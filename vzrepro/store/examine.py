@@ -8,19 +8,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vzrepro import nar
-from vzrepro.errors import VzreproError
-from vzrepro.model import NarHash
+from vzrepro.base.errors import VzreproError
+from vzrepro.base.model import NarHash
+from vzrepro.store.staged import StagedLinks
 
 _SHOWN = 3  # deviations that are told
 
 
-def differences(tree: Path, wanted: NarHash) -> list[str]:
-    """How `tree` differs from the canonical tree with this hash, in words; nothing if it does not."""
+def differences(tree: Path, wanted: NarHash, staged: StagedLinks) -> list[str]:
+    """How `tree` differs from the canonical tree with this hash, in words; nothing if it does not.
+
+    Links of files that are `staged` for builds are no difference.
+    """
     details: list[str] = []
     deviations: list[str] = []
 
     def inspect(status: os.stat_result, fd: int | None, path: Callable[[], str]) -> None:
-        if wrong := _wrong(status, fd, path):
+        if wrong := _wrong(status, fd, path, staged):
             deviations.append(f"{Path(path()).relative_to(tree.parent)}: {', '.join(wrong)}")
 
     try:
@@ -35,7 +39,7 @@ def differences(tree: Path, wanted: NarHash) -> list[str]:
     return details
 
 
-def _wrong(status: os.stat_result, fd: int | None, path: Callable[[], str]) -> list[str]:
+def _wrong(status: os.stat_result, fd: int | None, path: Callable[[], str], staged: StagedLinks) -> list[str]:
     """What in a node differs from the canonical form, apart from content."""
     wrong = []
     mode, kind = stat.S_IMODE(status.st_mode), stat.S_IFMT(status.st_mode)
@@ -43,7 +47,7 @@ def _wrong(status: os.stat_result, fd: int | None, path: Callable[[], str]) -> l
         right = mode == 0o555
     else:
         right = kind == stat.S_IFLNK or mode in (0o444, 0o555)
-        if status.st_nlink > 1:
+        if status.st_nlink > 1 and not staged.explain(status, lambda: os.lstat(path()) if fd is None else os.fstat(fd)):
             wrong.append("has another hard link")
     if not right:
         wrong.append(f"mode {mode:04o}")

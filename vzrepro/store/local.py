@@ -8,11 +8,11 @@ a transaction, never while data is written, hashed or synced.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
 import secrets
-import statistics
 import threading
 import time
 from collections import Counter
@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from vzrepro import disk
-from vzrepro.errors import HashMismatch, Interrupted, UsageError, VzreproError
-from vzrepro.model import BuildKey, DrvHash, FileHash, NarHash, ObjectInfo, Outcome, StorePath
-from vzrepro.store.database import PRIVATE, Database, ReadOnlyStore
+from vzrepro.base import disk
+from vzrepro.base.errors import HashMismatch, Interrupted, UsageError, VzreproError
+from vzrepro.base.model import BuildKey, DrvHash, FileHash, NarHash, ObjectInfo, Outcome, StorePath
+from vzrepro.store.database import Database, ReadOnlyStore
 from vzrepro.store.registrar import Registrar
 
 OLD_SECS = 30 * 24 * 3600
@@ -36,7 +36,7 @@ _PROCESS = "process "
 
 
 @dataclass(frozen=True, slots=True)
-class Root:
+class StoreRoot:
     """Something that keeps `path` and its closure: `source` is an out-link's path or names a running process."""
 
     source: str
@@ -44,7 +44,7 @@ class Root:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class StoreFinding:
     """Something `verify` found wrong with the entry `name` of the store directory."""
 
     name: str
@@ -104,6 +104,16 @@ class LocalStore:
                 os.close(fd)
             self._db.close()
 
+    @property
+    def private(self) -> Path:
+        """The directory of what is kept beside the objects."""
+        return self._db.private
+
+    @property
+    def database_file(self) -> Path:
+        """The file that says what is registered. When that changes, so does the directory `root`."""
+        return self._db.file
+
     # --- objects
 
     def location(self, path: StorePath) -> Path:
@@ -150,10 +160,11 @@ class LocalStore:
         self._registrar.enter(tree, info, replaces=True, distrusted=distrusted)
         return info
 
-    def copy_object(self, source: StorePath, target: Path) -> None:
+    def copy_object(self, source: StorePath, target: Path, progress: Callable[[int], None] | None = None) -> None:
         """Copy the object's tree to `target`, which must not exist; nothing is shared with the original.
 
         Its content is checked while it is copied: raises HashMismatch when the object is corrupt or not there.
+        `progress` is called with the bytes read until then; what it raises ends this.
         """
         from vzrepro import nar
 
@@ -161,7 +172,7 @@ class LocalStore:
         if info is None:
             raise HashMismatch(f"{source} is not in the store {self.root}")
         with self._db.explained():
-            found, _, _ = nar.canonical_copy(self.location(source), target)
+            found, _, _ = nar.canonical_copy(self.location(source), target, progress=progress)
         if found != info.nar_hash:
             raise HashMismatch(
                 f"{source} is corrupt",
@@ -324,6 +335,8 @@ class LocalStore:
 
     def expected_secs(self, name: str, action: str) -> float | None:
         """The median of the last five times this action took; None the first time."""
+        import statistics
+
         sql = "SELECT secs FROM history WHERE name = ? AND action = ? ORDER BY id DESC LIMIT 5"
         rows = self._db.rows(sql, name, action)
         return statistics.median(secs for (secs,) in rows) if rows else None
@@ -335,11 +348,11 @@ class LocalStore:
     # --- scratch directories and locks
 
     @contextlib.contextmanager
-    def scratch(self, label: str) -> Iterator[Path]:
+    def scratch(self, label: str, *, stop: threading.Event | None = None) -> Iterator[Path]:
         """An empty private directory on the store's file system, removed at the end, read-only content included.
 
-        `keep` saves it from that. If the process dies, the next `sweep` removes it. Raises VzreproError when the
-        disk fills up inside the `with` block.
+        `keep` saves it from that. If the process dies, the next `sweep` removes it; so it does with what is left a few
+        seconds after `stop` was set. Raises VzreproError when the disk fills up inside the `with` block.
         """
         label = re.sub(r"[^A-Za-z0-9._-]", "-", label)[:80]
         with self._db.explained():
@@ -355,7 +368,9 @@ class LocalStore:
                 yield path
         finally:
             try:
-                disk.remove_tree(path)
+                disk.remove_tree(path, disk.until_stopped(stop, None))
+            except Interrupted:
+                path.rename(path.with_suffix(".trash"))
             finally:
                 os.close(fd)
 
@@ -456,21 +471,21 @@ class LocalStore:
         except OSError as error:
             raise VzreproError(f"the out-link {link} cannot be written", reason=error.strerror) from error
 
-    def roots(self) -> list[Root]:
+    def roots(self) -> list[StoreRoot]:
         """What keeps objects: out-links, sorted by path, then the temp roots of running processes."""
         found = []
         for entry in _listed(self._db.private / "roots"):
             link = entry.readlink()
             path = self._rooted(link)
             if path is not None:
-                found.append(Root(str(link), path))
+                found.append(StoreRoot(str(link), path))
         found.sort(key=lambda root: root.source)
         owners: dict[str, bool] = {}
         for owner, pid, base in self._db.rows("SELECT owner, pid, path FROM temp_roots ORDER BY owner, path"):
             if owner not in owners:
                 owners[owner] = self._alive(owner)
             if owners[owner]:
-                found.append(Root(f"{_PROCESS}{pid}", StorePath.parse(base)))
+                found.append(StoreRoot(f"{_PROCESS}{pid}", StorePath.parse(base)))
         return found
 
     def _rooted(self, link: Path) -> StorePath | None:
@@ -617,42 +632,44 @@ class LocalStore:
 
     def verify(
         self, paths: Iterable[StorePath] | None = None, progress: Callable[[StorePath], None] | None = None
-    ) -> list[Finding]:
+    ) -> list[StoreFinding]:
         """Compare the store with what is registered: `paths`, or everything; changes nothing.
 
         Every file is read and hashed; modes, times, extended attributes and links are compared with the canonical
         form, which often names the file that was changed. `progress` is called before each object.
         With `paths` None, entries of the store directory that are no registered object are reported too.
         """
-        entries = [entry.name for entry in _listed(self.root) if entry.name != PRIVATE] if paths is None else []
+        entries = [entry.name for entry in _listed(self.root) if entry.name != disk.PRIVATE] if paths is None else []
         registered = [StorePath.parse(base) for (base,) in self._db.rows("SELECT path FROM objects ORDER BY path")]
+        from vzrepro.store.examine import differences
+        from vzrepro.store.staged import StagedLinks
+
+        compare = functools.partial(differences, staged=StagedLinks(self._tmp))
         findings = []
         for path in registered if paths is None else paths:
             if progress is not None:
                 progress(path)
-            finding = self._examine(path)
+            finding = self._examine(path, compare)
             # What gc has deleted meanwhile is not missing.
             if finding is not None and (paths is not None or self._registered(path)):
                 findings.append(finding)
         for name in entries:
             entry = _parsed(name)
             if entry is None:
-                findings.append(Finding(name, "foreign", "not made by vzrepro; nothing here touches it"))
+                findings.append(StoreFinding(name, "foreign", "not made by vzrepro; nothing here touches it"))
             elif not self._registered(entry) and self._present(entry):
                 detail = "not registered: left by an interrupted run, or put there by hand; the next build removes it"
-                findings.append(Finding(name, "unregistered", detail))
+                findings.append(StoreFinding(name, "unregistered", detail))
         return findings
 
-    def _examine(self, path: StorePath) -> Finding | None:
-        from vzrepro.store.examine import differences
-
+    def _examine(self, path: StorePath, compare: Callable[[Path, NarHash], list[str]]) -> StoreFinding | None:
         rows = self._db.rows("SELECT nar_hash FROM objects WHERE path = ?", path.base)
         if not rows:
-            return Finding(path.base, "missing", "not registered")
+            return StoreFinding(path.base, "missing", "not registered")
         if not self._present(path):
-            return Finding(path.base, "missing", "registered, but not on the disk")
-        details = differences(self.location(path), NarHash(rows[0][0]))
-        return Finding(path.base, "corrupt", "; ".join(details)) if details else None
+            return StoreFinding(path.base, "missing", "registered, but not on the disk")
+        details = compare(self.location(path), NarHash(rows[0][0]))
+        return StoreFinding(path.base, "corrupt", "; ".join(details)) if details else None
 
 
 def _parsed(name: str) -> StorePath | None:

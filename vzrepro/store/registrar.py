@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vzrepro import disk
-from vzrepro.errors import NotDeterministic
-from vzrepro.model import NarHash, ObjectInfo
+from vzrepro.base import disk
+from vzrepro.base.errors import NotDeterministic
+from vzrepro.base.model import NarHash, ObjectInfo
 from vzrepro.store.database import Database, Run
 
 
@@ -82,6 +82,8 @@ class Registrar:
                     if undos:
                         disk.sync(self._root)
                     run("COMMIT")
+                    if undos:
+                        os.utime(self._root)  # it changed before: who looked in between has not seen these objects
                 except BaseException:
                     # Without the write lock, the targets may be others' by now; then the next sweep removes ours.
                     if self._db.in_transaction:

@@ -5,7 +5,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::exec::Commands;
 use crate::feed::Events;
-use crate::idempotency::Answers;
+use crate::idempotency::to_the_end;
 use crate::proto::agent_service_server::AgentService;
 use crate::proto::{
     ExecRequest, PingRequest, PingResponse, PortForwardFrame, ResizeExecPtyRequest, ResizeExecPtyResponse,
@@ -16,22 +16,10 @@ use crate::system::Processors;
 use crate::{forward, system};
 
 /// The service.
+#[derive(Default)]
 pub struct Agent {
     commands: Commands,
-    answers: Answers,
     processors: Processors,
-}
-
-impl Agent {
-    /// Without a command yet. `answers` are shared with the other services.
-    #[must_use]
-    pub fn new(answers: Answers) -> Self {
-        Self {
-            commands: Commands::default(),
-            answers,
-            processors: Processors::default(),
-        }
-    }
 }
 
 #[tonic::async_trait]
@@ -56,25 +44,25 @@ impl AgentService for Agent {
     }
 
     async fn exec(&self, request: Request<ExecRequest>) -> Result<Response<Self::ExecStream>, Status> {
-        self.commands.run(request.into_inner()).map(Response::new)
+        self.commands.run(request).map(Response::new)
     }
 
     async fn stdin_write(&self, request: Request<StdinWriteRequest>) -> Result<Response<StdinWriteResponse>, Status> {
         let commands = self.commands.clone();
         let call = |request| async move { commands.write(request).await.map(|()| StdinWriteResponse {}) };
-        self.answers.once("StdinWrite", request.into_inner(), call).await
+        to_the_end("StdinWrite", request, call).await
     }
 
     async fn stdin_close(&self, request: Request<StdinCloseRequest>) -> Result<Response<StdinCloseResponse>, Status> {
         let commands = self.commands.clone();
         let call = |request| async move { commands.close(request).await.map(|()| StdinCloseResponse {}) };
-        self.answers.once("StdinClose", request.into_inner(), call).await
+        to_the_end("StdinClose", request, call).await
     }
 
     async fn signal(&self, request: Request<SignalRequest>) -> Result<Response<SignalResponse>, Status> {
         let commands = self.commands.clone();
         let call = |request| async move { commands.signal(&request).map(|()| SignalResponse {}) };
-        self.answers.once("Signal", request.into_inner(), call).await
+        to_the_end("Signal", request, call).await
     }
 
     async fn resize_exec_pty(
@@ -83,7 +71,7 @@ impl AgentService for Agent {
     ) -> Result<Response<ResizeExecPtyResponse>, Status> {
         let commands = self.commands.clone();
         let call = |request| async move { commands.resize(&request).map(|()| ResizeExecPtyResponse {}) };
-        self.answers.once("ResizeExecPty", request.into_inner(), call).await
+        to_the_end("ResizeExecPty", request, call).await
     }
 
     async fn port_forward(

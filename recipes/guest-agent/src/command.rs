@@ -1,21 +1,24 @@
 //! Starts one command: as whom, where, with which environment, on pipes or on a terminal of its own.
 
+use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
 
-use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::fcntl::{OFlag, open};
 use nix::libc;
-use nix::pty::{OpenptyResult, Winsize, openpty};
+use nix::pty::{Winsize, grantpt, posix_openpt, ptsname_r, unlockpt};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SigHandler, Signal, signal};
-use nix::unistd::{Uid, fchown, pipe2, setsid};
+use nix::sys::stat::Mode;
+use nix::unistd::{Uid, chdir, fchown, pipe2, setsid};
 use tokio::process::{Child, Command};
 
 use crate::channel::Channel;
 use crate::limits;
+use crate::oom;
 use crate::proto::ExecRequest;
 use crate::user::User;
 
@@ -23,7 +26,7 @@ use crate::user::User;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// What a terminal calls itself when the request's environment has no `TERM`.
-const TERM: &str = "xterm";
+const TERM: &str = "xterm-256color";
 
 /// Rows and columns of a terminal whose request names none.
 const SIZE: (u16, u16) = (24, 80);
@@ -58,7 +61,8 @@ struct Theirs {
     stderr: OwnedFd,
 }
 
-/// Starts what `request` says.
+/// Starts what `request` says. Waits for as long as a share that nobody serves keeps it waiting, so it is not to be called
+/// on the agent's own thread; the command ends with the thread that called it.
 ///
 /// # Errors
 /// A sentence for the client: no such command, user or directory, or what else keeps it from starting.
@@ -73,11 +77,15 @@ pub fn start(request: &ExecRequest) -> Result<Started, String> {
     .map_err(failed)?;
     let mut command = Command::new(&request.command);
     command
+        // For one that starts when nobody waits for it any more.
+        .kill_on_drop(true)
         .args(&request.args)
         .env_clear()
         .env("PATH", PATH)
         .env("HOME", &user.home)
         .env("USER", &user.name)
+        .env("LOGNAME", &user.name)
+        .env("SHELL", &user.shell)
         .stdin(Stdio::from(theirs.stdin))
         .stdout(Stdio::from(theirs.stdout))
         .stderr(Stdio::from(theirs.stderr));
@@ -93,17 +101,21 @@ pub fn start(request: &ExecRequest) -> Result<Started, String> {
         command.current_dir(&request.working_dir);
     }
     let assume = (!request.user.is_empty()).then(|| user.assume());
-    prepare(&mut command, request.allocate_pty, assume);
+    let home = (!request.user.is_empty() && request.working_dir.is_empty()).then_some(user.home);
+    prepare(&mut command, request.allocate_pty, assume, home);
     let child = command.spawn().map_err(failed)?;
     Ok(Started { child, streams })
 }
 
-/// What happens between fork and exec.
+/// What happens between fork and exec. A command starts in `home`, when that is given, as a login does.
 fn prepare(
     command: &mut Command,
     on_terminal: bool,
     mut assume: Option<impl FnMut() -> io::Result<()> + Send + Sync + 'static>,
+    home: Option<String>,
 ) {
+    // What is no path, with a zero in it, is no directory either.
+    let home = home.map(|home| CString::new(home).unwrap_or_default());
     if !on_terminal {
         command.process_group(0);
     }
@@ -119,6 +131,12 @@ fn prepare(
         if let Some(assume) = &mut assume {
             assume()?;
         }
+        // As the user, since a home may be closed to others.
+        if let Some(home) = &home
+            && chdir(home.as_c_str()).is_err()
+        {
+            chdir(c"/")?;
+        }
         // Nobody could read a command's output any more, or end it, once its agent is gone. After `assume`, since
         // the kernel forgets this with a change of user.
         set_pdeathsig(Signal::SIGKILL)?;
@@ -133,6 +151,8 @@ fn prepare(
 /// # Errors
 /// What the kernel says.
 pub fn start_over() -> io::Result<()> {
+    // First: with the ordinary limit of files none may be opened here while the agent has more.
+    oom::restore()?;
     limits::restore()?;
     // The shell that started the agent in its background made it ignore some.
     for number in Signal::iterator() {
@@ -156,12 +176,13 @@ fn pipes() -> io::Result<(Streams, Theirs)> {
 }
 
 fn terminal(request: &ExecRequest, user: &User) -> io::Result<(Streams, Theirs)> {
+    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    let master = posix_openpt(flags)?;
+    grantpt(&master)?;
+    unlockpt(&master)?;
+    let slave = open(ptsname_r(&master)?.as_str(), flags, Mode::empty())?;
     let size = winsize(request.term_rows, request.term_cols).unwrap_or_else(|| window(SIZE.0, SIZE.1));
-    let OpenptyResult { master, slave } = openpty(&size, None)?;
-    // openpty takes no flags. In between nothing is forked: the agent has one thread.
-    for descriptor in [&master, &slave] {
-        fcntl(descriptor, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
-    }
+    set_size(master.as_raw_fd(), &size)?;
     if !request.user.is_empty() {
         // As login does: a program may open its terminal by name. Where it is not allowed, `assume` will not be either.
         let _ = fchown(&slave, Some(Uid::from_raw(user.uid)), None);
@@ -171,7 +192,10 @@ fn terminal(request: &ExecRequest, user: &User) -> io::Result<(Streams, Theirs)>
         stdout: slave.try_clone()?,
         stderr: slave,
     };
-    Ok((Streams::Terminal(Arc::new(Channel::new(master)?)), theirs))
+    Ok((
+        Streams::Terminal(Arc::new(Channel::new(OwnedFd::from(master))?)),
+        theirs,
+    ))
 }
 
 /// Gives the terminal another size; the kernel then sends SIGWINCH to its foreground process group.
@@ -179,9 +203,12 @@ fn terminal(request: &ExecRequest, user: &User) -> io::Result<(Streams, Theirs)>
 /// # Errors
 /// What the kernel says.
 pub fn resize(terminal: &Channel, rows: u16, cols: u16) -> io::Result<()> {
-    let size = window(rows, cols);
+    set_size(terminal.as_fd().as_raw_fd(), &window(rows, cols))
+}
+
+fn set_size(terminal: RawFd, size: &Winsize) -> io::Result<()> {
     // SAFETY: the kernel reads one Winsize, and keeps no pointer.
-    match unsafe { libc::ioctl(terminal.as_fd().as_raw_fd(), libc::TIOCSWINSZ, &raw const size) } {
+    match unsafe { libc::ioctl(terminal, libc::TIOCSWINSZ, &raw const *size) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),
     }

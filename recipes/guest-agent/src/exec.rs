@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::libc;
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::termios::{SpecialCharacterIndices, tcgetattr};
@@ -16,17 +17,15 @@ use nix::unistd::{Pid, tcgetpgrp};
 use prost::bytes::Bytes;
 use tokio::process::Child;
 use tokio::sync::watch;
-use tonic::Status;
+use tonic::{Request, Status};
 
+use crate::aside::aside;
 use crate::channel::Channel;
 use crate::command::{self, Started, Streams};
 use crate::feed::{Events, Feed, Publisher};
-use crate::idempotency::{Claim, Keys};
+use crate::idempotency::{Calls, identity};
 use crate::proto::exec_event::Event;
 use crate::proto::{ExecRequest, ResizeExecPtyRequest, SignalRequest, StdinCloseRequest, StdinWriteRequest};
-
-/// How long a command with an idempotency key runs on without a client, for one whose connection broke to come again.
-const GRACE: Duration = Duration::from_secs(30);
 
 /// Bytes that may wait, in all, for commands to read them.
 const WAITING_INPUT: usize = 64 << 20;
@@ -36,9 +35,10 @@ const WAITING_INPUT: usize = 64 << 20;
 pub struct Commands(Arc<Shared>);
 
 struct Shared {
+    /// Ids up to this one were never given out, or by an earlier agent.
+    before_first: u64,
     last_id: AtomicU64,
     running: Mutex<HashMap<u64, Arc<Running>>>,
-    calls: Keys<Feed>,
     waiting_input: AtomicUsize,
 }
 
@@ -63,12 +63,12 @@ impl Default for Commands {
     /// does not become another command's.
     fn default() -> Self {
         let uptime = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
-        let millis = u64::try_from(uptime.as_millis()).unwrap_or(0);
+        // No agent starts a thousand commands per millisecond.
+        let before_first = u64::try_from(uptime.as_millis()).unwrap_or(0) * 1000;
         Self(Arc::new(Shared {
-            // No agent starts a thousand commands per millisecond.
-            last_id: AtomicU64::new(millis * 1000),
+            before_first,
+            last_id: AtomicU64::new(before_first),
             running: Mutex::default(),
-            calls: Keys::default(),
             waiting_input: AtomicUsize::new(0),
         }))
     }
@@ -79,46 +79,45 @@ impl Commands {
     ///
     /// A command that cannot start is an event, `error`. The stream ends with the command itself: what it leaves
     /// running in the background is neither waited for nor killed. Dropping the stream kills the command's process
-    /// group; with an idempotency key only if nobody calls with it again within [`GRACE`].
+    /// group. A second call with the same idempotency key, on the same connection, follows the first one's command.
     ///
     /// # Errors
-    /// `INVALID_ARGUMENT` for a request that means nothing or has another one's key, `ALREADY_EXISTS` for a second
-    /// call whose first one's events are not kept.
-    pub fn run(&self, mut request: ExecRequest) -> Result<Events, Status> {
+    /// `INVALID_ARGUMENT` for a request that means nothing.
+    pub fn run(&self, request: Request<ExecRequest>) -> Result<Events, Status> {
+        let calls = Calls::of(&request).commands;
+        let mut request = request.into_inner();
         check(&request)?;
         let request_id = request.metadata.as_ref().map(|metadata| metadata.request_id.clone());
         let request_id = request_id.unwrap_or_default();
-        let feed = Feed::default();
-        let claim = self.0.calls.claim("Exec", &mut request, || feed.clone())?;
-        let (ticket, grace) = match claim {
-            Claim::Again(first) => return first.attach(request_id).ok_or_else(not_kept),
-            Claim::First(ticket) => (Some(ticket), GRACE),
-            Claim::Unkeyed => (None, Duration::ZERO),
-        };
-        let events = feed.attach(request_id).ok_or_else(not_kept)?;
+        let identity = identity("Exec", &mut request);
+        let first = identity.and_then(|identity| calls.find(identity));
+        if let Some(events) = first.and_then(|feed| feed.attach(request_id.clone())) {
+            return Ok(events);
+        }
+        let (feed, events) = Feed::start(request_id);
+        let ticket = identity.and_then(|identity| calls.remember(identity, feed.clone()));
         let exec_id = self.0.last_id.fetch_add(1, Ordering::Relaxed) + 1;
         let publisher = Publisher::new(feed.clone(), ticket, exec_id);
         let commands = self.clone();
-        tokio::spawn(async move { commands.follow(&request, exec_id, publisher, &feed, grace).await });
+        tokio::spawn(async move { commands.follow(request, exec_id, publisher, &feed).await });
         Ok(events)
     }
 
-    async fn follow(
-        &self,
-        request: &ExecRequest,
-        exec_id: u64,
-        mut publisher: Publisher,
-        feed: &Feed,
-        grace: Duration,
-    ) {
-        let Started { mut child, streams } = match command::start(request) {
-            Ok(started) => started,
-            Err(problem) => return publisher.send(Event::Error(problem)).await,
+    async fn follow(&self, request: ExecRequest, exec_id: u64, mut publisher: Publisher, feed: &Feed) {
+        let started = tokio::select! {
+            started = aside(move || command::start(&request)) => started,
+            () = feed.abandoned() => return publisher.forget(),
+        };
+        let (Started { mut child, streams }, _thread) = match started {
+            Ok((Ok(started), thread)) => (started, thread),
+            Ok((Err(problem), _)) => return publisher.send(Event::Error(problem)).await,
+            Err(error) => return publisher.send(Event::Error(error.to_string())).await,
         };
         let (registered, output) = self.register(exec_id, &child, streams);
         let status = tokio::select! {
             status = relay(&mut publisher, &mut child, &output, registered) => status,
-            () = feed.abandoned(grace) => {
+            () = feed.abandoned() => {
+                publisher.forget();
                 kill(&mut child, output.terminal()).await;
                 return;
             }
@@ -158,45 +157,56 @@ impl Commands {
         self.0.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn find(&self, exec_id: u64) -> Result<Arc<Running>, Status> {
-        self.running().get(&exec_id).cloned().ok_or_else(|| ended(exec_id))
+    /// The command, `None` when it has ended.
+    fn find(&self, exec_id: u64) -> Result<Option<Arc<Running>>, Status> {
+        let running = self.running().get(&exec_id).cloned();
+        let given_out = self.0.before_first + 1..=self.0.last_id.load(Ordering::Relaxed);
+        if running.is_none() && !given_out.contains(&exec_id) {
+            return Err(Status::not_found(format!("there is no command with exec_id {exec_id}")));
+        }
+        Ok(running)
     }
 
     /// Writes to the command's standard input, and returns when all of it is in the command's pipe or terminal.
     ///
     /// # Errors
-    /// `NOT_FOUND` when there is no such command or it ends meanwhile, `FAILED_PRECONDITION` when its standard input
-    /// is closed on either side, `RESOURCE_EXHAUSTED` when [`WAITING_INPUT`] bytes wait for commands already.
+    /// `NOT_FOUND` when there is no such command, or it has ended or ends meanwhile: then not all of the data has
+    /// arrived. `FAILED_PRECONDITION` when its standard input is closed on either side, `RESOURCE_EXHAUSTED` when [`WAITING_INPUT`] bytes wait for commands already.
     pub async fn write(&self, request: StdinWriteRequest) -> Result<(), Status> {
         let StdinWriteRequest { exec_id, data, .. } = request;
-        let mut running = self.find(exec_id)?;
+        let ended = || Status::not_found(format!("the command with exec_id {exec_id} has ended"));
+        let mut running = self.find(exec_id)?.ok_or_else(ended)?;
         let _waiting = Waiting::enter(&self.0.waiting_input, data.len())?;
-        running
-            .until_end(exec_id, async |stdin| stdin.write(exec_id, &data).await)
-            .await
+        let written = running.until_end(async |stdin| stdin.write(exec_id, &data).await);
+        written.await.unwrap_or_else(|| Err(ended()))
     }
 
     /// Ends the command's standard input, after what was written before. A terminal gets its end-of-file character, as
-    /// if typed; what that means is the program's affair. Closing it again changes nothing.
+    /// if typed; what that means is the program's affair. Closing it again changes nothing, nor does it after the
+    /// command's end.
     ///
     /// # Errors
-    /// `NOT_FOUND` when there is no such command or it ends meanwhile.
+    /// `NOT_FOUND` when there never was such a command.
     pub async fn close(&self, request: StdinCloseRequest) -> Result<(), Status> {
-        let exec_id = request.exec_id;
-        let mut running = self.find(exec_id)?;
-        running.until_end(exec_id, async |stdin| stdin.close().await).await
+        if let Some(mut running) = self.find(request.exec_id)? {
+            running.until_end(async |stdin| stdin.close().await).await;
+        }
+        Ok(())
     }
 
-    /// Sends the signal to the command's process group, and on a terminal also to the group in the foreground.
+    /// Sends the signal to the command's process group, and on a terminal also to the group in the foreground; nobody
+    /// gets it after the command's end.
     ///
     /// # Errors
-    /// `NOT_FOUND` when there is no such command, `INVALID_ARGUMENT` for what is no signal.
+    /// `NOT_FOUND` when there never was such a command, `INVALID_ARGUMENT` for what is no signal.
     pub fn signal(&self, request: &SignalRequest) -> Result<(), Status> {
         let number = request.signal;
-        if number < 1 {
+        if !(1..=libc::SIGRTMAX()).contains(&number) {
             return Err(Status::invalid_argument(format!("{number} is no signal")));
         }
-        let running = self.find(request.exec_id)?;
+        let Some(running) = self.find(request.exec_id)? else {
+            return Ok(());
+        };
         let foreground = running.terminal.as_deref().and_then(foreground);
         for group in running
             .group
@@ -204,27 +214,21 @@ impl Commands {
             .chain(foreground.filter(|_| foreground != running.group))
         {
             // SAFETY: no memory is passed. A command that `find` finds is not reaped, so the group is still its own.
-            if unsafe { libc::killpg(group.as_raw(), number) } == -1 {
-                match io::Error::last_os_error().raw_os_error() {
-                    Some(libc::EINVAL) => return Err(Status::invalid_argument(format!("{number} is no signal"))),
-                    // The foreground's last process ended just now.
-                    Some(libc::ESRCH) => {}
-                    _ => {
-                        return Err(Status::internal(format!(
-                            "signal {number}: {}",
-                            io::Error::last_os_error()
-                        )));
-                    }
-                }
+            let sent = Errno::result(unsafe { libc::killpg(group.as_raw(), number) });
+            // ESRCH: the foreground's last process ended just now.
+            if let Err(error) = sent
+                && error != Errno::ESRCH
+            {
+                return Err(Status::internal(format!("signal {number} cannot be sent: {error}")));
             }
         }
         Ok(())
     }
 
-    /// Gives the command's terminal another size.
+    /// Gives the command's terminal another size; after the command's end there is none, and nothing happens.
     ///
     /// # Errors
-    /// `NOT_FOUND` when there is no such command, `FAILED_PRECONDITION` when it has no terminal, `INVALID_ARGUMENT`
+    /// `NOT_FOUND` when there never was such a command, `FAILED_PRECONDITION` when it has no terminal, `INVALID_ARGUMENT`
     /// when a side is 0 or too long.
     pub fn resize(&self, request: &ResizeExecPtyRequest) -> Result<(), Status> {
         let ResizeExecPtyRequest {
@@ -236,7 +240,9 @@ impl Commands {
                 "a terminal of {rows} rows and {cols} columns is not possible"
             )));
         };
-        let running = self.find(exec_id)?;
+        let Some(running) = self.find(exec_id)? else {
+            return Ok(());
+        };
         let terminal = running.terminal.as_ref().ok_or_else(|| {
             Status::failed_precondition(format!("the command with exec_id {exec_id} runs without a terminal"))
         })?;
@@ -263,26 +269,14 @@ fn check(request: &ExecRequest) -> Result<(), Status> {
     Ok(())
 }
 
-fn not_kept() -> Status {
-    Status::already_exists("Exec was called with this idempotency key before, and its events are not kept")
-}
-
-fn ended(exec_id: u64) -> Status {
-    Status::not_found(format!("no command with exec_id {exec_id} is running"))
-}
-
 impl Running {
-    /// What `use_stdin` says, unless the command ends before.
-    async fn until_end(
-        self: &mut Arc<Self>,
-        exec_id: u64,
-        use_stdin: impl AsyncFnOnce(&mut Stdin) -> Result<(), Status>,
-    ) -> Result<(), Status> {
+    /// What `use_stdin` says; `None` when the command ends before.
+    async fn until_end<T>(self: &mut Arc<Self>, use_stdin: impl AsyncFnOnce(&mut Stdin) -> T) -> Option<T> {
         let mut end = self.end.clone();
         tokio::select! {
-            answer = async { use_stdin(&mut *self.stdin.lock().await).await } => answer,
+            answer = async { use_stdin(&mut *self.stdin.lock().await).await } => Some(answer),
             // Nothing is ever sent: this is the sender's end.
-            _ = end.changed() => Err(ended(exec_id)),
+            _ = end.changed() => None,
         }
     }
 }
@@ -305,7 +299,7 @@ impl Stdin {
         written.or_else(|_| closed("the command"))
     }
 
-    async fn close(&mut self) -> Result<(), Status> {
+    async fn close(&mut self) {
         if let Self::Terminal(terminal, last) = self
             && let Ok(settings) = tcgetattr(&**terminal)
         {
@@ -321,7 +315,6 @@ impl Stdin {
             let _ = terminal.write(typed).await;
         }
         *self = Self::Closed;
-        Ok(())
     }
 }
 

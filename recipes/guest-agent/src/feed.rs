@@ -1,15 +1,14 @@
-//! One command's events on their way to its clients: the one that started it, and, when the call had an idempotency
-//! key, every later one that calls with it.
+//! One command's events on their way to its clients: the call that started it, and, when that had an idempotency key,
+//! every later one of the connection with it.
 //!
-//! The command waits for the slowest client. What is sent is remembered, for those who come later, as long as it is
-//! not more than [`KEPT_OUTPUT`].
+//! The command waits for the slowest client. What is sent is remembered, for those who come later, as long as the
+//! connection has room for it.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
-use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tonic::Status;
 
@@ -21,25 +20,14 @@ use crate::proto::exec_event::Event;
 /// waits: so a command holds at most `QUEUE * CHUNK` bytes here, whatever it prints.
 const QUEUE: usize = 8;
 
-/// Bytes of events remembered of one command, for a second call with its key.
-pub const KEPT_OUTPUT: usize = 1 << 20;
-
 /// What clients attach to. A clone is another handle.
 #[derive(Clone, Default)]
-pub struct Feed(Arc<Shared>);
-
-#[derive(Default)]
-struct Shared {
-    state: Mutex<State>,
-    /// A client has come, or none can come any more.
-    changed: Notify,
-}
+pub struct Feed(Arc<Mutex<State>>);
 
 struct State {
     clients: Vec<mpsc::Sender<Result<ExecEvent, Status>>>,
     /// All events until now; `None` when there were too many, or nobody may come later.
     past: Option<Vec<ExecEvent>>,
-    bytes: usize,
     ended: bool,
 }
 
@@ -48,7 +36,6 @@ impl Default for State {
         Self {
             clients: Vec::new(),
             past: Some(Vec::new()),
-            bytes: 0,
             ended: false,
         }
     }
@@ -79,6 +66,16 @@ impl Stream for Events {
 }
 
 impl Feed {
+    /// A feed, and the stream of its first client.
+    #[must_use]
+    pub fn start(request_id: String) -> (Self, Events) {
+        let (sender, live) = mpsc::channel(QUEUE);
+        let feed = Self::default();
+        feed.lock().clients.push(sender);
+        let past = Vec::new().into_iter();
+        (feed, Events { past, live, request_id })
+    }
+
     /// Attaches a client, which gets all events from the first on; `None` when they are not kept.
     #[must_use]
     pub fn attach(&self, request_id: String) -> Option<Events> {
@@ -87,7 +84,6 @@ impl Feed {
         let past = state.past.clone()?;
         if !state.ended {
             state.clients.push(sender);
-            self.0.changed.notify_one();
         }
         Some(Events {
             past: past.into_iter(),
@@ -96,27 +92,24 @@ impl Feed {
         })
     }
 
-    /// Returns once no client has been there for `grace`, or none is there and none can come.
-    pub async fn abandoned(&self, grace: Duration) {
+    /// Returns once all clients have gone. From then on none can attach.
+    pub async fn abandoned(&self) {
         loop {
             let client = {
                 let mut state = self.lock();
                 state.clients.retain(|client| !client.is_closed());
-                if state.clients.is_empty() && state.past.is_none() {
+                let Some(client) = state.clients.first() else {
+                    state.past = None;
                     return;
-                }
-                state.clients.first().cloned()
+                };
+                client.clone()
             };
-            if let Some(client) = client {
-                client.closed().await;
-            } else if tokio::time::timeout(grace, self.0.changed.notified()).await.is_err() {
-                return;
-            }
+            client.closed().await;
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -155,7 +148,7 @@ impl Publisher {
         self.pass_on(&Ok(event)).await;
     }
 
-    /// Ends all streams with `status`, which is no event; a second call gets no answer.
+    /// Ends all streams with `status`, which is no event.
     pub async fn fail(mut self, status: Status) {
         self.forget();
         self.pass_on(&Err(status)).await;
@@ -172,11 +165,8 @@ impl Publisher {
 
     fn remember(&mut self, event: &ExecEvent) {
         let size = size_of::<ExecEvent>() + payload(event);
-        let total = self.feed.lock().bytes + size;
-        if total <= KEPT_OUTPUT && self.ticket.as_mut().is_some_and(|ticket| ticket.grow(size)) {
-            let mut state = self.feed.lock();
-            state.bytes = total;
-            if let Some(past) = &mut state.past {
+        if self.ticket.as_mut().is_some_and(|ticket| ticket.grow(size)) {
+            if let Some(past) = &mut self.feed.lock().past {
                 past.push(event.clone());
             }
         } else {
@@ -184,13 +174,12 @@ impl Publisher {
         }
     }
 
-    fn forget(&mut self) {
+    /// Has a second call be another one.
+    pub fn forget(&mut self) {
         if let Some(ticket) = &mut self.ticket {
-            ticket.drop_answer();
+            ticket.forget();
         }
-        if self.feed.lock().past.take().is_some() {
-            self.feed.0.changed.notify_one();
-        }
+        self.feed.lock().past = None;
     }
 }
 
@@ -213,30 +202,15 @@ fn payload(event: &ExecEvent) -> usize {
 #[cfg(test)]
 mod tests {
     use prost::bytes::Bytes;
-    use tokio::time::Instant;
     use tokio_stream::StreamExt;
 
     use super::*;
-    use crate::idempotency::{Claim, Keys};
-    use crate::proto::{ExecRequest, TransportMetadata};
-
-    const GRACE: Duration = Duration::from_secs(30);
+    use crate::idempotency::{KEPT_BYTES, Keys};
 
     fn keyed() -> (Feed, Publisher) {
-        let metadata = Some(TransportMetadata {
-            request_id: String::new(),
-            idempotency_key: "key".into(),
-        });
-        let mut request = ExecRequest {
-            metadata,
-            ..ExecRequest::default()
-        };
         let feed = Feed::default();
-        let claim = Keys::default().claim("Exec", &mut request, || feed.clone());
-        let Ok(Claim::First(ticket)) = claim else {
-            panic!("the key is new")
-        };
-        (feed.clone(), Publisher::new(feed, Some(ticket), 7))
+        let ticket = Keys::default().remember(1, feed.clone());
+        (feed.clone(), Publisher::new(feed, ticket, 7))
     }
 
     fn chunk(size: usize) -> Event {
@@ -276,7 +250,7 @@ mod tests {
                 publisher.send(chunk(1)).await;
             }
         });
-        tokio::time::sleep(GRACE).await;
+        tokio::time::sleep(std::time::Duration::from_secs(60)).await;
         assert!(!sending.is_finished());
         drop(slow);
         sending.await.unwrap();
@@ -287,7 +261,7 @@ mod tests {
     async fn what_is_remembered_is_bounded() {
         let (feed, mut publisher) = keyed();
         let first = tokio::spawn(sequences(feed.attach("first".into()).unwrap()));
-        for _ in 0..KEPT_OUTPUT / 16384 - 1 {
+        for _ in 0..KEPT_BYTES / 16384 - 1 {
             publisher.send(chunk(16384)).await;
         }
         assert!(feed.attach("in time".into()).is_some());
@@ -298,28 +272,21 @@ mod tests {
         assert_eq!(first.await.unwrap().len(), 64);
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_command_is_abandoned_when_its_clients_stay_away() {
-        let (feed, mut publisher) = keyed();
-        let start = Instant::now();
+    #[tokio::test]
+    async fn a_command_is_abandoned_when_its_last_client_leaves() {
+        let (feed, _publisher) = keyed();
+        let first = feed.attach("first".into()).unwrap();
         let abandoned = tokio::spawn({
             let feed = feed.clone();
-            async move { feed.abandoned(GRACE).await }
+            async move { feed.abandoned().await }
         });
-        let first = feed.attach("first".into()).unwrap();
-        tokio::time::sleep(2 * GRACE).await;
-        drop(first);
-        tokio::time::sleep(GRACE / 2).await;
         let second = feed.attach("second".into()).unwrap();
-        tokio::time::sleep(2 * GRACE).await;
+        tokio::task::yield_now().await;
+        drop(first);
+        tokio::task::yield_now().await;
         assert!(!abandoned.is_finished());
         drop(second);
         abandoned.await.unwrap();
-        assert_eq!(start.elapsed(), 5 * GRACE + GRACE / 2);
-        // At once, when nobody can come any more.
-        publisher.forget();
-        let start = Instant::now();
-        feed.abandoned(GRACE).await;
-        assert_eq!(start.elapsed(), Duration::ZERO);
+        assert!(feed.attach("too late".into()).is_none());
     }
 }

@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpStream, UdpSocket, lookup_host};
 use tokio::sync::mpsc;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tonic::{Status, Streaming};
 
 use crate::proto::port_forward_frame::Frame;
@@ -26,8 +26,14 @@ const DATAGRAM: usize = 64 * 1024;
 /// Frames that wait for a slow client. A full queue leaves the data in the socket, and then the target waits.
 const QUEUE: usize = 8;
 
-/// How long a target may take to accept a connection.
+/// How long a target may take to answer.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a listener on the target's port is waited for: a service that was started just now may not be there yet.
+const LISTEN_LIMIT: Duration = Duration::from_secs(5);
+
+/// The pauses between two tries to connect: the first one, and the longest.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
 
 /// Datagrams have no end: after the client's, answers are passed on until none came for this long.
 const UDP_LINGER: Duration = Duration::from_secs(5);
@@ -39,7 +45,7 @@ pub type Frames = mpsc::Receiver<Result<PortForwardFrame, Status>>;
 ///
 /// # Errors
 /// `INVALID_ARGUMENT` when the first frame is none that opens or names no port, protocol or known host; `UNAVAILABLE`
-/// when the target does not accept; the client's own status when it is gone before it said anything.
+/// when nobody listens on the target's port within [`LISTEN_LIMIT`], or the target does not answer; the client's own status when it is gone before it said anything.
 pub async fn open(mut client: Streaming<PortForwardFrame>) -> Result<Frames, Status> {
     let first = client.message().await?.and_then(|frame| frame.frame);
     let Some(Frame::Open(open)) = first else {
@@ -119,27 +125,28 @@ impl Target {
         Ok(found)
     }
 
-    /// The first of `addresses` that can be connected to.
+    /// The first of `addresses` that can be connected to; while nobody listens there, tries again.
     async fn reach<T, F>(&self, addresses: &[SocketAddr], connect: impl Fn(SocketAddr) -> F) -> Result<T, Status>
     where
         F: Future<Output = io::Result<T>>,
     {
-        let attempts = async {
-            let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-            for address in addresses {
-                match connect(*address).await {
-                    Ok(reached) => return Ok(reached),
-                    Err(error) => last = error,
+        let (end, mut pause) = (Instant::now() + LISTEN_LIMIT, PAUSES.0);
+        loop {
+            let error = match timeout(CONNECT_LIMIT, first(addresses, &connect)).await {
+                Ok(Ok(reached)) => return Ok(reached),
+                Ok(Err(error)) => error,
+                Err(_) => {
+                    return Err(Status::unavailable(format!(
+                        "{self} did not answer within {} s",
+                        CONNECT_LIMIT.as_secs()
+                    )));
                 }
+            };
+            if error.kind() != io::ErrorKind::ConnectionRefused || Instant::now() >= end {
+                return Err(self.failed(&error));
             }
-            Err(last)
-        };
-        match timeout(CONNECT_LIMIT, attempts).await {
-            Ok(attempt) => attempt.map_err(|error| self.failed(&error)),
-            Err(_) => Err(Status::unavailable(format!(
-                "{self} did not answer within {} s",
-                CONNECT_LIMIT.as_secs()
-            ))),
+            sleep_until(end.min(Instant::now() + pause)).await;
+            pause = PAUSES.1.min(pause * 3 / 2);
         }
     }
 
@@ -160,6 +167,21 @@ impl fmt::Display for Target {
         };
         write!(f, "{protocol} {}:{}", self.host, self.port)
     }
+}
+
+/// What is reached at the first of `addresses` where `connect` does, else why not at the last.
+async fn first<T, F>(addresses: &[SocketAddr], connect: impl Fn(SocketAddr) -> F) -> io::Result<T>
+where
+    F: Future<Output = io::Result<T>>,
+{
+    let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    for address in addresses {
+        match connect(*address).await {
+            Ok(reached) => return Ok(reached),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 type Queue = mpsc::Sender<Result<PortForwardFrame, Status>>;

@@ -1,37 +1,34 @@
 //! Idempotency keys: a second call with the key of an earlier one answers as that one did, and does nothing again.
 //!
-//! A key counts per method. What is remembered is bounded in number, bytes and time, by the constants below; an
-//! answer that is no longer kept, or was too large to be, leaves its key behind, so that a late second call is told
-//! in a sentence and the work is still not done twice. Nothing is remembered across a restart of the agent.
+//! A key counts within one connection, since hosts number their requests anew on each, and there for one method and one
+//! request: with another request it is another call. No call is refused for its key: one whose earlier answer is not
+//! kept is made as if it were the first. What a connection keeps is bounded, and ends with it.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use prost::Message;
 use tokio::sync::watch;
-use tokio::time::Instant;
-use tonic::{Response, Status};
+use tonic::{Request, Response, Status};
 
+use crate::feed::Feed;
 use crate::proto;
 use crate::proto::TransportMetadata;
 
-/// Calls remembered after their end; the oldest is forgotten first. Those under way are remembered in any case.
-pub const KEPT_CALLS: usize = 4096;
+/// Bytes that one connection keeps of answers, and of commands' events as many; the oldest go first.
+pub const KEPT_BYTES: usize = 1 << 20;
 
-/// How long a call is remembered after its end.
-pub const KEPT_FOR: Duration = Duration::from_secs(600);
+/// Bytes that all connections together keep.
+pub const KEPT_BYTES_IN_ALL: usize = 16 << 20;
 
-/// Bytes of answers kept in all; the oldest answer is dropped first, and its key stays.
-pub const KEPT_BYTES: usize = 8 << 20;
-
-/// Longest key taken, in bytes.
-const LONGEST_KEY: usize = 1024;
+/// What a call that is remembered costs beside its answer, about.
+const ENTRY: usize = 256;
 
 /// A request that may carry an idempotency key.
-pub trait Keyed: Message + Clone {
+pub trait Keyed: Message {
     /// The request's metadata, empty when it has none.
     fn metadata(&mut self) -> &mut Option<TransportMetadata>;
 }
@@ -52,83 +49,150 @@ keyed! {
     NetworkSetupRequest NetworkTeardownRequest
 }
 
-/// The answers of unary calls, by key. A clone is another handle on the same answers.
+/// What one connection has called with keys; tonic puts it into the extensions of each of its requests. A clone is
+/// another handle.
 #[derive(Clone, Default)]
-pub struct Answers(Keys<watch::Receiver<Option<Answer>>>);
+pub struct Calls {
+    answers: Keys<Arc<watch::Sender<Option<Answer>>>>,
+    /// The commands that `Exec` has started.
+    pub commands: Keys<Feed>,
+}
 
 /// An encoded response, or the status that the call failed with.
 type Answer = Result<Vec<u8>, Status>;
 
-impl Answers {
-    /// What `call` answers to `request`, or what it answered when `method` was first called with the request's key;
-    /// a first call that is still under way is waited for.
-    ///
-    /// With a key the call goes on to its end when the client goes away. Without one it is dropped then.
-    ///
-    /// # Errors
-    /// The call's own status, also when repeated; `INVALID_ARGUMENT` when the key came with another request before;
-    /// `ALREADY_EXISTS` when the first call's answer is no longer kept.
-    pub async fn once<Req, Res, Call>(
-        &self,
-        method: &'static str,
-        mut request: Req,
-        call: impl FnOnce(Req) -> Call,
-    ) -> Result<Response<Res>, Status>
-    where
-        Req: Keyed,
-        Res: Message + Default,
-        Call: Future<Output = Result<Res, Status>> + Send + 'static,
-    {
-        let (sender, receiver) = watch::channel(None);
-        let mut answer = match self.0.claim(method, &mut request, || receiver.clone())? {
-            Claim::Unkeyed => return call(request).await.map(Response::new),
-            Claim::Again(first) => first,
-            Claim::First(mut ticket) => {
-                let work = call(request);
-                tokio::spawn(async move {
-                    let answer = work.await.map(|response| response.encode_to_vec());
-                    ticket.grow(answer.as_ref().map_or_else(|status| status.message().len(), Vec::len));
-                    sender.send_replace(Some(answer));
-                });
-                receiver
-            }
-        };
-        let lost = || Status::internal(format!("{method} ended without an answer"));
-        let answer = answer.wait_for(Option::is_some).await.map_err(|_| lost())?;
-        let encoded = answer.as_ref().ok_or_else(lost)?.as_ref().map_err(Status::clone)?;
-        Ok(Response::new(Res::decode(encoded.as_slice()).map_err(|_| lost())?))
+impl Calls {
+    /// Without a call yet. `all` counts what is kept beside this.
+    #[must_use]
+    pub fn new(all: &Kept) -> Self {
+        Self {
+            answers: Keys::new(all),
+            commands: Keys::new(all),
+        }
+    }
+
+    /// Those of the request's connection.
+    #[must_use]
+    pub fn of<T>(request: &Request<T>) -> Self {
+        request.extensions().get().cloned().unwrap_or_default()
     }
 }
 
-/// Calls under way and ended ones by their keys, each with what answers it again. A clone is another handle.
-pub struct Keys<T>(Arc<Mutex<State<T>>>);
-
-/// What a request's key says.
-pub enum Claim<T> {
-    /// It has none.
-    Unkeyed,
-    /// It is new; to be held until the call has ended.
-    First(Ticket<T>),
-    /// The same request came before, and this answers it again.
-    Again(T),
+/// What `call` answers to `request`, or what it answered when `method` was first called so with the request's key; a
+/// first call that is still under way is waited for. It goes on to its end when the client goes away: half a
+/// container is nobody's wish.
+///
+/// # Errors
+/// The call's own status, also when repeated.
+pub async fn to_the_end<Req, Res, Call>(
+    method: &'static str,
+    request: Request<Req>,
+    call: impl FnOnce(Req) -> Call,
+) -> Result<Response<Res>, Status>
+where
+    Req: Keyed,
+    Res: Message + Default,
+    Call: Future<Output = Result<Res, Status>> + Send + 'static,
+{
+    once(method, request, call, true).await
 }
 
-type Key = (&'static str, String);
+/// As [`to_the_end`], but the call is dropped, and forgotten, when nobody waits for its answer any more.
+///
+/// # Errors
+/// As there.
+pub async fn while_wanted<Req, Res, Call>(
+    method: &'static str,
+    request: Request<Req>,
+    call: impl FnOnce(Req) -> Call,
+) -> Result<Response<Res>, Status>
+where
+    Req: Keyed,
+    Res: Message + Default,
+    Call: Future<Output = Result<Res, Status>> + Send + 'static,
+{
+    once(method, request, call, false).await
+}
+
+async fn once<Req, Res, Call>(
+    method: &'static str,
+    request: Request<Req>,
+    call: impl FnOnce(Req) -> Call,
+    outlives: bool,
+) -> Result<Response<Res>, Status>
+where
+    Req: Keyed,
+    Res: Message + Default,
+    Call: Future<Output = Result<Res, Status>> + Send + 'static,
+{
+    let answers = Calls::of(&request).answers;
+    let mut request = request.into_inner();
+    let id = identity(method, &mut request);
+    let mut answer = if let Some(first) = id.and_then(|id| answers.find(id)) {
+        first.subscribe()
+    } else {
+        let (sender, receiver) = watch::channel(None);
+        let sender = Arc::new(sender);
+        let mut ticket = id.and_then(|id| answers.remember(id, sender.clone()));
+        let work = call(request);
+        tokio::spawn(async move {
+            tokio::select! {
+                answer = work => {
+                    let answer = answer.map(|response| response.encode_to_vec());
+                    if let Some(ticket) = &mut ticket {
+                        ticket.grow(answer.as_ref().map_or_else(|status| status.message().len(), Vec::len));
+                    }
+                    sender.send_replace(Some(answer));
+                }
+                // Nobody comes in between: the agent has one thread.
+                () = sender.closed(), if !outlives => if let Some(ticket) = &mut ticket {
+                    ticket.forget();
+                },
+            }
+        });
+        receiver
+    };
+    let lost = || Status::internal(format!("{method} ended without an answer"));
+    let answer = answer.wait_for(Option::is_some).await.map_err(|_| lost())?;
+    let encoded = answer.as_ref().ok_or_else(lost)?.as_ref().map_err(Status::clone)?;
+    Ok(Response::new(Res::decode(encoded.as_slice()).map_err(|_| lost())?))
+}
+
+/// Equal for the same request to the same method with the same key; `None` when it has no key. As the same build of the
+/// agent encodes requests they are equal when they mean the same: their maps are sorted.
+pub fn identity(method: &'static str, request: &mut impl Keyed) -> Option<u64> {
+    // Another try of the same request may have another request_id.
+    let metadata = request.metadata().take();
+    let key = metadata.as_ref().map_or("", |metadata| &metadata.idempotency_key);
+    let identity = (!key.is_empty()).then(|| {
+        let mut hasher = DefaultHasher::new();
+        (method, key, request.encode_to_vec()).hash(&mut hasher);
+        hasher.finish()
+    });
+    *request.metadata() = metadata;
+    identity
+}
+
+/// How many bytes all connections of an agent keep. A clone is another handle.
+#[derive(Clone, Default)]
+pub struct Kept(Arc<AtomicUsize>);
+
+/// Calls of one connection, each with what answers it again. A clone is another handle.
+pub struct Keys<T>(Arc<Mutex<State<T>>>);
 
 struct State<T> {
-    calls: HashMap<Key, Call<T>>,
-    /// Ended calls, the oldest first.
-    ended: VecDeque<(Instant, Key)>,
-    /// Ended calls at the front of `ended` whose answers are dropped.
-    bare: usize,
+    /// In the order of their start.
+    calls: BTreeMap<u64, Call<T>>,
+    last: u64,
     bytes: usize,
+    all: Kept,
 }
 
 struct Call<T> {
-    request: u64,
-    /// None when it is not kept.
-    answer: Option<T>,
+    identity: u64,
+    answer: T,
     bytes: usize,
+    ended: bool,
 }
 
 impl<T> Clone for Keys<T> {
@@ -139,244 +203,211 @@ impl<T> Clone for Keys<T> {
 
 impl<T> Default for Keys<T> {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(State {
-            calls: HashMap::new(),
-            ended: VecDeque::new(),
-            bare: 0,
-            bytes: 0,
-        })))
-    }
-}
-
-impl<T: Clone> Keys<T> {
-    /// Looks the request's key up; a new one is remembered with `answer`.
-    ///
-    /// # Errors
-    /// `INVALID_ARGUMENT` when the key came with another request to `method` before, or is too long;
-    /// `ALREADY_EXISTS` when what would answer it again is not kept.
-    pub fn claim<Req: Keyed>(
-        &self,
-        method: &'static str,
-        request: &mut Req,
-        answer: impl FnOnce() -> T,
-    ) -> Result<Claim<T>, Status> {
-        // Another try of the same request may have other metadata.
-        let metadata = request.metadata().take();
-        let wanted = metadata.as_ref().map_or("", |metadata| &metadata.idempotency_key);
-        if wanted.is_empty() {
-            *request.metadata() = metadata;
-            return Ok(Claim::Unkeyed);
-        }
-        if wanted.len() > LONGEST_KEY {
-            return Err(Status::invalid_argument(format!(
-                "{method}: an idempotency key has at most {LONGEST_KEY} bytes, this one {}",
-                wanted.len()
-            )));
-        }
-        let key = (method, wanted.to_owned());
-        let fingerprint = fingerprint(request);
-        *request.metadata() = metadata;
-        let mut state = self.lock();
-        state.forget_old();
-        if let Some(call) = state.calls.get(&key) {
-            if call.request != fingerprint {
-                return Err(Status::invalid_argument(format!(
-                    "{method}: the idempotency key {:?} came with another request before",
-                    key.1
-                )));
-            }
-            return call.answer.clone().map(Claim::Again).ok_or_else(|| {
-                Status::already_exists(format!(
-                    "{method}: the call with the idempotency key {:?} was made before, and its answer is not kept",
-                    key.1
-                ))
-            });
-        }
-        let call = Call {
-            request: fingerprint,
-            answer: Some(answer()),
-            bytes: 0,
-        };
-        state.calls.insert(key.clone(), call);
-        drop(state);
-        Ok(Claim::First(Ticket {
-            keys: self.clone(),
-            key,
-        }))
+        Self::new(&Kept::default())
     }
 }
 
 impl<T> Keys<T> {
+    fn new(all: &Kept) -> Self {
+        Self(Arc::new(Mutex::new(State {
+            calls: BTreeMap::new(),
+            last: 0,
+            bytes: 0,
+            all: all.clone(),
+        })))
+    }
+
     fn lock(&self) -> MutexGuard<'_, State<T>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What answers the call again that came with this [`identity`] before.
+    #[must_use]
+    pub fn find(&self, identity: u64) -> Option<T>
+    where
+        T: Clone,
+    {
+        let state = self.lock();
+        let call = state.calls.values().rev().find(|call| call.identity == identity);
+        call.map(|call| call.answer.clone())
+    }
+
+    /// Remembers a call that starts, and what will answer it again; `None` when there is no room for it.
+    #[must_use]
+    pub fn remember(&self, identity: u64, answer: T) -> Option<Ticket<T>> {
+        let mut state = self.lock();
+        if !state.take(ENTRY) {
+            return None;
+        }
+        state.last += 1;
+        let number = state.last;
+        let call = Call {
+            identity,
+            answer,
+            bytes: ENTRY,
+            ended: false,
+        };
+        state.calls.insert(number, call);
+        Some(Ticket {
+            keys: self.clone(),
+            number,
+        })
     }
 }
 
 impl<T> State<T> {
-    fn forget_old(&mut self) {
-        while let Some((end, key)) = self.ended.front()
-            && (self.ended.len() > KEPT_CALLS || end.elapsed() >= KEPT_FOR)
-        {
-            if let Some(call) = self.calls.remove(key) {
-                self.bytes -= call.bytes;
-            }
-            self.ended.pop_front();
-            self.bare = self.bare.saturating_sub(1);
-        }
-    }
-
-    /// Drops ended calls' answers, the oldest first, until `wanted` more bytes fit, if they ever do.
-    fn make_room(&mut self, wanted: usize) -> bool {
+    /// Takes `wanted` more bytes, for which ended calls are forgotten, the oldest first, as far as needed.
+    fn take(&mut self, wanted: usize) -> bool {
         if wanted > KEPT_BYTES {
             return false;
         }
-        while self.bytes + wanted > KEPT_BYTES {
-            let Some((_, key)) = self.ended.get(self.bare) else {
+        while self.bytes + wanted > KEPT_BYTES || self.all.0.load(Ordering::Relaxed) + wanted > KEPT_BYTES_IN_ALL {
+            let oldest = self.calls.iter().find(|(_, call)| call.ended);
+            let Some(number) = oldest.map(|(number, _)| *number) else {
                 return false;
             };
-            self.bare += 1;
-            if let Some(call) = self.calls.get_mut(key) {
-                self.bytes -= std::mem::take(&mut call.bytes);
-                call.answer = None;
-            }
+            self.forget(number);
         }
+        self.bytes += wanted;
+        self.all.0.fetch_add(wanted, Ordering::Relaxed);
         true
+    }
+
+    fn forget(&mut self, number: u64) {
+        if let Some(call) = self.calls.remove(&number) {
+            self.bytes -= call.bytes;
+            self.all.0.fetch_sub(call.bytes, Ordering::Relaxed);
+        }
     }
 }
 
-/// A first call under way. Dropping it says that the call has ended.
+impl<T> Drop for State<T> {
+    fn drop(&mut self) {
+        self.all.0.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// A call under way that is remembered. Dropping it says that the call has ended.
 pub struct Ticket<T> {
     keys: Keys<T>,
-    key: Key,
+    number: u64,
 }
 
 impl<T> Ticket<T> {
-    /// Accounts for `bytes` more of the answer. When they do not fit the answer is dropped, and this is false.
+    /// Accounts for `bytes` more of the answer. When they do not fit the call is forgotten, and this is false.
     pub fn grow(&mut self, bytes: usize) -> bool {
         let mut state = self.keys.lock();
-        let state = &mut *state;
-        let fits = state.make_room(bytes);
-        let Some(call) = state.calls.get_mut(&self.key).filter(|call| call.answer.is_some()) else {
-            return false;
-        };
-        if fits {
-            call.bytes += bytes;
-            state.bytes += bytes;
-        } else {
-            state.bytes -= std::mem::take(&mut call.bytes);
-            call.answer = None;
+        // Not by what this call has already: it is all or nothing.
+        let fits = state.calls.contains_key(&self.number) && state.take(bytes);
+        match state.calls.get_mut(&self.number) {
+            Some(call) if fits => call.bytes += bytes,
+            _ => state.forget(self.number),
         }
         fits
     }
 
-    /// Keeps the key, and not what answers it again.
-    pub fn drop_answer(&mut self) {
-        let mut state = self.keys.lock();
-        if let Some(call) = state.calls.get_mut(&self.key) {
-            call.answer = None;
-            let bytes = std::mem::take(&mut call.bytes);
-            state.bytes -= bytes;
-        }
+    /// Forgets the call: it is not answered again.
+    pub fn forget(&mut self) {
+        self.keys.lock().forget(self.number);
     }
 }
 
 impl<T> Drop for Ticket<T> {
     fn drop(&mut self) {
-        let mut state = self.keys.lock();
-        let key = std::mem::take(&mut self.key.1);
-        state.ended.push_back((Instant::now(), (self.key.0, key)));
-        state.forget_old();
+        if let Some(call) = self.keys.lock().calls.get_mut(&self.number) {
+            call.ended = true;
+        }
     }
-}
-
-/// Equal for equal requests, as the same build of the agent encodes them: their maps are sorted.
-fn fingerprint(request: &impl Message) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    request.encode_to_vec().hash(&mut hasher);
-    hasher.finish()
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
     use tonic::Code;
 
     use super::*;
     use crate::proto::{OciExecRequest, OciExecResponse};
 
-    fn request(key: &str, command: &str) -> OciExecRequest {
-        OciExecRequest {
-            command: command.into(),
-            env: (0..20).map(|n| (format!("V{n}"), n.to_string())).collect(),
-            metadata: Some(TransportMetadata {
-                request_id: String::new(),
-                idempotency_key: key.into(),
-            }),
-            ..OciExecRequest::default()
-        }
-    }
-
-    /// Answers whose calls are counted, and answer with their number and `size` bytes.
+    /// A connection whose calls are counted, and answer with their number and `size` bytes.
     #[derive(Default)]
-    struct Counted {
-        answers: Answers,
-        calls: Arc<AtomicUsize>,
+    struct Connection {
+        calls: Calls,
+        count: Arc<AtomicUsize>,
     }
 
-    impl Counted {
-        async fn call(&self, method: &'static str, request: OciExecRequest, size: usize) -> Result<i32, Status> {
-            let calls = self.calls.clone();
-            let answer = self.answers.once(method, request, |_| async move {
-                let count = calls.fetch_add(1, Ordering::Relaxed) + 1;
+    impl Connection {
+        fn request(&self, key: &str, command: &str) -> Request<OciExecRequest> {
+            let mut request = Request::new(OciExecRequest {
+                command: command.into(),
+                env: (0..20).map(|n| (format!("V{n}"), n.to_string())).collect(),
+                metadata: Some(TransportMetadata {
+                    request_id: String::new(),
+                    idempotency_key: key.into(),
+                }),
+                ..OciExecRequest::default()
+            });
+            request.extensions_mut().insert(self.calls.clone());
+            request
+        }
+
+        async fn call_with(&self, method: &'static str, request: Request<OciExecRequest>, size: usize) -> i32 {
+            let count = self.count.clone();
+            let answer = to_the_end(method, request, |_| async move {
+                let number = count.fetch_add(1, Ordering::Relaxed) + 1;
                 tokio::task::yield_now().await;
                 Ok(OciExecResponse {
-                    exit_code: i32::try_from(count).unwrap(),
+                    exit_code: i32::try_from(number).unwrap(),
                     stdout: "x".repeat(size),
                     ..OciExecResponse::default()
                 })
             });
-            answer.await.map(|response| response.into_inner().exit_code)
+            answer.await.unwrap().into_inner().exit_code
+        }
+
+        async fn call(&self, method: &'static str, key: &str, command: &str) -> i32 {
+            self.call_with(method, self.request(key, command), 0).await
+        }
+
+        async fn call_of(&self, key: &str, size: usize) -> i32 {
+            self.call_with("A", self.request(key, "one"), size).await
+        }
+
+        fn bytes(&self) -> usize {
+            self.calls.answers.lock().bytes
         }
     }
 
     #[tokio::test]
     async fn a_key_answers_again_and_without_one_every_call_counts() {
-        let counted = Counted::default();
-        assert_eq!(counted.call("A", request("k", "one"), 0).await.unwrap(), 1);
-        let mut again = request("k", "one");
-        again.metadata.as_mut().unwrap().request_id = "another try".into();
-        assert_eq!(counted.call("A", again, 0).await.unwrap(), 1);
-        assert_eq!(counted.call("B", request("k", "one"), 0).await.unwrap(), 2);
-        assert_eq!(counted.call("A", request("", "one"), 0).await.unwrap(), 3);
-        assert_eq!(counted.call("A", request("", "one"), 0).await.unwrap(), 4);
+        let connection = Connection::default();
+        assert_eq!(connection.call("A", "k", "one").await, 1);
+        let mut again = connection.request("k", "one");
+        again.get_mut().metadata.as_mut().unwrap().request_id = "another try".into();
+        assert_eq!(connection.call_with("A", again, 0).await, 1);
+        assert_eq!(connection.call("B", "k", "one").await, 2);
+        assert_eq!(connection.call("A", "", "one").await, 3);
+        assert_eq!(connection.call("A", "", "one").await, 4);
     }
 
     #[tokio::test]
-    async fn a_key_belongs_to_its_request() {
-        let counted = Counted::default();
-        counted.call("A", request("k", "one"), 0).await.unwrap();
-        let refused = counted.call("A", request("k", "two"), 0).await.unwrap_err();
-        assert_eq!(refused.code(), Code::InvalidArgument);
-        assert!(refused.message().contains("\"k\""), "{refused:?}");
-        let long = counted
-            .call("A", request(&"k".repeat(2000), "one"), 0)
-            .await
-            .unwrap_err();
-        assert_eq!(long.code(), Code::InvalidArgument);
+    async fn a_key_belongs_to_its_request_and_its_connection() {
+        let connection = Connection::default();
+        assert_eq!(connection.call("A", "k", "one").await, 1);
+        assert_eq!(connection.call("A", "k", "two").await, 2);
+        assert_eq!(connection.call("A", "k", "one").await, 1);
+        assert_eq!(connection.call("A", &"k".repeat(1 << 20), "one").await, 3);
+        let other = Connection {
+            calls: Calls::default(),
+            count: connection.count.clone(),
+        };
+        assert_eq!(other.call("A", "k", "one").await, 4);
     }
 
     #[tokio::test]
     async fn a_failure_is_an_answer_too() {
-        let answers = Answers::default();
+        let connection = Connection::default();
         for text in ["first", "second"] {
-            let answer: Result<Response<OciExecResponse>, Status> = answers
-                .once(
-                    "A",
-                    request("k", "one"),
-                    |_| async move { Err(Status::not_found(text)) },
-                )
-                .await;
+            let fail = |_| async move { Err::<OciExecResponse, _>(Status::not_found(text)) };
+            let answer = to_the_end("A", connection.request("k", "one"), fail).await;
             let status = answer.unwrap_err();
             assert_eq!((status.code(), status.message()), (Code::NotFound, "first"));
         }
@@ -384,60 +415,99 @@ mod tests {
 
     #[tokio::test]
     async fn a_second_call_waits_for_the_first_even_when_its_client_is_gone() {
+        let connection = Connection::default();
         let (open, gate) = tokio::sync::oneshot::channel::<()>();
-        let answers = Answers::default();
-        let first = tokio::spawn({
-            let answers = answers.clone();
-            let call = |_| async move {
-                gate.await.unwrap();
-                Ok(OciExecResponse {
-                    exit_code: 7,
-                    ..OciExecResponse::default()
-                })
-            };
-            async move { answers.once("A", request("k", "one"), call).await }
-        });
+        let wait = |_| async move {
+            gate.await.unwrap();
+            Ok(OciExecResponse {
+                exit_code: 7,
+                ..OciExecResponse::default()
+            })
+        };
+        let first = tokio::spawn(to_the_end("A", connection.request("k", "one"), wait));
         tokio::task::yield_now().await;
         first.abort();
         assert!(first.await.unwrap_err().is_cancelled());
         let never = |_| async { panic!("the work is done twice") };
-        let second = answers.once::<_, OciExecResponse, _>("A", request("k", "one"), never);
+        let second = to_the_end::<_, OciExecResponse, _>("A", connection.request("k", "one"), never);
         open.send(()).unwrap();
         assert_eq!(second.await.unwrap().into_inner().exit_code, 7);
     }
 
     #[tokio::test]
-    async fn answers_are_bounded_in_bytes_and_their_keys_stay() {
-        let counted = Counted::default();
-        for number in 0..10 {
-            let key = format!("key {number}");
-            counted.call("A", request(&key, "one"), 1 << 20).await.unwrap();
-        }
-        assert!(counted.answers.0.lock().bytes <= KEPT_BYTES);
-        assert_eq!(counted.call("A", request("key 9", "one"), 0).await.unwrap(), 10);
-        let dropped = counted.call("A", request("key 0", "one"), 0).await.unwrap_err();
-        assert_eq!(dropped.code(), Code::AlreadyExists);
-        // One that never fits is answered all the same, once.
-        assert_eq!(counted.call("A", request("huge", "one"), KEPT_BYTES).await.unwrap(), 11);
-        let huge = counted.call("A", request("huge", "one"), KEPT_BYTES).await.unwrap_err();
-        assert_eq!(huge.code(), Code::AlreadyExists);
-        assert_eq!(counted.call("A", request("key 9", "one"), 0).await.unwrap(), 10);
+    async fn a_call_that_only_its_clients_want_ends_with_the_last_of_them() {
+        let connection = Connection::default();
+        let (held, mut ended) = tokio::sync::oneshot::channel::<()>();
+        let wait = |_| async move {
+            let _held = held;
+            std::future::pending::<Result<OciExecResponse, Status>>().await
+        };
+        let first = tokio::spawn(while_wanted("A", connection.request("k", "one"), wait));
+        tokio::task::yield_now().await;
+        let never = |_| async { panic!("the work is done twice") };
+        let second = while_wanted::<_, OciExecResponse, _>("A", connection.request("k", "one"), never);
+        let second = tokio::spawn(second);
+        tokio::task::yield_now().await;
+        first.abort();
+        assert!(first.await.unwrap_err().is_cancelled());
+        tokio::task::yield_now().await;
+        assert!(ended.try_recv() == Err(tokio::sync::oneshot::error::TryRecvError::Empty));
+        second.abort();
+        assert!((&mut ended).await.is_err());
+        // It is as if it had never been.
+        assert_eq!(connection.call("A", "k", "one").await, 1);
+        assert_eq!(connection.calls.answers.lock().calls.len(), 1);
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn keys_are_bounded_in_number_and_time() {
-        let counted = Counted::default();
-        for number in 0..=KEPT_CALLS {
-            let key = format!("key {number}");
-            counted.call("A", request(&key, "one"), 0).await.unwrap();
+    #[tokio::test]
+    async fn answers_are_bounded_and_one_that_is_not_kept_is_made_anew() {
+        let connection = Connection::default();
+        for number in 1..=10 {
+            assert_eq!(
+                connection.call_of(&format!("key {number}"), KEPT_BYTES / 4).await,
+                number
+            );
+            assert!(connection.bytes() <= KEPT_BYTES);
         }
-        let made = i32::try_from(KEPT_CALLS).unwrap() + 1;
-        assert_eq!(counted.answers.0.lock().calls.len(), KEPT_CALLS);
-        assert_eq!(counted.call("A", request("key 1", "one"), 0).await.unwrap(), 2);
-        assert_eq!(counted.call("A", request("key 0", "one"), 0).await.unwrap(), made + 1);
-        tokio::time::advance(KEPT_FOR).await;
-        assert_eq!(counted.call("A", request("key 9", "one"), 0).await.unwrap(), made + 2);
-        let state = counted.answers.0.lock();
-        assert_eq!((state.calls.len(), state.ended.len(), state.bare), (1, 1, 0));
+        assert_eq!(connection.call_of("key 10", KEPT_BYTES / 4).await, 10);
+        assert_eq!(connection.call_of("key 1", KEPT_BYTES / 4).await, 11);
+        // One that never fits is answered all the same, and takes nobody's place.
+        assert_eq!(connection.call_of("huge", KEPT_BYTES).await, 12);
+        assert_eq!(connection.call_of("huge", KEPT_BYTES).await, 13);
+        assert_eq!(connection.call_of("key 10", KEPT_BYTES / 4).await, 10);
+        for number in 0..2 * KEPT_BYTES / ENTRY {
+            connection.call_of(&format!("small {number}"), 0).await;
+        }
+        assert!(connection.calls.answers.lock().calls.len() <= KEPT_BYTES / ENTRY);
+    }
+
+    #[tokio::test]
+    async fn all_connections_together_are_bounded_and_each_ends_with_what_it_kept() {
+        let all = Kept::default();
+        let kept = || all.0.load(Ordering::Relaxed);
+        let connections: Vec<Connection> = (0..40)
+            .map(|_| Connection {
+                calls: Calls::new(&all),
+                count: Arc::default(),
+            })
+            .collect();
+        for connection in &connections {
+            assert_eq!(connection.call_of("k", KEPT_BYTES / 2).await, 1);
+            assert!(kept() <= KEPT_BYTES_IN_ALL);
+        }
+        assert_eq!(connections[0].call_of("k", KEPT_BYTES / 2).await, 1);
+        // Nothing was left for the last one, and it was served.
+        assert_eq!(connections[39].call_of("k", KEPT_BYTES / 2).await, 2);
+        drop(connections);
+        assert_eq!(kept(), 0);
+    }
+
+    #[tokio::test]
+    async fn calls_under_way_are_bounded_too() {
+        let keys = Keys::<()>::default();
+        let tickets: Vec<_> = (0..).map_while(|number| keys.remember(number, ())).collect();
+        assert_eq!(tickets.len(), KEPT_BYTES / ENTRY);
+        drop(tickets);
+        assert!(keys.remember(0, ()).is_some());
     }
 }

@@ -1,15 +1,19 @@
 //! The guest agent of a vz sandbox: serves the contract `vz.agent.v1` on a vsock port.
 //!
-//! One module per concern: [`transport`] accepts connections, [`agent`], [`oci`] and [`network`] are the services,
-//! [`exec`] runs commands ([`command`] starts one, [`channel`] is an end of its pipe or terminal, [`feed`] its events),
-//! [`user`] says who runs them, [`forward`] connects to ports, [`idempotency`] answers repeated calls, [`system`]
-//! describes the guest, [`clock`] sets its clock, [`limits`] is about open files, [`youki`] runs containers, with
-//! [`shim`] beside them, [`collect`] waits for a program and what it prints, [`netlink`] asks the kernel for interfaces,
-//! [`subnet`] reads their addresses.
+//! One module per concern: [`transport`] accepts connections ([`authority`] takes any name for one), [`agent`], [`oci`]
+//! and [`network`] are the services, [`exec`] runs commands ([`command`] starts one, [`channel`] is an end of its pipe
+//! or terminal, [`feed`] its events, [`aside`] what it may wait for), [`user`] says who runs them, [`forward`] connects
+//! to ports, [`idempotency`] answers repeated calls, [`system`] describes the guest, [`clock`] sets its clock,
+//! [`resume`] keeps it its own across restores, [`limits`] is about open files, [`oom`] about memory that runs out,
+//! [`youki`] runs containers, with [`shim`] beside them, [`collect`] waits for a program and what it prints,
+//! [`netlink`] asks the kernel for interfaces, [`subnet`] reads their addresses, [`revision`] answers hosts of another
+//! one.
 
 use std::path::PathBuf;
 
 pub mod agent;
+pub mod aside;
+pub mod authority;
 pub mod channel;
 pub mod clock;
 pub mod collect;
@@ -22,6 +26,9 @@ pub mod limits;
 pub mod netlink;
 pub mod network;
 pub mod oci;
+pub mod oom;
+pub mod resume;
+mod revision;
 pub mod shim;
 pub mod subnet;
 pub mod system;
@@ -53,24 +60,27 @@ const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 const MAX_STREAMS: u32 = 10_000;
 
 /// Serves all of the contract on `connections` until they end, which they never do on a listening socket;
-/// containers by the program `oci_runtime`.
+/// containers by the program `oci_runtime`, or the one of the host's share.
 ///
 /// # Errors
 /// Only what tonic's server raises as a whole; a broken connection ends alone.
-pub async fn serve(connections: transport::Connections, oci_runtime: PathBuf) -> Result<(), tonic::transport::Error> {
+pub async fn serve(
+    connections: transport::Connections,
+    oci_runtime: Option<PathBuf>,
+) -> Result<(), tonic::transport::Error> {
     use proto::{
         agent_service_server::AgentServiceServer, network_service_server::NetworkServiceServer,
         oci_service_server::OciServiceServer,
     };
-    let answers = idempotency::Answers::default();
     tonic::transport::Server::builder()
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(MAX_STREAMS)
         .http2_max_pending_accept_reset_streams(Some(MAX_STREAMS as usize))
-        .add_service(AgentServiceServer::new(agent::Agent::new(answers.clone())))
-        .add_service(OciServiceServer::new(oci::Oci::new(oci_runtime, answers.clone())))
-        .add_service(NetworkServiceServer::new(network::Network::new(answers)))
+        .layer(tower::util::MapResponseLayer::new(revision::named))
+        .add_service(AgentServiceServer::new(agent::Agent::default()))
+        .add_service(OciServiceServer::new(oci::Oci::new(oci_runtime)))
+        .add_service(NetworkServiceServer::new(network::Network::default()))
         .serve_with_incoming(connections)
         .await
 }

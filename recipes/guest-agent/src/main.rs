@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use vz_guest_agent::transport::{Endpoint, Listener, announce};
-use vz_guest_agent::{AGENT_PROTOCOL_REVISION, VERSION, limits, serve, shim, youki};
+use vz_guest_agent::{AGENT_PROTOCOL_REVISION, VERSION, limits, oom, serve, shim};
 
 const USAGE: &str = "\
 usage: vz-guest-agent [--listen ENDPOINT] [--ready ENDPOINT] [--oci-runtime PATH] [--version]
@@ -12,13 +12,13 @@ usage: vz-guest-agent [--listen ENDPOINT] [--ready ENDPOINT] [--oci-runtime PATH
   --listen ENDPOINT   where to serve: vsock:PORT (default vsock:7424) or unix:PATH
   --ready ENDPOINT    whom to tell once that it listens: vsock:PORT on the host, or unix:PATH
                       (default vsock:7425 when listening on vsock, else nobody)
-  --oci-runtime PATH  the program that runs containers (default /mnt/oci-runtime-bin/youki)
+  --oci-runtime PATH  the program that runs containers (default /run/vz-oci/bin/youki, else /usr/local/bin/youki)
   --version           print the version and the protocol revision";
 
 struct Options {
     listen: Endpoint,
     ready: Option<Endpoint>,
-    oci_runtime: PathBuf,
+    oci_runtime: Option<PathBuf>,
 }
 
 enum Asked {
@@ -29,7 +29,7 @@ enum Asked {
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Asked, String> {
     let (mut listen, mut ready) = (Endpoint::Vsock(7424), None);
-    let mut oci_runtime = PathBuf::from(youki::PROGRAM);
+    let mut oci_runtime = None;
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--version" => return Ok(Asked::Version),
@@ -45,7 +45,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Asked, String> {
                     ready = Some(endpoint);
                 }
             }
-            "--oci-runtime" => oci_runtime = arguments.next().ok_or("--oci-runtime wants a path")?.into(),
+            "--oci-runtime" => oci_runtime = Some(arguments.next().ok_or("--oci-runtime wants a path")?.into()),
             _ => return Err(format!("{argument:?} is not an option")),
         }
     }
@@ -89,6 +89,12 @@ async fn agent() -> ExitCode {
     if let Err(error) = limits::raise() {
         eprintln!("vz-guest-agent: the limit of open files stays as it is: {error}");
     }
+    // On a Unix socket this is no guest, and whom the machine ends first is not ours to say.
+    if matches!(options.listen, Endpoint::Vsock(_))
+        && let Err(error) = oom::protect()
+    {
+        eprintln!("vz-guest-agent: it may be ended when memory runs out: {error}");
+    }
     let listener = match Listener::bind(&options.listen) {
         Ok(listener) => listener,
         Err(error) => {
@@ -96,6 +102,9 @@ async fn agent() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    if let Some(resume) = listener.resume() {
+        tokio::spawn(resume.watch());
+    }
     if let Some(endpoint) = options.ready {
         // On a Unix socket this is no guest: the clock is the machine's, and not ours to set.
         let in_guest = matches!(options.listen, Endpoint::Vsock(_));

@@ -63,15 +63,23 @@ impl Netlink {
         self.request(libc::RTM_NEWLINK, NEW, &[link(0, 0), attributes.concat()].concat())
     }
 
-    /// Makes a pair of interfaces: `name` as a port of the interface with the index `bridge`, `peer` in `elsewhere`.
+    /// Makes a pair of interfaces: `name` as a port of the interface with the index `bridge`, and `peer` with its Ethernet
+    /// address in `elsewhere`.
     ///
     /// # Errors
     /// As above.
-    pub fn add_veth(&self, name: &str, bridge: u32, peer: &str, elsewhere: BorrowedFd<'_>) -> io::Result<()> {
+    pub fn add_veth(
+        &self,
+        name: &str,
+        bridge: u32,
+        (peer, ethernet): (&str, [u8; 6]),
+        elsewhere: BorrowedFd<'_>,
+    ) -> io::Result<()> {
         let namespace = elsewhere.as_raw_fd().to_ne_bytes();
         let peer = [
             link(0, 0),
             attribute(IFLA_IFNAME, &text(peer)),
+            attribute(IFLA_ADDRESS, &ethernet),
             attribute(IFLA_NET_NS_FD, &namespace),
         ];
         let data = attribute(VETH_INFO_PEER, &peer.concat());
@@ -96,12 +104,25 @@ impl Netlink {
         }
     }
 
-    /// Switches an interface on.
+    /// Switches an interface on, under another name when one is given: both at once.
     ///
     /// # Errors
     /// As above.
-    pub fn up(&self, index: u32) -> io::Result<()> {
-        self.request(libc::RTM_NEWLINK, 0, &link(index, libc::IFF_UP as u32))
+    pub fn up(&self, index: u32, renamed: Option<&str>) -> io::Result<()> {
+        let mut body = link(index, libc::IFF_UP as u32);
+        if let Some(name) = renamed {
+            body.extend(attribute(IFLA_IFNAME, &text(name)));
+        }
+        self.request(libc::RTM_NEWLINK, 0, &body)
+    }
+
+    /// Makes an interface a port of the interface with the index `bridge`, which it may be already.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn join(&self, index: u32, bridge: u32) -> io::Result<()> {
+        let master = attribute(IFLA_MASTER, &bridge.to_ne_bytes());
+        self.request(libc::RTM_NEWLINK, 0, &[link(index, 0), master].concat())
     }
 
     /// Gives an interface an address, at once and without asking the network whether it is free.

@@ -1,9 +1,10 @@
-//! `NetworkService`: a bridge for each network of a stack, and for each of its services a network namespace on one.
+//! `NetworkService`: a bridge for each network of a stack, and for each of its services a network namespace on some.
 //!
-//! A service's namespace is `/run/netns/<stack>-<service>`, as `ip netns` names them, with `lo` and one end of a veth
-//! pair, `eth0`. The other end is a port of the bridge, which has an address as well: the gateway. What was set up
-//! is recorded in [`STATE`], one file a service, written before and removed after what it stands for; so it outlives
-//! the agent, and nothing that is half there is forgotten.
+//! A service's namespace is `/var/run/netns/<service>`, as `ip netns` names them, with `lo` and for each of its networks
+//! one end of a veth pair, `eth0`, `eth1` and so on. The other end is a port of the network's bridge, which has an
+//! address as well: the gateway. What was set up is recorded in [`STATE`], one file a service, written before and
+//! removed after what it stands for; so it outlives the agent, and nothing that is half there is forgotten. A port has
+//! its name once all is done that belongs to it.
 
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -18,7 +19,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
 
-use crate::idempotency::Answers;
+use crate::idempotency::to_the_end;
 use crate::netlink::{Netlink, index};
 use crate::proto::network_service_server::NetworkService;
 use crate::proto::{NetworkSetupRequest, NetworkSetupResponse, NetworkTeardownRequest, NetworkTeardownResponse};
@@ -28,24 +29,13 @@ use crate::subnet::Subnet;
 const STATE: &str = "/run/vz/network";
 
 /// Where named network namespaces are (ip-netns(8)).
-const NAMESPACES: &str = "/run/netns";
+const NAMESPACES: &str = "/var/run/netns";
 
 /// The service.
+#[derive(Default)]
 pub struct Network {
     /// One call at a time: bridges are shared.
     busy: Arc<Mutex<()>>,
-    answers: Answers,
-}
-
-impl Network {
-    /// Repeated calls get theirs of `answers`.
-    #[must_use]
-    pub fn new(answers: Answers) -> Self {
-        Self {
-            busy: Arc::default(),
-            answers,
-        }
-    }
 }
 
 #[tonic::async_trait]
@@ -58,9 +48,7 @@ impl NetworkService for Network {
                 Ok(NetworkSetupResponse {})
             })
         };
-        self.answers
-            .once("NetworkService.Setup", request.into_inner(), call)
-            .await
+        to_the_end("NetworkService.Setup", request, call).await
     }
 
     async fn teardown(
@@ -74,9 +62,7 @@ impl NetworkService for Network {
                 Ok(NetworkTeardownResponse {})
             })
         };
-        self.answers
-            .once("NetworkService.Teardown", request.into_inner(), call)
-            .await
+        to_the_end("NetworkService.Teardown", request, call).await
     }
 }
 
@@ -102,6 +88,13 @@ async fn on_a_thread<T: Send + 'static>(
 struct Service {
     stack: String,
     name: String,
+    /// `eth0` is the first.
+    legs: Vec<Leg>,
+}
+
+/// A service's end of a network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Leg {
     subnet: Subnet,
     network: String,
     /// The bridge's address in the subnet; `None` when the subnet has no room for one.
@@ -114,42 +107,59 @@ impl Service {
     }
 
     fn namespace(&self) -> PathBuf {
-        Path::new(NAMESPACES).join(format!("{}-{}", self.stack, self.name))
+        Path::new(NAMESPACES).join(&self.name)
     }
 
-    /// The interface's name at the bridge. Names have at most 15 bytes.
-    fn port(&self) -> String {
-        short("vzp", &[&self.stack, &self.name])
+    /// The name of a leg's interface at the bridge. Names have at most 15 bytes.
+    fn port(&self, leg: &Leg) -> String {
+        short("vzp", &[&self.stack, &self.name, &leg.network])
     }
 
-    fn bridge(&self) -> String {
-        short("vzb", &[&self.stack, &self.network])
+    /// The port's name until it is ready.
+    fn draft(&self, leg: &Leg) -> String {
+        short("vzd", &[&self.stack, &self.name, &leg.network])
     }
 
+    fn bridge(&self, leg: &Leg) -> String {
+        short("vzb", &[&self.stack, &leg.network])
+    }
+
+    /// Three lines a leg.
     fn text(&self) -> String {
-        let gateway = self.gateway.map(|address| address.to_string()).unwrap_or_default();
-        format!("{}\n{gateway}\n{}\n", self.subnet, self.network)
+        let lines = self.legs.iter().map(|leg| {
+            let gateway = leg.gateway.map(|address| address.to_string()).unwrap_or_default();
+            format!("{}\n{gateway}\n{}\n", leg.subnet, leg.network)
+        });
+        lines.collect()
     }
 
     fn parse(stack: &str, name: &str, text: &str) -> Option<Self> {
+        let mut legs = Vec::new();
         let mut lines = text.lines();
-        let (subnet, gateway, network) = (lines.next()?.parse().ok()?, lines.next()?, lines.next()?);
-        let gateway = if gateway.is_empty() {
-            None
-        } else {
-            Some(gateway.parse().ok()?)
-        };
-        Some(Self {
+        while let Some(subnet) = lines.next() {
+            let (gateway, network) = (lines.next()?, lines.next()?);
+            legs.push(Leg {
+                subnet: subnet.parse().ok()?,
+                network: network.to_owned(),
+                gateway: if gateway.is_empty() {
+                    None
+                } else {
+                    Some(gateway.parse().ok()?)
+                },
+            });
+        }
+        (!legs.is_empty()).then(|| Self {
             stack: stack.to_owned(),
             name: name.to_owned(),
-            subnet,
-            network: network.to_owned(),
-            gateway,
+            legs,
         })
     }
 
-    fn is_there(&self) -> bool {
-        index(&self.port()).is_some() && index(&self.bridge()).is_some() && is_namespace(&self.namespace())
+    /// Whether a leg's gateway is the way to everywhere: of those of one kind, IPv4 or IPv6, the first one's is.
+    fn leads_out(&self, number: usize) -> bool {
+        let kind = |leg: &Leg| leg.gateway.map(|gateway| gateway.is_ipv4());
+        let own = kind(&self.legs[number]);
+        own.is_some() && self.legs[..number].iter().all(|leg| kind(leg) != own)
     }
 }
 
@@ -176,84 +186,40 @@ fn is_namespace(path: &Path) -> bool {
 
 fn set_up(request: &NetworkSetupRequest) -> Result<(), Status> {
     let stack = plain("stack_id", &request.stack_id)?;
-    let mut known = recorded(stack)?;
-    let mut wanted = Vec::new();
-    for service in &request.services {
-        let name = plain("a service's name", &service.name)?;
-        let subnet: Subnet = service.addr.parse().map_err(Status::invalid_argument)?;
-        if service.network_name.len() > 255 || service.network_name.contains('\n') {
-            return Err(Status::invalid_argument(format!(
-                "{:?} cannot name a network: it is too long, or more than a line",
-                service.network_name
-            )));
-        }
-        wanted.push(Service {
-            stack: stack.to_owned(),
-            name: name.to_owned(),
-            subnet,
-            network: service.network_name.clone(),
-            gateway: None,
-        });
-    }
     // All is checked before anything is made.
-    for (number, service) in wanted.iter().enumerate() {
-        let name = &service.name;
-        if wanted[..number].iter().any(|other| other.name == *name) {
-            return Err(Status::invalid_argument(format!("service {name:?} is named twice")));
-        }
-        if let Some(other) = known.iter().find(|other| other.name == *name) {
-            if (other.subnet, &other.network) != (service.subnet, &service.network) {
-                return Err(Status::already_exists(format!(
-                    "service {name:?} of stack {stack:?} is set up as {} in network {:?}; tear it down first",
-                    other.subnet, other.network
-                )));
-            }
-        } else if is_namespace(&service.namespace()) {
-            return Err(Status::already_exists(format!(
-                "{} is there already, and is not service {name:?} of stack {stack:?}",
-                service.namespace().display()
-            )));
-        }
-        let mut others = known
-            .iter()
-            .chain(&wanted[..number])
-            .filter(|other| other.name != *name);
-        let taken = others.find(|other| {
-            other.network == service.network
-                && (other.subnet.address == service.subnet.address || other.gateway == Some(service.subnet.address))
-        });
-        if let Some(other) = taken {
-            return Err(Status::invalid_argument(format!(
-                "the address {} of service {name:?} is taken in network {:?}, by service {:?} or its gateway",
-                service.subnet.address, service.network, other.name
-            )));
-        }
+    let wanted = wanted(stack, request)?;
+    let mut known = recorded(stack)?;
+    for service in &wanted {
+        check(service, &known, &wanted)?;
     }
-    let addresses: Vec<(String, IpAddr)> = wanted
-        .iter()
-        .chain(&known)
-        .map(|service| (service.network.clone(), service.subnet.address))
+    let addresses: Vec<(String, IpAddr)> = legs(wanted.iter().chain(&known))
+        .map(|leg| (leg.network.clone(), leg.subnet.address))
         .collect();
-    let mut made = Vec::new();
-    for mut service in wanted {
-        if let Some(other) = known.iter().find(|other| other.name == service.name) {
-            service = other.clone();
-            if service.is_there() {
-                continue;
+    let mut made: Vec<(Service, usize)> = Vec::new();
+    for service in wanted {
+        let at = known.iter().position(|other| other.name == service.name);
+        let at = at.unwrap_or_else(|| {
+            known.push(Service {
+                legs: Vec::new(),
+                ..service.clone()
+            });
+            known.len() - 1
+        });
+        let before = known[at].legs.len();
+        for mut leg in service.legs {
+            if !known[at].legs.iter().any(|other| other.network == leg.network) {
+                leg.gateway = gateway(&leg, legs(&known), &addresses);
+                known[at].legs.push(leg);
             }
-        } else {
-            service.gateway = gateway(&service, &known, &addresses);
-            known.push(service.clone());
         }
-        made.push(service);
-        let service = &made[made.len() - 1];
-        if let Err(error) = make(service) {
+        made.push((known[at].clone(), before));
+        if let Err(error) = make(&known[at]) {
             let sentence = format!(
                 "service {:?} of stack {stack:?} cannot be given its network: {error}; nothing of the call is left",
                 service.name
             );
-            for service in made.iter().rev() {
-                let _ = remove(service);
+            for (service, before) in made.iter().rev() {
+                let _ = remove(service, *before);
             }
             return Err(Status::internal(sentence));
         }
@@ -261,20 +227,116 @@ fn set_up(request: &NetworkSetupRequest) -> Result<(), Status> {
     Ok(())
 }
 
-/// The bridge's address for a service: the one it has in the subnet, else the first that no service has or wants.
-fn gateway(service: &Service, known: &[Service], addresses: &[(String, IpAddr)]) -> Option<IpAddr> {
+fn legs<'a>(services: impl IntoIterator<Item = &'a Service>) -> impl Iterator<Item = &'a Leg> {
+    services.into_iter().flat_map(|service| &service.legs)
+}
+
+/// The services of a request, each once, with its networks in the request's order.
+fn wanted(stack: &str, request: &NetworkSetupRequest) -> Result<Vec<Service>, Status> {
+    let mut wanted: Vec<Service> = Vec::new();
+    for service in &request.services {
+        let name = plain("a service's name", &service.name)?;
+        let subnet: Subnet = service.addr.parse().map_err(Status::invalid_argument)?;
+        let network = &service.network_name;
+        if network.len() > 255 || network.contains('\n') {
+            return Err(Status::invalid_argument(format!(
+                "{network:?} cannot name a network: it is too long, or more than a line"
+            )));
+        }
+        let leg = Leg {
+            subnet,
+            network: network.clone(),
+            gateway: None,
+        };
+        match wanted.iter_mut().find(|other| other.name == name) {
+            Some(other) if other.legs.iter().any(|other| other.network == *network) => {
+                return Err(Status::invalid_argument(format!(
+                    "service {name:?} is named twice in network {network:?}"
+                )));
+            }
+            Some(other) => other.legs.push(leg),
+            None => wanted.push(Service {
+                stack: stack.to_owned(),
+                name: name.to_owned(),
+                legs: vec![leg],
+            }),
+        }
+    }
+    Ok(wanted)
+}
+
+/// Whether a service can be set up beside the `known` ones of its stack and those that are `wanted` as well.
+fn check(service: &Service, known: &[Service], wanted: &[Service]) -> Result<(), Status> {
+    let (stack, name) = (&service.stack, &service.name);
+    let before = known.iter().find(|other| other.name == *name);
+    if before.is_none() {
+        let namespace = service.namespace();
+        if let Some(other) = stacks()?
+            .into_iter()
+            .find(|stack| Path::new(STATE).join(stack).join(name).exists())
+        {
+            return Err(Status::already_exists(format!(
+                "{} is service {name:?} of stack {other:?}; that of stack {stack:?} needs another name, or the other one \
+                 torn down first",
+                namespace.display()
+            )));
+        }
+        if is_namespace(&namespace) {
+            return Err(Status::already_exists(format!(
+                "{} is there already, and is not service {name:?} of stack {stack:?}",
+                namespace.display()
+            )));
+        }
+    }
+    let had: Vec<&Leg> = legs(before).collect();
+    for (number, leg) in service.legs.iter().enumerate() {
+        if let Some(other) = had.iter().find(|other| other.network == leg.network) {
+            if other.subnet != leg.subnet {
+                return Err(Status::already_exists(format!(
+                    "service {name:?} of stack {stack:?} is set up as {} in network {:?}; tear it down first",
+                    other.subnet, other.network
+                )));
+            }
+            continue;
+        }
+        let mut own = had.iter().copied().chain(&service.legs[..number]);
+        if let Some(other) = own.find(|other| other.subnet.overlaps(&leg.subnet)) {
+            return Err(Status::invalid_argument(format!(
+                "service {name:?} has {} in network {:?} and {} in network {:?}: it could not tell their subnets apart",
+                other.subnet, other.network, leg.subnet, leg.network
+            )));
+        }
+        let mut others = known.iter().chain(wanted).filter(|other| other.name != *name);
+        let taken = others.find(|other| {
+            other.legs.iter().any(|other| {
+                other.network == leg.network
+                    && (other.subnet.address == leg.subnet.address || other.gateway == Some(leg.subnet.address))
+            })
+        });
+        if let Some(other) = taken {
+            return Err(Status::invalid_argument(format!(
+                "the address {} of service {name:?} is taken in network {:?}, by service {:?} or its gateway",
+                leg.subnet.address, leg.network, other.name
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The bridge's address for a leg: the one it has in the subnet, else the first that no service has or wants.
+fn gateway<'a>(leg: &Leg, known: impl IntoIterator<Item = &'a Leg>, addresses: &[(String, IpAddr)]) -> Option<IpAddr> {
     let mut neighbours = known
-        .iter()
-        .filter(|other| other.network == service.network && other.subnet.same_subnet(&service.subnet));
+        .into_iter()
+        .filter(|other| other.network == leg.network && other.subnet.same_subnet(&leg.subnet));
     if let Some(neighbour) = neighbours.next() {
         return neighbour.gateway;
     }
     let taken: Vec<IpAddr> = addresses
         .iter()
-        .filter(|(network, _)| *network == service.network)
+        .filter(|(network, _)| *network == leg.network)
         .map(|(_, address)| *address)
         .collect();
-    service.subnet.first_free(&taken)
+    leg.subnet.first_free(&taken)
 }
 
 fn tear_down(request: &NetworkTeardownRequest) -> Result<(), Status> {
@@ -285,7 +347,7 @@ fn tear_down(request: &NetworkTeardownRequest) -> Result<(), Status> {
     let names = &request.service_names;
     for service in recorded(stack)? {
         if names.is_empty() || names.contains(&service.name) {
-            remove(&service).map_err(|error| {
+            remove(&service, 0).map_err(|error| {
                 Status::internal(format!(
                     "the network of service {:?} of stack {stack:?} cannot be removed: {error}",
                     service.name
@@ -307,98 +369,152 @@ fn plain<'a>(what: &str, name: &'a str) -> Result<&'a str, Status> {
     Ok(name)
 }
 
+/// The stacks of which something is recorded.
+fn stacks() -> Result<Vec<String>, Status> {
+    names(Path::new(STATE)).map_err(|error| Status::internal(format!("{STATE} cannot be read: {error}")))
+}
+
+/// What is in a directory, sorted; nothing when it is not there.
+fn names(directory: &Path) -> io::Result<Vec<String>> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut names = entries
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<io::Result<Vec<_>>>()?;
+    names.sort();
+    Ok(names)
+}
+
 /// All services of a stack that are set up, or half so.
 fn recorded(stack: &str) -> Result<Vec<Service>, Status> {
     let directory = Path::new(STATE).join(stack);
     let read = || {
         let mut found = Vec::new();
-        let entries = match fs::read_dir(&directory) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
-            other => other?,
-        };
-        for entry in entries {
-            let entry = entry?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            found.extend(Service::parse(stack, &name, &fs::read_to_string(entry.path())?));
+        for name in names(&directory)? {
+            found.extend(Service::parse(
+                stack,
+                &name,
+                &fs::read_to_string(directory.join(&name))?,
+            ));
         }
-        found.sort_by(|a: &Service, b| a.name.cmp(&b.name));
         Ok(found)
     };
     read().map_err(|error: io::Error| Status::internal(format!("{} cannot be read: {error}", directory.display())))
 }
 
-/// Makes what a service stands for. What an earlier try left half-way is removed first.
+/// Makes what a service stands for. What is whole stays, what an earlier try left half-way is removed first.
 fn make(service: &Service) -> io::Result<()> {
     let netlink = Netlink::open()?;
-    let record = service.record();
-    netlink.remove(&service.port())?;
-    unbind(&service.namespace())?;
-    if let Some(directory) = record.parent() {
-        fs::create_dir_all(directory)?;
-    }
-    // Whole or not at all, also when the agent is killed here.
-    let draft = Path::new(STATE).join(".draft");
-    fs::write(&draft, service.text())?;
-    fs::rename(&draft, &record)?;
-
-    let bridge = service.bridge();
-    if index(&bridge).is_none() {
-        netlink.add_bridge(&bridge, ethernet(&bridge))?;
-    }
-    let bridge = index(&bridge).ok_or_else(|| io::Error::other("the bridge is gone again"))?;
-    if let Some(gateway) = service.gateway {
-        match netlink.add_address(bridge, gateway, service.subnet.prefix) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            other => other?,
-        }
-    }
-    netlink.up(bridge)?;
-
     let home = namespace_of_this_thread()?;
-    unshare(CloneFlags::CLONE_NEWNET)?;
-    let namespace = (|| {
-        bind(&service.namespace())?;
-        namespace_of_this_thread()
-    })();
-    setns(&home, CloneFlags::CLONE_NEWNET)?;
-    let namespace = namespace?;
-    let port = service.port();
-    netlink.add_veth(&port, bridge, "eth0", namespace.as_fd())?;
-    netlink.up(index(&port).ok_or_else(|| io::Error::other("the interface is gone again"))?)?;
-
-    setns(&namespace, CloneFlags::CLONE_NEWNET)?;
-    let configured = configure(service);
-    setns(&home, CloneFlags::CLONE_NEWNET)?;
-    configured
-}
-
-/// Configures the interfaces of the namespace that the thread is in.
-fn configure(service: &Service) -> io::Result<()> {
-    let netlink = Netlink::open()?;
-    for name in ["lo", "eth0"] {
-        let index = index(name).ok_or_else(|| io::Error::other(format!("the namespace has no {name}")))?;
-        if name == "eth0" {
-            netlink.add_address(index, service.subnet.address, service.subnet.prefix)?;
+    let path = service.namespace();
+    let is_new = !is_namespace(&path);
+    if is_new {
+        // Their other ends were in another one.
+        for leg in &service.legs {
+            netlink.remove(&service.port(leg))?;
         }
-        netlink.up(index)?;
-        if name == "eth0"
-            && let Some(gateway) = service.gateway
-        {
-            netlink.add_default_route(index, gateway)?;
+        unbind(&path)?;
+    }
+    write(service)?;
+    if is_new {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        let bound = switch_on_loopback().and_then(|()| bind(&path));
+        setns(&home, CloneFlags::CLONE_NEWNET)?;
+        bound?;
+    }
+    let namespace = File::open(&path)?;
+    for (number, leg) in service.legs.iter().enumerate() {
+        let (port, draft) = (service.port(leg), service.draft(leg));
+        let bridge = make_bridge(&netlink, &service.bridge(leg), leg)?;
+        if let Some(there) = index(&port) {
+            // The bridge may be another one than when the port was made.
+            netlink.join(there, bridge)?;
+            continue;
         }
+        netlink.remove(&draft)?;
+        let name = format!("eth{number}");
+        // The same when it is made again: its neighbours know it.
+        netlink.add_veth(&draft, bridge, (&name, ethernet(&port)), namespace.as_fd())?;
+        setns(&namespace, CloneFlags::CLONE_NEWNET)?;
+        let configured = configure(&name, leg, service.leads_out(number));
+        setns(&home, CloneFlags::CLONE_NEWNET)?;
+        configured?;
+        netlink.up(interface(&draft)?, Some(&port))?;
     }
     Ok(())
 }
 
-/// Removes what a service stands for; what is not there is as it should be.
-fn remove(service: &Service) -> io::Result<()> {
+/// Records a service: whole or not at all, also when the agent is killed here.
+fn write(service: &Service) -> io::Result<()> {
+    fs::create_dir_all(Path::new(STATE).join(&service.stack))?;
+    // No stack has such a name.
+    let draft = Path::new(STATE).join(".draft");
+    fs::write(&draft, service.text())?;
+    fs::rename(&draft, service.record())
+}
+
+/// The index of a leg's bridge, which is made when it is not there.
+fn make_bridge(netlink: &Netlink, name: &str, leg: &Leg) -> io::Result<u32> {
+    if index(name).is_none() {
+        netlink.add_bridge(name, ethernet(name))?;
+    }
+    let bridge = interface(name)?;
+    if let Some(gateway) = leg.gateway {
+        match netlink.add_address(bridge, gateway, leg.subnet.prefix) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            other => other?,
+        }
+    }
+    netlink.up(bridge, None)?;
+    Ok(bridge)
+}
+
+fn interface(name: &str) -> io::Result<u32> {
+    index(name).ok_or_else(|| io::Error::other(format!("the interface {name} is gone again")))
+}
+
+fn switch_on_loopback() -> io::Result<()> {
+    Netlink::open()?.up(interface("lo")?, None)
+}
+
+/// Configures a leg's interface in the namespace that the thread is in.
+fn configure(name: &str, leg: &Leg, leads_out: bool) -> io::Result<()> {
     let netlink = Netlink::open()?;
-    netlink.remove(&service.port())?;
-    unbind(&service.namespace())?;
+    let index = interface(name)?;
+    netlink.add_address(index, leg.subnet.address, leg.subnet.prefix)?;
+    netlink.up(index, None)?;
+    match leg.gateway {
+        Some(gateway) if leads_out => netlink.add_default_route(index, gateway),
+        _ => Ok(()),
+    }
+}
+
+/// Removes what a service stands for, but for its first `kept` legs; what is not there is as it should be.
+fn remove(service: &Service, kept: usize) -> io::Result<()> {
+    let netlink = Netlink::open()?;
+    let (stay, go) = service.legs.split_at(kept);
+    for leg in go {
+        netlink.remove(&service.port(leg))?;
+        netlink.remove(&service.draft(leg))?;
+    }
+    if kept == 0 {
+        unbind(&service.namespace())?;
+    }
     let others = recorded(&service.stack).map_err(io::Error::other)?;
-    let mut neighbours = others.iter().filter(|other| other.name != service.name);
-    if !neighbours.any(|other| other.network == service.network) {
-        netlink.remove(&service.bridge())?;
+    let others = others.iter().filter(|other| other.name != service.name);
+    let used: Vec<&Leg> = legs(others).chain(stay).collect();
+    for leg in go {
+        if !used.iter().any(|other| other.network == leg.network) {
+            netlink.remove(&service.bridge(leg))?;
+        }
+    }
+    if kept > 0 {
+        return write(&Service {
+            legs: stay.to_vec(),
+            ..service.clone()
+        });
     }
     match fs::remove_file(service.record()) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -415,6 +531,11 @@ fn namespace_of_this_thread() -> io::Result<File> {
 
 /// Names the thread's network namespace, which then lives on without a process.
 fn bind(path: &Path) -> io::Result<()> {
+    // A root file system that has none gets it where all others have it.
+    if fs::symlink_metadata("/var/run").is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+        fs::create_dir_all("/var")?;
+        std::os::unix::fs::symlink("/run", "/var/run")?;
+    }
     fs::create_dir_all(NAMESPACES)?;
     File::create(path)?;
     let from = Some("/proc/thread-self/ns/net");
@@ -436,39 +557,75 @@ fn unbind(path: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    fn service(network: &str, subnet: &str, gateway: Option<&str>) -> Service {
-        Service {
-            stack: "stack".into(),
-            name: "web".into(),
+    fn leg(network: &str, subnet: &str, gateway: Option<&str>) -> Leg {
+        Leg {
             subnet: subnet.parse().unwrap(),
             network: network.into(),
             gateway: gateway.map(|address| address.parse().unwrap()),
         }
     }
 
+    fn service(legs: Vec<Leg>) -> Service {
+        Service {
+            stack: "stack".into(),
+            name: "web".into(),
+            legs,
+        }
+    }
+
     #[test]
     fn a_record_reads_as_it_was_written() {
+        let front = leg("front end", "10.0.0.2/24", Some("10.0.0.1"));
+        let nameless = leg("", "fd00::2/128", None);
         for service in [
-            service("front end", "10.0.0.2/24", Some("10.0.0.1")),
-            service("", "fd00::2/128", None),
+            service(vec![front.clone()]),
+            service(vec![nameless.clone()]),
+            service(vec![front, nameless]),
         ] {
             assert_eq!(Service::parse("stack", "web", &service.text()), Some(service));
         }
-        assert_eq!(Service::parse("stack", "web", "10.0.0.2/24\n"), None);
+        for text in [
+            "",
+            "10.0.0.2/24\n",
+            "10.0.0.2/24\n\nfront\n10.0.0.3/24\n",
+            "x\n\nfront\n",
+        ] {
+            assert_eq!(Service::parse("stack", "web", text), None);
+        }
     }
 
     #[test]
     fn interfaces_have_short_names_of_their_own() {
-        let ours = service("net", "10.0.0.2/24", None);
-        assert!(ours.bridge().len() <= 15 && ours.port().len() <= 15);
-        assert_ne!(ours.bridge()[3..], ours.port()[3..]);
+        let legs = [leg("a", "10.0.0.2/24", None), leg("b", "10.0.1.2/24", None)];
+        let ours = service(legs.to_vec());
+        let names: Vec<String> = legs
+            .iter()
+            .flat_map(|leg| [ours.port(leg), ours.draft(leg), ours.bridge(leg)])
+            .collect();
+        assert!(names.iter().all(|name| name.len() <= 15));
+        assert!(
+            (1..names.len()).all(|at| !names[..at].contains(&names[at])),
+            "{names:?}"
+        );
         assert_ne!(short("x", &["ab", "c"]), short("x", &["a", "bc"]));
     }
 
     #[test]
+    fn the_way_out_is_the_first_gateway_of_a_kind() {
+        let ours = service(vec![
+            leg("a", "10.0.0.2/32", None),
+            leg("b", "10.0.1.2/24", Some("10.0.1.1")),
+            leg("c", "fd00::2/64", Some("fd00::1")),
+            leg("d", "10.0.2.2/24", Some("10.0.2.1")),
+        ]);
+        let out: Vec<bool> = (0..4).map(|number| ours.leads_out(number)).collect();
+        assert_eq!(out, [false, true, true, false]);
+    }
+
+    #[test]
     fn a_gateway_is_the_networks_or_the_first_free_address() {
-        let wanted = service("net", "10.0.0.3/24", None);
-        let known = [service("net", "10.0.0.9/24", Some("10.0.0.7"))];
+        let wanted = leg("net", "10.0.0.3/24", None);
+        let known = [leg("net", "10.0.0.9/24", Some("10.0.0.7"))];
         assert_eq!(gateway(&wanted, &known, &[]), Some("10.0.0.7".parse().unwrap()));
         let taken = [
             ("net".into(), "10.0.0.1".parse().unwrap()),

@@ -3,7 +3,6 @@
 //! What is true of a container is youki's to know; the agent keeps its log, and remembers nothing.
 
 use std::collections::HashMap;
-use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -15,9 +14,10 @@ use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 use tonic::{Request, Response, Status};
 
+use crate::aside::aside;
 use crate::collect::collect;
 use crate::command;
-use crate::idempotency::Answers;
+use crate::idempotency::{to_the_end, while_wanted};
 use crate::proto::oci_service_server::OciService;
 use crate::proto::{
     OciCreateRequest, OciCreateResponse, OciDeleteRequest, OciDeleteResponse, OciExecRequest, OciExecResponse,
@@ -25,10 +25,13 @@ use crate::proto::{
 };
 use crate::shim;
 use crate::user::User;
-use crate::youki::{WORDS, Youki, complaint, exists, global, missing};
+use crate::youki::{WORDS, Youki, complaint, exists, global, missing, not_a_program};
 
 /// A directory for each container's log, and for what a command in a container needs while it runs.
 const OURS: &str = "/run/vz/oci";
+
+/// Where the share is that the guest's root lies over.
+const ROOT_SHARE: &str = "/vz-rootfs";
 
 /// Bytes of each stream that `Exec` answers with.
 const EXEC_BYTES: usize = 1 << 20;
@@ -36,21 +39,19 @@ const EXEC_BYTES: usize = 1 << 20;
 /// The service.
 pub struct Oci {
     runtime: Arc<Runtime>,
-    answers: Answers,
 }
 
 impl Oci {
-    /// Runs containers by the program `runtime`, which takes youki's arguments; repeated calls get theirs of `answers`.
+    /// Runs containers by the program `runtime`, which takes youki's arguments, or by youki itself.
     #[must_use]
-    pub fn new(runtime: PathBuf, answers: Answers) -> Self {
+    pub fn new(runtime: Option<PathBuf>) -> Self {
         let runtime = Runtime {
-            youki: Youki { program: runtime },
+            youki: Youki { asked: runtime },
             locks: Mutex::default(),
             execs: AtomicU64::new(0),
         };
         Self {
             runtime: Arc::new(runtime),
-            answers,
         }
     }
 }
@@ -59,51 +60,39 @@ impl Oci {
 impl OciService for Oci {
     async fn create(&self, request: Request<OciCreateRequest>) -> Result<Response<OciCreateResponse>, Status> {
         let runtime = self.runtime.clone();
-        let create = |request: OciCreateRequest| to_the_end(async move { runtime.create(&request).await });
-        self.answers
-            .once("OciService.Create", request.into_inner(), create)
-            .await
+        let create = |request: OciCreateRequest| async move { runtime.create(&request).await };
+        to_the_end("OciService.Create", request, create).await
     }
 
     async fn start(&self, request: Request<OciStartRequest>) -> Result<Response<OciStartResponse>, Status> {
         let runtime = self.runtime.clone();
-        let start = |request: OciStartRequest| to_the_end(async move { runtime.start(&request.container_id).await });
-        self.answers.once("OciService.Start", request.into_inner(), start).await
+        let start = |request: OciStartRequest| async move { runtime.start(&request.container_id).await };
+        to_the_end("OciService.Start", request, start).await
     }
 
     async fn state(&self, request: Request<OciStateRequest>) -> Result<Response<OciStateResponse>, Status> {
         let runtime = self.runtime.clone();
-        let state = |request: OciStateRequest| to_the_end(async move { runtime.state(&request.container_id).await });
-        self.answers.once("OciService.State", request.into_inner(), state).await
+        let state = |request: OciStateRequest| async move { runtime.state(&request.container_id).await };
+        to_the_end("OciService.State", request, state).await
     }
 
     async fn exec(&self, request: Request<OciExecRequest>) -> Result<Response<OciExecResponse>, Status> {
         let runtime = self.runtime.clone();
         let exec = |request: OciExecRequest| async move { runtime.exec(&request).await };
-        self.answers.once("OciService.Exec", request.into_inner(), exec).await
+        while_wanted("OciService.Exec", request, exec).await
     }
 
     async fn kill(&self, request: Request<OciKillRequest>) -> Result<Response<OciKillResponse>, Status> {
         let runtime = self.runtime.clone();
-        let kill = |request: OciKillRequest| to_the_end(async move { runtime.kill(&request).await });
-        self.answers.once("OciService.Kill", request.into_inner(), kill).await
+        let kill = |request: OciKillRequest| async move { runtime.kill(&request).await };
+        to_the_end("OciService.Kill", request, kill).await
     }
 
     async fn delete(&self, request: Request<OciDeleteRequest>) -> Result<Response<OciDeleteResponse>, Status> {
         let runtime = self.runtime.clone();
-        let delete = |request: OciDeleteRequest| to_the_end(async move { runtime.delete(&request).await });
-        self.answers
-            .once("OciService.Delete", request.into_inner(), delete)
-            .await
+        let delete = |request: OciDeleteRequest| async move { runtime.delete(&request).await };
+        to_the_end("OciService.Delete", request, delete).await
     }
-}
-
-/// Does `work` to its end even when the client goes away: half a container is nobody's wish.
-async fn to_the_end<T: Send + 'static>(
-    work: impl Future<Output = Result<T, Status>> + Send + 'static,
-) -> Result<T, Status> {
-    let ended = tokio::spawn(work).await;
-    ended.unwrap_or_else(|error| Err(Status::internal(format!("the call ended early: {error}"))))
 }
 
 struct Runtime {
@@ -116,19 +105,11 @@ struct Runtime {
 impl Runtime {
     async fn create(&self, request: &OciCreateRequest) -> Result<OciCreateResponse, Status> {
         let id = checked(&request.container_id)?;
-        let bundle = Path::new(&request.bundle_path);
-        if !bundle.is_absolute() {
-            return Err(Status::invalid_argument(format!(
-                "Create wants the absolute path of a bundle, not {:?}",
-                request.bundle_path
-            )));
-        }
-        if !bundle.join("config.json").is_file() {
-            return Err(Status::invalid_argument(format!(
-                "{:?} is no OCI bundle in the guest: it has no config.json",
-                request.bundle_path
-            )));
-        }
+        let path = request.bundle_path.clone();
+        let (bundle, _) = aside(move || bundle(&path)).await.map_err(|error| {
+            Status::internal(format!("the bundle of container {id:?} cannot be looked at: {error}"))
+        })?;
+        let bundle = bundle?;
         let lock = self.lock(id);
         let _held = lock.lock().await;
         if exists(id) {
@@ -147,10 +128,10 @@ impl Runtime {
         // SAFETY: the function only makes system calls.
         unsafe { keeper.pre_exec(command::start_over) };
         keeper.stdin(log).process_group(0).spawn().map_err(failed)?;
-        let mut command = self.youki.command("create", Some(&words));
+        let mut command = self.youki.command("create", Some(&words)).await?;
         command
             .arg("--bundle")
-            .arg(bundle)
+            .arg(&bundle)
             .args(["--", id])
             .stdout(container.try_clone().map_err(failed)?)
             .stderr(container);
@@ -180,7 +161,7 @@ impl Runtime {
         let lock = self.lock(id);
         let _held = lock.lock().await;
         self.wants(id, "Start", &["created"]).await?;
-        let mut command = self.youki.command("start", None);
+        let mut command = self.youki.command("start", None).await?;
         command.args(["--", id]);
         self.youki.succeed(command, "start", id).await?;
         Ok(OciStartResponse {})
@@ -223,12 +204,7 @@ impl Runtime {
             remove(&ours(id));
             return Err(missing(id));
         }
-        let mut command = self.youki.command("delete", None);
-        if request.force {
-            command.arg("--force");
-        }
-        command.args(["--", id]);
-        self.youki.succeed(command, "delete", id).await?;
+        self.youki.delete(id, request.force).await?;
         remove(&ours(id));
         Ok(OciDeleteResponse {})
     }
@@ -259,14 +235,18 @@ impl Runtime {
             .map_err(|error| Status::internal(format!("a command in container {id:?} cannot be prepared: {error}")))?;
         let (pid_file, words) = (scratch.0.join("pid"), scratch.0.join("youki.log"));
 
-        let mut command = Command::from(shim::exec_command(&pid_file, &self.youki.program));
+        let mut command = Command::from(shim::exec_command(&pid_file, &self.youki.program().await?));
         global(&mut command, Some(&words));
         command.args(["exec", "--detach", "--pid-file"]).arg(&pid_file);
         if !request.working_dir.is_empty() {
             command.args(["--cwd", &request.working_dir]);
         }
         if !request.user.is_empty() {
-            let user = container_user(&request.user, &state)?;
+            let wanted = request.user.clone();
+            let (user, _) = aside(move || container_user(&wanted, &state))
+                .await
+                .map_err(|error| self.youki.cannot_run(&error))?;
+            let user = user?;
             command.args(["--user", &format!("{}:{}", user.uid, user.gid)]);
             for group in &user.groups {
                 command.args(["--additional-gids", &group.to_string()]);
@@ -283,19 +263,28 @@ impl Runtime {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        // Before it starts: whoever calls this by a path of its own is told which.
-        self.youki.present()?;
-        let mut child = Ending(command.spawn().map_err(|error| self.youki.cannot_run(&error))?);
+        let (child, _thread) = aside(move || command.spawn().map(Ending))
+            .await
+            .map_err(|error| self.youki.cannot_run(&error))?;
+        let mut child = child.map_err(|error| self.youki.cannot_run(&error))?;
         let collected = collect(&mut child.0, EXEC_BYTES)
             .await
             .map_err(|error| Status::internal(format!("the command's end could not be awaited: {error}")))?;
         if !pid_file.exists() {
-            let said = std::fs::read_to_string(&words).unwrap_or_default();
-            return Err(Status::failed_precondition(format!(
+            let said = std::fs::read_to_string(&words).unwrap_or_default() + &collected.stderr.text(WORDS);
+            let sentence = format!(
                 "youki could not start {:?} in container {id:?}: {}",
                 request.command,
-                complaint(&(said + &collected.stderr.text(WORDS)))
-            )));
+                complaint(&said)
+            );
+            return match not_a_program(&said) {
+                Some(exit_code) => Ok(OciExecResponse {
+                    exit_code,
+                    stderr: sentence + "\n",
+                    ..OciExecResponse::default()
+                }),
+                None => Err(Status::failed_precondition(sentence)),
+            };
         }
         Ok(OciExecResponse {
             exit_code: collected.status.code().unwrap_or(-1),
@@ -331,9 +320,7 @@ impl Runtime {
 
     /// What failed half-way is nothing: neither youki nor the agent keeps anything of it.
     async fn clean_up(&self, id: &str) {
-        let mut command = self.youki.command("delete", None);
-        command.args(["--force", "--", id]);
-        let _ = self.youki.run(command).await;
+        let _ = self.youki.delete(id, true).await;
         remove(&ours(id));
     }
 }
@@ -393,7 +380,24 @@ fn pid(state: &OciStateResponse) -> Pid {
     Pid::from_raw(i32::try_from(state.pid).ok().filter(|pid| *pid > 0).unwrap_or(i32::MAX))
 }
 
-/// A signal's number: of its name, with or without `SIG`, or of the number itself, real-time ones included.
+/// The bundle's directory: where the request says, or there below the root share. What the host writes into the share
+/// once the guest runs may not show in the overlay over it.
+fn bundle(path: &str) -> Result<PathBuf, Status> {
+    let Some(relative) = path.strip_prefix('/') else {
+        return Err(Status::invalid_argument(format!(
+            "Create wants the absolute path of a bundle, not {path:?}"
+        )));
+    };
+    let places = [PathBuf::from(path), Path::new(ROOT_SHARE).join(relative)];
+    let mut bundles = places.into_iter().filter(|place| place.join("config.json").is_file());
+    bundles.next().ok_or_else(|| {
+        Status::invalid_argument(format!(
+            "{path:?} is no OCI bundle in the guest: it has no config.json, neither there nor below {ROOT_SHARE}"
+        ))
+    })
+}
+
+/// A signal's number: of its name, with or without `SIG`, or of the number itself; `RTMIN+3` and `RTMAX-1` too, signal(7).
 fn signal(wanted: &str) -> Result<i32, Status> {
     let unknown = || Status::invalid_argument(format!("{wanted:?} is no signal"));
     if let Ok(number) = wanted.parse::<i32>() {
@@ -408,9 +412,28 @@ fn signal(wanted: &str) -> Result<i32, Status> {
     } else {
         format!("SIG{name}")
     };
-    name.parse::<Signal>()
-        .map(|signal| signal as i32)
-        .map_err(|_| unknown())
+    let found = name.parse::<Signal>().map(|signal| signal as i32).ok();
+    found.or_else(|| real_time(&name)).ok_or_else(unknown)
+}
+
+/// The number of `SIGRTMIN`, `SIGRTMIN+3`, `SIGRTMAX` or `SIGRTMAX-3`.
+fn real_time(name: &str) -> Option<i32> {
+    let (first, last) = (nix::libc::SIGRTMIN(), nix::libc::SIGRTMAX());
+    let (start, sign, distance) = match name.strip_prefix("SIGRTMIN") {
+        Some(rest) => (first, '+', rest),
+        None => (last, '-', name.strip_prefix("SIGRTMAX")?),
+    };
+    let distance = match distance.strip_prefix(sign) {
+        Some(digits) if digits.bytes().all(|digit| digit.is_ascii_digit()) => i32::from(digits.parse::<u8>().ok()?),
+        None if distance.is_empty() => 0,
+        _ => return None,
+    };
+    let number = if sign == '+' {
+        start + distance
+    } else {
+        start - distance
+    };
+    (first..=last).contains(&number).then_some(number)
 }
 
 /// A user as the container's own /etc/passwd and /etc/group know it.
@@ -475,10 +498,27 @@ mod tests {
             ("TRAP", 5),
             ("SIGBUS", 7),
             ("34", 34),
+            ("SIGRTMIN", 34),
+            ("rtmin+3", 37),
+            ("SIGRTMAX-1", 63),
+            ("RTMAX", 64),
         ] {
             assert_eq!(signal(wanted).unwrap(), number);
         }
-        for wanted in ["", "0", "-9", "65", "SIG", "SIGNOTHING", "9 "] {
+        for wanted in [
+            "",
+            "0",
+            "-9",
+            "65",
+            "SIG",
+            "SIGNOTHING",
+            "9 ",
+            "RTMIN+31",
+            "RTMIN-1",
+            "RTMIN3",
+            "RTMAX-31",
+            "RTMIN++1",
+        ] {
             assert!(signal(wanted).is_err(), "{wanted:?}");
         }
     }

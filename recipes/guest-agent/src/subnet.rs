@@ -57,6 +57,13 @@ impl Subnet {
             && self.number() & self.mask() == other.number() & self.mask()
     }
 
+    /// Whether one of the two is a part of the other.
+    #[must_use]
+    pub fn overlaps(&self, other: &Self) -> bool {
+        let mask = self.mask() & other.mask();
+        self.address.is_ipv4() == other.address.is_ipv4() && self.number() & mask == other.number() & mask
+    }
+
     /// The first address for a host of the subnet that is not in `taken`; `None` when all are.
     #[must_use]
     pub fn first_free(&self, taken: &[IpAddr]) -> Option<IpAddr> {
@@ -163,6 +170,10 @@ mod tests {
         assert!(subnet("10.0.0.2/24").same_subnet(&subnet("10.0.0.9/24")));
         assert!(!subnet("10.0.0.2/24").same_subnet(&subnet("10.0.1.2/24")));
         assert!(!subnet("10.0.0.2/24").same_subnet(&subnet("10.0.0.9/16")));
+        assert!(subnet("10.0.0.2/24").overlaps(&subnet("10.0.9.9/16")));
+        assert!(subnet("10.0.9.9/16").overlaps(&subnet("10.0.0.2/24")));
+        assert!(!subnet("10.0.0.2/24").overlaps(&subnet("10.0.1.2/24")));
+        assert!(!subnet("fd00::2/64").overlaps(&subnet("10.0.0.2/24")));
         assert!(subnet("fd00::2/64").same_subnet(&subnet("fd00::9/64")));
         assert!(!subnet("fd00::2/64").same_subnet(&subnet("10.0.0.2/24")));
     }

@@ -6,17 +6,21 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 use tonic::transport::server::Connected;
 
+use crate::authority::Inbound;
 use crate::clock::HostTime;
+use crate::idempotency::{Calls, Kept};
+use crate::resume::Resume;
 use crate::{AGENT_PROTOCOL_REVISION, VERSION};
 
 /// The host's address on every vsock (vsock(7): `VMADDR_CID_HOST`).
@@ -25,6 +29,9 @@ pub const HOST_CID: u32 = 2;
 /// Bytes per write call. A larger write becomes a packet of several descriptors in the guest's kernel, which
 /// vhost-device-vsock 0.3.0 never takes: the connection would stall for ever.
 pub const MAX_WRITE: usize = 16 * 1024;
+
+/// Connections at once; further ones wait in the kernel's queue until one ends. Each costs memory, some 30 KiB.
+const MAX_CONNECTIONS: usize = 1024;
 
 /// After a failed accept (no file descriptor left, say) the next try waits this long, so as not to spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -76,8 +83,8 @@ impl fmt::Display for Endpoint {
 
 /// A bound socket: connects are queued by the kernel from now on.
 pub enum Listener {
-    /// Takes connections of the host, and of nobody else.
-    Vsock(VsockListener),
+    /// Takes connections of the host, and of nobody else. Before each the guest makes sure that it was not restored.
+    Vsock(VsockListener, Arc<Resume>),
     /// Takes connections of whoever may open the socket's file.
     Unix(UnixListener),
 }
@@ -89,7 +96,10 @@ impl Listener {
     /// What the kernel says: address in use, no vsock device, no such directory.
     pub fn bind(endpoint: &Endpoint) -> io::Result<Self> {
         match endpoint {
-            Endpoint::Vsock(port) => VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, *port)).map(Self::Vsock),
+            Endpoint::Vsock(port) => {
+                let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, *port))?;
+                Ok(Self::Vsock(listener, Resume::new()))
+            }
             Endpoint::Unix(path) => {
                 if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
                     std::fs::remove_file(path)?;
@@ -99,15 +109,26 @@ impl Listener {
         }
     }
 
+    /// What keeps the guest its own when it is restored; `None` where this is no guest.
+    #[must_use]
+    pub fn resume(&self) -> Option<Arc<Resume>> {
+        match self {
+            Self::Vsock(_, resume) => Some(Arc::clone(resume)),
+            Self::Unix(_) => None,
+        }
+    }
+
     /// Accepts connections in the background until the returned stream is dropped.
     #[must_use]
     pub fn connections(self) -> Connections {
         let (sender, receiver) = mpsc::channel(1);
+        let kept = Kept::default();
+        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         tokio::spawn(async move {
-            loop {
+            while let Ok(place) = places.clone().acquire_owned().await {
                 match self.accept().await {
-                    Ok(Some(connection)) => {
-                        if sender.send(Ok(connection)).await.is_err() {
+                    Ok(Some(stream)) => {
+                        if sender.send(Ok(Connection::new(stream, &kept, place))).await.is_err() {
                             return;
                         }
                     }
@@ -123,12 +144,13 @@ impl Listener {
     }
 
     /// The next connection; `None` for one that was turned away.
-    async fn accept(&self) -> io::Result<Option<Connection>> {
+    async fn accept(&self) -> io::Result<Option<Box<dyn Stream>>> {
         match self {
-            Self::Vsock(listener) => {
+            Self::Vsock(listener, resume) => {
                 let (stream, peer) = listener.accept().await?;
                 if may_connect(peer.cid()) {
-                    return Ok(Some(Connection(Box::new(stream))));
+                    resume.freshen().await;
+                    return Ok(Some(Box::new(resume.noticing(stream)?)));
                 }
                 eprintln!(
                     "vz-guest-agent: turned away vsock CID {}, which is not the host",
@@ -136,7 +158,7 @@ impl Listener {
                 );
                 Ok(None)
             }
-            Self::Unix(listener) => Ok(Some(Connection(Box::new(listener.accept().await?.0)))),
+            Self::Unix(listener) => Ok(Some(Box::new(listener.accept().await?.0))),
         }
     }
 }
@@ -175,34 +197,53 @@ trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// One accepted connection. No write is larger than [`MAX_WRITE`].
-pub struct Connection(Box<dyn Stream>);
+/// One accepted connection. No write is larger than [`MAX_WRITE`], and a client may call the agent what it likes.
+pub struct Connection {
+    stream: Box<dyn Stream>,
+    inbound: Inbound,
+    calls: Calls,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Connection {
+    fn new(stream: Box<dyn Stream>, kept: &Kept, place: OwnedSemaphorePermit) -> Self {
+        Self {
+            stream,
+            inbound: Inbound::default(),
+            calls: Calls::new(kept),
+            _place: place,
+        }
+    }
+}
 
 impl AsyncRead for Connection {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf)
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let Self { stream, inbound, .. } = self.get_mut();
+        inbound.poll_read(Pin::new(stream), cx, buf)
     }
 }
 
 // `poll_write_vectored` stays the trait's own, which writes the first buffer by `poll_write`.
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, &data[..data.len().min(MAX_WRITE)])
+        Pin::new(&mut self.stream).poll_write(cx, &data[..data.len().min(MAX_WRITE)])
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
+        Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
 impl Connected for Connection {
-    type ConnectInfo = ();
+    type ConnectInfo = Calls;
 
-    fn connect_info(&self) {}
+    fn connect_info(&self) -> Calls {
+        self.calls.clone()
+    }
 }
 
 #[cfg(test)]
@@ -243,7 +284,8 @@ mod tests {
     #[tokio::test]
     async fn no_write_is_larger_than_the_limit() {
         let (ours, mut theirs) = tokio::io::duplex(1 << 20);
-        let mut connection = Connection(Box::new(ours));
+        let place = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+        let mut connection = Connection::new(Box::new(ours), &Kept::default(), place);
         let data: Vec<u8> = (0..=255u8).cycle().take(100_000).collect();
         assert_eq!(connection.write(&data).await.unwrap(), MAX_WRITE);
         let slices = [io::IoSlice::new(&data), io::IoSlice::new(&data)];

@@ -8,6 +8,9 @@ use std::path::Path;
 
 use nix::unistd::{Gid, Uid, setgid, setgroups, setuid};
 
+/// passwd(5): the login shell of an entry that names none.
+const SHELL: &str = "/bin/sh";
+
 /// A user with all that the kernel and a program's environment want to know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct User {
@@ -21,6 +24,8 @@ pub struct User {
     pub groups: Vec<u32>,
     /// The home directory, `/` when none is known.
     pub home: String,
+    /// The login shell, `/bin/sh` when none is known.
+    pub shell: String,
 }
 
 impl User {
@@ -70,7 +75,7 @@ impl User {
     /// One line of passwd(5): `name:password:uid:gid:comment:home:shell`.
     fn parse(line: &str) -> Option<Self> {
         let fields: Vec<&str> = line.split(':').collect();
-        let [name, _, uid, gid, _, home, _] = fields[..] else {
+        let [name, _, uid, gid, _, home, shell] = fields[..] else {
             return None;
         };
         Some(Self {
@@ -79,6 +84,7 @@ impl User {
             gid: gid.parse().ok()?,
             groups: Vec::new(),
             home: if home.is_empty() { "/" } else { home }.into(),
+            shell: if shell.is_empty() { SHELL } else { shell }.into(),
         })
     }
 
@@ -90,6 +96,7 @@ impl User {
             gid: uid,
             groups: Vec::new(),
             home: "/".into(),
+            shell: SHELL.into(),
         })
     }
 
@@ -124,7 +131,8 @@ fn groups(text: &str) -> impl Iterator<Item = (&str, u32, &str)> {
 mod tests {
     use super::*;
 
-    const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nbroken line\nann:x:1000:1001::/home/ann:/bin/sh\n";
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/sh\nbroken line\nann:x:1000:1001::/home/ann:/bin/bash\nbin:x:2:2:::\n";
     const GROUP: &str = "root:x:0:\nann:x:1001:\ndisk:x:6:bob,ann\nkvm:x:7:anna\n";
 
     fn find(wanted: &str) -> Result<User, String> {
@@ -141,6 +149,7 @@ mod tests {
     fn a_name_brings_its_groups_and_its_home() {
         let ann = find("ann").unwrap();
         assert_eq!((ann.uid, ann.gid, ann.home.as_str()), (1000, 1001, "/home/ann"));
+        assert_eq!(ann.shell, "/bin/bash");
         assert_eq!(ann.groups, [6]);
         assert_eq!(find("1000").unwrap(), ann);
     }
@@ -157,6 +166,14 @@ mod tests {
         let nobody = find("4711").unwrap();
         assert_eq!((nobody.uid, nobody.gid, nobody.home.as_str()), (4711, 4711, "/"));
         assert!(find("bob").unwrap_err().contains("bob"));
+    }
+
+    #[test]
+    fn what_an_entry_leaves_out_is_the_usual() {
+        for wanted in ["bin", "4711"] {
+            let user = find(wanted).unwrap();
+            assert_eq!((user.home.as_str(), user.shell.as_str()), ("/", "/bin/sh"));
+        }
     }
 
     #[test]

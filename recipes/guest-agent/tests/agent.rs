@@ -4,6 +4,7 @@
 
 mod running;
 
+use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use running::{Agent, LIMIT};
@@ -13,7 +14,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Streaming};
 use vz_guest_agent::proto::agent_service_client::AgentServiceClient;
 use vz_guest_agent::proto::exec_event::Event;
-use vz_guest_agent::proto::{ExecEvent, ExecRequest, PingRequest, SignalRequest, StdinWriteRequest};
+use vz_guest_agent::proto::{ExecEvent, ExecRequest, PingRequest, SignalRequest, StdinWriteRequest, TransportMetadata};
 
 fn client(agent: &Agent) -> AgentServiceClient<Channel> {
     AgentServiceClient::new(agent.channel.clone())
@@ -143,4 +144,54 @@ async fn input_that_nobody_reads_is_bounded() {
         assert!([Code::NotFound, Code::FailedPrecondition].contains(&code), "{code:?}");
     }
     assert_eq!(rest(events).await.1, Event::ExitCode(137));
+}
+
+/// A program that cannot be opened yet, as on a share whose host does not answer: who opens it waits until the write lease
+/// is given up, fcntl(2).
+struct Unopened {
+    path: std::path::PathBuf,
+    file: std::fs::File,
+}
+
+impl Unopened {
+    fn new(path: std::path::PathBuf) -> Self {
+        std::fs::copy("/bin/true", &path).unwrap();
+        let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+        // SAFETY: no memory is passed. The kernel tells of who waits by SIGIO, whose default would end this process.
+        let held = unsafe {
+            nix::libc::signal(nix::libc::SIGIO, nix::libc::SIG_IGN);
+            nix::libc::fcntl(file.as_raw_fd(), nix::libc::F_SETLEASE, nix::libc::F_WRLCK)
+        };
+        assert_eq!(held, 0, "{}", std::io::Error::last_os_error());
+        Self { path, file }
+    }
+
+    fn open_up(self) {
+        drop(self.file);
+    }
+}
+
+#[tokio::test]
+async fn a_program_that_cannot_be_opened_yet_keeps_nobody_waiting_but_its_caller() {
+    let agent = Agent::start(&[]).await;
+    let program = Unopened::new(agent.directory.join("program"));
+    let request = |idempotency_key: &str| ExecRequest {
+        command: program.path.to_str().unwrap().into(),
+        metadata: Some(TransportMetadata {
+            idempotency_key: idempotency_key.into(),
+            ..TransportMetadata::default()
+        }),
+        ..ExecRequest::default()
+    };
+    let mut kept = client(&agent).exec(request("kept")).await.unwrap().into_inner();
+    drop(client(&agent).exec(request("dropped")).await.unwrap());
+    client(&agent).ping(PingRequest::default()).await.unwrap();
+    assert_eq!(rest(shell(&agent, "echo others", false).await).await.0, "others\n");
+    let silence = tokio::time::timeout(Duration::from_millis(100), kept.message()).await;
+    assert!(
+        silence.is_err(),
+        "the others were answered while it could not be opened"
+    );
+    program.open_up();
+    assert_eq!(rest(kept).await.1, Event::ExitCode(0));
 }

@@ -192,6 +192,44 @@ async fn where_nothing_listens_the_status_names_the_target() {
 }
 
 #[tokio::test]
+async fn a_listener_that_comes_a_little_later_is_waited_for() {
+    let agent = Agent::start(&[]).await;
+    let (socket, port) = listener().await;
+    let address = socket.local_addr().unwrap();
+    drop(socket);
+    let waiting = Forward::start(&agent, open(port, "tcp", ""));
+    tokio::pin!(waiting);
+    // The first try at least has failed by then.
+    let early = timeout(Duration::from_millis(300), &mut waiting).await;
+    assert!(early.is_err(), "{:?}", early.map(Result::err));
+    let socket = TcpListener::bind(address).await.unwrap();
+    let mut forward = waiting.await.unwrap();
+    forward.send_data(b"late").await;
+    forward.close();
+    let (mut stream, _) = socket.accept().await.unwrap();
+    let mut said = String::new();
+    stream.read_to_string(&mut said).await.unwrap();
+    assert_eq!(said, "late");
+}
+
+#[tokio::test]
+async fn nobody_is_waited_for_when_the_client_has_gone() {
+    let agent = Agent::start(&[]).await;
+    let (socket, port) = listener().await;
+    let address = socket.local_addr().unwrap();
+    drop(socket);
+    let waiting = Forward::start(&agent, open(port, "tcp", ""));
+    assert!(timeout(Duration::from_millis(300), waiting).await.is_err());
+    // An answer on the same connection: what was sent before has arrived.
+    let mut client = AgentServiceClient::new(agent.channel.clone());
+    client.ping(PingRequest {}).await.unwrap();
+    let socket = TcpListener::bind(address).await.unwrap();
+    // Longer than any pause between two tries.
+    let late = timeout(Duration::from_secs(1), socket.accept()).await;
+    assert!(late.is_err(), "the agent still tries to connect");
+}
+
+#[tokio::test]
 async fn a_first_frame_that_opens_nothing_is_refused() {
     let agent = Agent::start(&[]).await;
     for (first, named) in [

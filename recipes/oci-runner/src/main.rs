@@ -5,14 +5,17 @@
 //! it has nobody at the other end of a terminal. So youki only creates and starts here, and this process, which orphans
 //! are given to (`PR_SET_CHILD_SUBREAPER`), waits.
 //!
+//! It also follows a container's log (`follow`) and waits for a process (`wait`), which a host can only do from here.
+//!
 //! In the container, `vz-oci-run init COMMAND…` becomes the command, after it has undone what youki leaves: SIGPIPE
 //! ignored, which would make every pipeline end with errors.
 
+mod follow;
 mod relay;
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
@@ -20,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use nix::errno::Errno;
+use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -27,10 +31,13 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use follow::Place;
 use relay::Relay;
 
 const USAGE: &str = "usage: vz-oci-run --youki FILE --state DIR run [--terminal] BUNDLE ID
        vz-oci-run --youki FILE --state DIR exec [--terminal] ID, the process.json in $VZ_OCI_PROCESS
+       vz-oci-run follow LOG [INODE OFFSET]
+       vz-oci-run wait PID MILLISECONDS
        vz-oci-run init COMMAND ARGUMENT…";
 
 const PROCESS: &str = "VZ_OCI_PROCESS";
@@ -71,6 +78,12 @@ fn main() -> ExitCode {
     {
         return become_command(command, arguments);
     }
+    if let Some(result) = watch(&words) {
+        return result.unwrap_or_else(|sentence| {
+            eprintln!("vz-oci-run: {sentence}");
+            ExitCode::from(RUNTIME_FAILED)
+        });
+    }
     let Some(job) = parse(words) else {
         eprintln!("{USAGE}");
         return ExitCode::from(2);
@@ -94,6 +107,48 @@ fn become_command(command: &OsStr, arguments: &[OsString]) -> ExitCode {
     } else {
         126
     })
+}
+
+/// `follow` and `wait`, if that is what the words say.
+fn watch(words: &[OsString]) -> Option<Result<ExitCode, String>> {
+    let number = |word: &OsString| word.to_str()?.parse::<u64>().ok();
+    match (words.first()?.to_str()?, &words[1..]) {
+        ("follow", [path, rest @ ..]) => {
+            let place = match rest {
+                [] => None,
+                [inode, offset] => Some(Place {
+                    inode: number(inode)?,
+                    offset: number(offset)?,
+                }),
+                _ => return None,
+            };
+            let followed = follow::follow(Path::new(path), place.as_ref(), &mut std::io::stdout().lock());
+            Some(match followed {
+                Ok(()) => Ok(ExitCode::SUCCESS),
+                Err(error) => Err(format!("{}: {error}", path.display())),
+            })
+        }
+        ("wait", [pid, limit]) => Some(ends(i32::try_from(number(pid)?).ok()?, number(limit)?)),
+        _ => None,
+    }
+}
+
+/// Wait for the end of any process; the exit code is 1 when it still runs after so many milliseconds.
+fn ends(pid: i32, milliseconds: u64) -> Result<ExitCode, String> {
+    // SAFETY: no memory is passed.
+    let opened = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) });
+    let process = match opened {
+        // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+        Ok(number) => unsafe { OwnedFd::from_raw_fd(i32::try_from(number).unwrap_or(-1)) },
+        Err(Errno::ESRCH) => return Ok(ExitCode::SUCCESS),
+        Err(error) => return Err(format!("process {pid}: {error}")),
+    };
+    let limit = i32::try_from(milliseconds).unwrap_or(i32::MAX);
+    let limit = PollTimeout::try_from(limit).map_err(|error| error.to_string())?;
+    match poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], limit) {
+        Ok(count) => Ok(ExitCode::from(u8::from(count == 0))),
+        Err(error) => Err(format!("poll: {error}")),
+    }
 }
 
 fn parse(words: Vec<OsString>) -> Option<Job> {

@@ -1,19 +1,22 @@
 //! The way into a guest that is booted for its probes alone: as process 1, beside the guest's own init.
 //!
 //! Process 1 becomes `/init`, so the guest comes up as it always does; a child waits for the console `/dev/hvc1`, says
-//! `hello`, reads one line with the names of probes, writes their lines and `done`, and has init power the guest off.
+//! `hello`, answers questions (`questions`), reads one line with the names of probes, writes their lines and `done`, and
+//! has init power the guest off.
 
 use std::convert::Infallible;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use crate::questions::Questions;
 use crate::{run, sys};
 
 const CONSOLE: &str = "/dev/hvc1";
+const OOM_SCORE: &str = "/proc/self/oom_score_adj";
 
 /// Become `/init`, leaving a child behind that probes. Returns only when there is no `/init`.
 pub fn start() {
@@ -44,9 +47,19 @@ fn serve() -> io::Result<Infallible> {
         .open(CONSOLE)?;
     make_raw(&console)?;
     writeln!(console, "hello")?;
+    let mut lines = BufReader::new(console.try_clone()?);
     let mut line = String::new();
-    BufReader::new(console.try_clone()?).read_line(&mut line)?;
+    lines.read_line(&mut line)?;
     enter_root()?;
+    // Whoever runs out of memory, the host still gets an answer; probes are as killable as anybody.
+    fs::write(OOM_SCORE, "-1000")?;
+    let mut questions = Questions::default();
+    while let Some(answer) = questions.answer(&line) {
+        writeln!(console, "{answer}")?;
+        line.clear();
+        lines.read_line(&mut line)?;
+    }
+    fs::write(OOM_SCORE, "0")?;
     let names: Vec<String> = line.split_whitespace().map(Into::into).collect();
     run::all(&names, &mut console)?;
     writeln!(console, "done")?;

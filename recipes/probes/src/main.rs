@@ -10,6 +10,7 @@ mod guest;
 mod netlink;
 mod outcome;
 mod probes;
+mod questions;
 mod run;
 mod sys;
 

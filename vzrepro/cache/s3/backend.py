@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 import tempfile
 import threading
@@ -15,9 +13,22 @@ from pathlib import Path
 from urllib.parse import quote, unquote_plus
 from xml.etree import ElementTree
 
-from vzrepro.cache.backend import CACHE_INFO, NARS, PROBED, Damaged, Entry, Sent, check_key, is_key, read_whole
-from vzrepro.cache.remote import EntryStream, Patience
-from vzrepro.cache.s3.bucket import CONNECTIONS, XMLNS, Bucket, Payload, Refused, Xml, tag
+from vzrepro.base.errors import RemoteError
+from vzrepro.base.model import FileHash
+from vzrepro.cache.backend import (
+    CACHE_INFO,
+    NARS,
+    PROBED,
+    Damaged,
+    Entry,
+    Sent,
+    check_key,
+    content_type,
+    is_key,
+    read_whole,
+)
+from vzrepro.cache.remote import Concealment, EntryStream, Patience
+from vzrepro.cache.s3.bucket import CONNECTIONS, XMLNS, Bucket, Payload, S3Refused, Xml, tag
 from vzrepro.cache.s3.place import S3Place
 from vzrepro.cache.s3.quirks import Quirks, probe
 from vzrepro.cache.s3.upload import (
@@ -26,15 +37,15 @@ from vzrepro.cache.s3.upload import (
     abort,
     begin,
     complete,
+    count,
     pages,
     refusal,
     seconds,
     unfinished,
     upload,
 )
-from vzrepro.errors import RemoteError
-from vzrepro.model import FileHash
-from vzrepro.wire import Answer, Body, Failed, Http
+from vzrepro.net import AttemptFailed, Body
+from vzrepro.net.http import Answer, Http
 
 _PIECES = 8  # pieces of NARs that are on their way at once, in all
 _SENDERS = 4  # parts that are being sent at once, in all
@@ -64,7 +75,7 @@ class S3Backend:
         self._lock = threading.Lock()
         self._turns = [threading.Lock() for _ in range(_TURNS)]
         self._exists = False
-        self._readable: bool | None = None
+        self._concealment = Concealment(self._reads_info)
         self._conditional: bool | None = None
         self._refuses_condition = False
 
@@ -102,7 +113,13 @@ class S3Backend:
             for each in document.iterfind("{*}Contents"):
                 key = self._bucket.own(_listed_key(document, each))
                 if key is not None and key.startswith(prefix) and is_key(key):
-                    yield Entry(key, int(tag(each, "Size")), seconds(tag(each, "LastModified")))
+                    yield self._listed(key, each)
+
+    def _listed(self, key: str, each: Xml) -> Entry:
+        try:
+            return Entry(key, count(tag(each, "Size")), seconds(tag(each, "LastModified")))
+        except AttemptFailed as failure:
+            raise RemoteError(f"{self.url} {failure.why}") from failure
 
     def now(self) -> float:
         """See `Backend.now`: the server's clock, which is asked once."""
@@ -124,7 +141,7 @@ class S3Backend:
         When `if_absent` meets an entry that an attempt with a lost answer has written itself, it is somebody else's.
         Raises OSError when the file cannot be opened.
         """
-        headers = {"Content-Type": _content_type(check_key(key))}
+        headers = {"Content-Type": content_type(check_key(key))}
         if sha256 is not None:
             headers[_SHA256] = sha256.hex
         if not if_absent:
@@ -171,14 +188,14 @@ class S3Backend:
         def once() -> bool:
             try:
                 self._bucket.ask("HEAD", None).content(_MAX_ANSWER)
-            except Refused as refused:
+            except S3Refused as refused:
                 if refused.status != 404:
                     raise
             else:
                 return False
             try:
                 self._bucket.ask("PUT", None, payload=self._bucket.creation()).content(_MAX_ANSWER)
-            except Refused as refused:
+            except S3Refused as refused:
                 if refused.code != "BucketAlreadyOwnedByYou":
                     raise
             return True
@@ -203,28 +220,28 @@ class S3Backend:
     # --- reading, in detail -------------------------------------------------------------------------------------------
 
     def _opened(self, key: str, start: int, end: int | None) -> Body | None:
-        """One answer with an entry's content, None for a missing one. Raises Failed."""
+        """One answer with an entry's content, None for a missing one. Raises AttemptFailed."""
         headers = {}
         if start or end is not None:
             headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
         try:
             answer = self._bucket.ask("GET", key, headers=headers)
-        except Refused as refused:
+        except S3Refused as refused:
             if refused.status == 416 and not start:
                 return Body(0, 0, None, lambda: b"", lambda: None)  # an empty entry has no first byte
+            # A NAR that a narinfo promises is not missing in a sound cache, so being refused one is worth telling.
             if self._is_missing(key, refused, hides=not key.startswith(NARS)):
                 return None
             raise
         self._exists = True
-        if key == CACHE_INFO:
-            self._readable = True
+        self._concealment.was_read(key)
         return answer.body(start)
 
     def _headers(self, key: str) -> Answer | None:
-        """An entry's headers, None for a missing one. Raises Failed."""
+        """An entry's headers, None for a missing one. Raises AttemptFailed."""
         try:
             answer = self._bucket.ask("HEAD", key)
-        except Refused as refused:
+        except S3Refused as refused:
             if self._is_missing(key, refused, hides=True):
                 return None
             raise
@@ -232,43 +249,29 @@ class S3Backend:
         self._exists = True
         return answer
 
-    def _is_missing(self, key: str, refused: Refused, *, hides: bool) -> bool:
-        """Whether a refusal says that there is no such entry, in a bucket that is there. Raises Failed."""
+    def _is_missing(self, key: str, refused: S3Refused, *, hides: bool) -> bool:
+        """Whether a refusal says that there is no such entry, in a bucket that is there. Raises AttemptFailed."""
         if refused.status == 404 and refused.code != "NoSuchBucket":
             if not self._exists and not refused.code:
                 self._require_bucket()
             self._exists = True
             return True
-        return refused.status == 403 and hides and self._hides(key)
+        return refused.status == 403 and hides and self._concealment.hides(key)
 
     def _require_bucket(self) -> None:
         """An answer to HEAD has no room for saying that even the bucket is missing."""
         try:
             self._bucket.ask("HEAD", None).content(_MAX_ANSWER)
-        except Refused as refused:
+        except S3Refused as refused:
             if refused.status == 404:
                 raise self._bucket.missing() from refused
             if refused.status != 403:
                 raise
 
-    def _hides(self, key: str) -> bool:
-        """Whether 403 may mean that there is no such entry: S3 tells those who may not list the bucket no more.
-
-        They may read what is there, and that is seen from nix-cache-info: who is refused that one too is refused
-        everything, and should know. A NAR that a narinfo promises is not missing in a sound cache, so being refused one
-        is worth telling as well.
-        """
-        if key == CACHE_INFO:
-            return False
-        if self._readable is None:
-            try:
-                self._bucket.ask("GET", CACHE_INFO).content(_MAX_ANSWER)
-                self._readable = True
-            except Refused as refused:
-                if refused.again:
-                    raise
-                self._readable = False
-        return self._readable
+    def _reads_info(self) -> bool:
+        """For `Concealment`."""
+        self._bucket.ask("GET", CACHE_INFO).content(_MAX_ANSWER)
+        return True
 
     # --- writing, in detail -------------------------------------------------------------------------------------------
 
@@ -325,7 +328,7 @@ class S3Backend:
         sha256: FileHash | None,
         progress: Sent | None = None,
     ) -> None:
-        """Raises RemoteError, whose cause is a Refused with status 412 when the condition does not hold."""
+        """Raises RemoteError, whose cause is an S3Refused with status 412 when the condition does not hold."""
         if isinstance(source, bytes):
             self._send(key, Payload.of(source), headers | condition)
             return
@@ -362,15 +365,9 @@ class S3Backend:
         for key in keys:
             ElementTree.SubElement(ElementTree.SubElement(document, "Object"), "Key").text = self._bucket.full(key)
         ElementTree.SubElement(document, "Quiet").text = "true"
-        content = ElementTree.tostring(document)
-        # Amazon wants a second checksum here, and this one is known everywhere.
-        md5 = base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
+        payload = Payload.of(ElementTree.tostring(document))
         try:
-            result = self._bucket.do(
-                lambda: self._bucket.xml(
-                    "POST", None, {"delete": ""}, headers={"Content-MD5": md5}, payload=Payload.of(content)
-                )
-            )
+            result = self._bucket.do(lambda: self._bucket.xml("POST", None, {"delete": ""}, payload=payload))
         except RemoteError as error:
             refused = refusal(error)
             if refused is not None and refused.status in _LACKING:
@@ -390,17 +387,17 @@ class S3Backend:
         def once() -> None:
             try:
                 self._bucket.ask("DELETE", key).content(_MAX_ANSWER)
-            except Refused as refused:
+            except S3Refused as refused:
                 if refused.status != 404 or refused.code == "NoSuchBucket":
                     raise
 
         self._bucket.do(once)
 
     def _copy(self, key: str, found: Answer) -> None:
-        """Copy an entry with these headers onto itself, so that it keeps them. Raises Failed, RemoteError."""
+        """Copy an entry with these headers onto itself, so that it keeps them. Raises AttemptFailed, RemoteError."""
         size = found.length or 0
         kept = {name: value for name, value in found.headers.items() if name.lower().startswith("x-amz-meta-")}
-        kept["Content-Type"] = found.headers.get("Content-Type") or _content_type(key)
+        kept["Content-Type"] = found.headers.get("Content-Type") or content_type(key)
         source = {"x-amz-copy-source": quote(f"/{self._place.bucket}/{self._bucket.full(key)}")}
         if etag := found.headers.get("ETag"):
             source["x-amz-copy-source-if-match"] = etag
@@ -416,9 +413,9 @@ class S3Backend:
                 with suppress(RemoteError):
                     abort(self._bucket, key, upload_id)
                 raise
-        except Refused as refused:
+        except S3Refused as refused:
             if refused.status == 412:
-                raise Failed(f"has changed {key} while it was refreshed", again=True) from refused
+                raise AttemptFailed(f"has changed {key} while it was refreshed", again=True) from refused
             raise
 
     def _copy_parts(self, key: str, upload_id: str, size: int, source: dict[str, str]) -> None:
@@ -433,9 +430,9 @@ class S3Backend:
 
 
 def _entry(key: str, answer: Answer) -> Entry:
-    """What the headers say. Raises Failed."""
+    """What the headers say. Raises AttemptFailed."""
     if answer.length is None:
-        raise Failed(f"does not say how large {key} is", again=False)
+        raise AttemptFailed(f"does not say how large {key} is", again=False)
     try:
         sha256 = FileHash(answer.headers[_SHA256])
     except (KeyError, ValueError):
@@ -456,12 +453,3 @@ def _listed_key(document: Xml, each: Xml) -> str:
     """A key of a listing, which is encoded where the server can do that, since XML has no words for all bytes."""
     key = tag(each, "Key")
     return unquote_plus(key) if tag(document, "EncodingType") == "url" else key
-
-
-def _content_type(key: str) -> str:
-    """What browsers and Nix clients are told that an entry is."""
-    if key.endswith(".narinfo"):
-        return "text/x-nix-narinfo"
-    if key.startswith("log/") or key == CACHE_INFO:
-        return "text/plain; charset=utf-8"
-    return "application/json" if key.endswith(".json") else "application/octet-stream"

@@ -1,12 +1,13 @@
 """Signed requests to one bucket, and what its refusals mean.
 
-boto3 finds the credentials, the region and Amazon's endpoints, botocore signs; the requests go over `wire.Http`. A
+boto3 finds the credentials, the region and Amazon's endpoints, botocore signs; the requests go over `net.http`. A
 call of boto3's client costs 1.1 to 1.5 ms of CPU, a request made here 0.4 to 0.5 ms, and a push is mostly small
 requests. It also means the same deadlines, proxies, trust and words for what went wrong as for every other place.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import threading
@@ -23,10 +24,11 @@ import botocore.session
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 
+from vzrepro.base.errors import RemoteError, UsageError
 from vzrepro.cache.remote import Patience
 from vzrepro.cache.s3.place import S3Place
-from vzrepro.errors import RemoteError, UsageError
-from vzrepro.wire import Answer, Failed, Http, ca_bundle
+from vzrepro.net import TRANSIENT, AttemptFailed
+from vzrepro.net.http import Answer, Http, ca_bundle
 
 XMLNS = "http://s3.amazonaws.com/doc/2006-03-01/"
 
@@ -37,7 +39,6 @@ _CHUNK = 1 << 18  # bytes of a file sent at once; each may take as long as an an
 _MAX_XML = 32 << 20
 _MAX_ERROR = 1 << 16
 _SLOWEST = 10e6  # bytes per second that a server surely copies and joins objects at
-_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _TRANSIENT_CODES = frozenset(
     {
         "ConditionalRequestConflict",
@@ -54,7 +55,7 @@ T = TypeVar("T")
 Xml = ElementTree.Element
 
 
-class Refused(Failed):
+class S3Refused(AttemptFailed):
     """The server has said no; `status` and `code`, S3's word for the reason, say how ("" where it gives none)."""
 
     def __init__(self, why: str, status: int, code: str, *, again: bool, after: float = 0.0, hint: str | None = None):
@@ -62,32 +63,43 @@ class Refused(Failed):
         self.code = code
 
 
+def _md5(data: bytes = b"") -> hashlib._Hash:
+    return hashlib.md5(data, usedforsecurity=False)
+
+
+def _base64(digest: hashlib._Hash) -> str:
+    return base64.b64encode(digest.digest()).decode()
+
+
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """What a request carries: how many bytes, their SHA-256 in hex, and the bytes, as often as they are asked for."""
+    """What a request carries: how many bytes, their SHA-256 in hex, their MD5 in base64 (`Content-MD5`), and the bytes,
+    as often as they are asked for."""
 
     size: int
     sha256: str
+    md5: str
     chunks: Callable[[], bytes | Iterable[bytes]]
 
     @classmethod
     def of(cls, data: bytes) -> Payload:
         """These bytes."""
-        return cls(len(data), hashlib.sha256(data).hexdigest(), lambda: data)
+        return cls(len(data), hashlib.sha256(data).hexdigest(), _base64(_md5(data)), lambda: data)
 
     @classmethod
     def of_file(cls, fd: int, offset: int, size: int, check: Callable[[], None], sha256: str | None = None) -> Payload:
-        """`size` bytes of a file from `offset` on, which are read twice unless their hash is given.
+        """`size` bytes of a file from `offset` on, which are read twice; `sha256` is theirs, where it is known.
 
         `check` is called between chunks, and may raise to end the sending. Raises RemoteError when the file cannot be
         read.
         """
-        if sha256 is None:
-            digest = hashlib.sha256()
-            for chunk in read_file(fd, offset, size, check):
+        digest, md5 = hashlib.sha256(), _md5()
+        for chunk in read_file(fd, offset, size, check):
+            md5.update(chunk)
+            if sha256 is None:
                 digest.update(chunk)
-            sha256 = digest.hexdigest()
-        return cls(size, sha256, lambda: read_file(fd, offset, size, check))
+        found = sha256 or digest.hexdigest()
+        return cls(size, found, _base64(md5), lambda: read_file(fd, offset, size, check))
 
 
 NOTHING = Payload.of(b"")
@@ -104,7 +116,7 @@ class Bucket:
         self.place = place
         self.patience = patience
         self._http = http
-        self._access: Access | None = None
+        self._access: S3Access | None = None
         self._lock = threading.Lock()
         self._skew: float | None = None
 
@@ -117,16 +129,21 @@ class Bucket:
         payload: Payload = NOTHING,
         *,
         slow_bytes: int = 0,
-        access: Access | None = None,
+        access: S3Access | None = None,
     ) -> Answer:
         """One attempt at one request: for an entry or, without `key`, for the bucket. Any 2xx is returned.
 
-        The server has longer to answer where it works on `slow_bytes` first. Raises Failed, Refused in particular, and
-        RemoteError when there can be no request at all.
+        The server has longer to answer where it works on `slow_bytes` first. Raises AttemptFailed, S3Refused in
+        particular, and RemoteError when there can be no request at all.
         """
         access = access or self.access()
         url = access.url(None if key is None else self.full(key), query)
         sent = dict(headers or {})
+        if payload is not NOTHING:
+            # Buckets with Object Lock demand a checksum, and this is the one that every server knows.
+            sent["Content-MD5"] = payload.md5
+        if key is not None and _makes_an_entry(method, query or {}):
+            sent |= self.place.encryption
         access.sign(method, url, sent, payload.sha256)
         # Not signed, since proxies may change them.
         sent |= {"Accept-Encoding": "identity", "User-Agent": "vzrepro"}
@@ -134,7 +151,12 @@ class Bucket:
             sent["Content-Length"] = str(payload.size)
         secs = self.patience.timeout_secs
         data = payload.chunks() if payload.size else None
-        answer = self._http.send(method, url, sent, secs, secs + slow_bytes / _SLOWEST, data)
+
+        def send() -> Answer:
+            return self._http.send(method, url, sent, secs, secs + slow_bytes / _SLOWEST, data)
+
+        # How long it may take to receive bytes and to work on them is not known so well.
+        answer = self.patience.answer(send) if method in ("GET", "HEAD") else send()
         if self._skew is None and (date := answer.date) is not None:
             self._skew = date + 0.5 - time.time()
         if 200 <= answer.status < 300:
@@ -146,12 +168,13 @@ class Bucket:
         return self.patience.attempt(self.place.url, act)
 
     def xml(self, method: str, key: str | None, query: Mapping[str, str], **more: Any) -> Xml:
-        """Ask as `ask` does, once, for a document. Raises Failed, also for an error that begins like a success."""
+        """Ask as `ask` does, once, for a document. Raises AttemptFailed, also for an error that begins like a
+        success."""
         content = self.ask(method, key, query, **more).content(_MAX_XML)
         try:
-            document = ElementTree.fromstring(content)
-        except ElementTree.ParseError as error:
-            raise Failed("answers with something that is not XML", again=False) from error
+            document = parsed(content)
+        except ValueError as error:
+            raise AttemptFailed("answers with something that is not XML", again=False) from error
         if document.tag.rpartition("}")[2] == "Error":
             # Slow operations begin their answer before they know how they end.
             raise self._refusal(200, {}, content, 0.0)
@@ -171,22 +194,22 @@ class Bucket:
                     raise
         return self._skew or 0.0
 
-    def access(self) -> Access:
+    def access(self) -> S3Access:
         """How this bucket is reached. Raises UsageError for an unknown profile, RemoteError without a way."""
         with self._lock:
             if self._access is None:
-                self._access = Access.find(self.place)
+                self._access = S3Access.find(self.place)
             return self._access
 
-    def anonymous(self) -> Access:
+    def anonymous(self) -> S3Access:
         """The same without credentials."""
         ours = self.access()
-        return Access(ours.endpoint, ours.region, ours.bucket, ours.virtual, None)
+        return S3Access(ours.endpoint, ours.region, ours.bucket, ours.virtual, None)
 
-    def addressed(self, virtual: bool) -> Access:
+    def addressed(self, virtual: bool) -> S3Access:
         """The same with the bucket's name in the host name, or in the path."""
         ours = self.access()
-        return Access(ours.endpoint, ours.region, ours.bucket, virtual, ours.credentials)
+        return S3Access(ours.endpoint, ours.region, ours.bucket, virtual, ours.credentials)
 
     def full(self, key: str) -> str:
         """What the bucket knows the entry as, or what keys that start so start with there."""
@@ -197,9 +220,9 @@ class Bucket:
         start = f"{self.place.prefix}/" if self.place.prefix else ""
         return full[len(start) :] if full.startswith(start) else None
 
-    def missing(self) -> Refused:
+    def missing(self) -> S3Refused:
         """That there is no such bucket."""
-        return Refused(
+        return S3Refused(
             f"does not exist: there is no bucket {self.place.bucket}",
             404,
             "NoSuchBucket",
@@ -216,7 +239,7 @@ class Bucket:
         ElementTree.SubElement(document, "LocationConstraint").text = region
         return Payload.of(ElementTree.tostring(document))
 
-    def _refusal(self, status: int, headers: Mapping[str, str], content: bytes, after: float) -> Refused:
+    def _refusal(self, status: int, headers: Mapping[str, str], content: bytes, after: float) -> S3Refused:
         code, message = _error(content)
         said = ": ".join(filter(None, (f"{status} {code}".strip(), message)))
         if code == "NoSuchBucket":
@@ -224,16 +247,21 @@ class Bucket:
         region = headers.get("x-amz-bucket-region", "")
         if status in (301, 307, 400) and region and region != self.access().region:
             joint = "&" if "?" in self.place.url else "?"
-            return Refused(
+            return S3Refused(
                 f"is in the region {region}", status, code, again=False, hint=f"{self.place.url}{joint}region={region}"
             )
         if code == "RequestTimeTooSkewed":
             why = "refuses, as this machine's clock differs too much from its own"
-            return Refused(why, status, code, again=False, hint="check the clock: date -u")
+            return S3Refused(why, status, code, again=False, hint="check the clock: date -u")
         if status in (401, 403) or code == "ExpiredToken":
-            return Refused(f"refuses: {said}", status, code, again=False, hint=self.access().hint())
-        again = status in _TRANSIENT or code in _TRANSIENT_CODES
-        return Refused(f"answers {said}", status, code, again=again, after=after if again else 0.0)
+            return S3Refused(f"refuses: {said}", status, code, again=False, hint=self.access().hint())
+        again = status in TRANSIENT or code in _TRANSIENT_CODES
+        return S3Refused(f"answers {said}", status, code, again=again, after=after if again else 0.0)
+
+
+def _makes_an_entry(method: str, query: Mapping[str, str]) -> bool:
+    """Whether a request for a key begins an entry; what continues an upload in parts must not say how to encrypt it."""
+    return (method == "PUT" and "partNumber" not in query) or (method == "POST" and "uploads" in query)
 
 
 class _Signer(S3SigV4Auth):  # type: ignore[misc]
@@ -244,7 +272,7 @@ class _Signer(S3SigV4Auth):  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
+class S3Access:
     """The server's address and region, how the bucket is named there, and botocore's credentials or None."""
 
     endpoint: str
@@ -254,7 +282,7 @@ class Access:
     credentials: Any
 
     @classmethod
-    def find(cls, place: S3Place) -> Access:
+    def find(cls, place: S3Place) -> S3Access:
         """What the URL says and, for the rest, what botocore finds."""
         try:
             core = botocore.session.Session(profile=place.profile)
@@ -289,13 +317,13 @@ class Access:
         return f"{base}{path}?{urlencode(query, quote_via=quote, safe='')}" if query else f"{base}{path}"
 
     def sign(self, method: str, url: str, headers: dict[str, str], sha256: str) -> None:
-        """Add what proves who asks. Raises Failed when credentials that expire cannot be renewed."""
+        """Add what proves who asks. Raises AttemptFailed when credentials that expire cannot be renewed."""
         if self.credentials is None:
             return
         try:
             frozen = self.credentials.get_frozen_credentials()
         except botocore.exceptions.BotoCoreError as error:
-            raise Failed(f"cannot be asked: {error}", again=False, hint=self.hint()) from error
+            raise AttemptFailed(f"cannot be asked: {error}", again=False, hint=self.hint()) from error
         request = AWSRequest(method, url, headers=headers)
         request.context["sha256"] = sha256
         _Signer(frozen, "s3", self.region).add_auth(request)
@@ -308,6 +336,14 @@ class Access:
         return f"check the credentials, which come from {self.credentials.method}, and what they may do in the bucket"
 
 
+def parsed(content: bytes) -> Xml:
+    """A document of the server's. Raises ValueError for what is no XML, or is in an encoding that nobody knows."""
+    try:
+        return ElementTree.fromstring(content)
+    except (ElementTree.ParseError, LookupError) as error:
+        raise ValueError(str(error)) from error
+
+
 def tag(element: Xml, name: str) -> str:
     """The text of a child, in whatever namespace, or ""."""
     return element.findtext(f"{{*}}{name}") or ""
@@ -316,8 +352,8 @@ def tag(element: Xml, name: str) -> str:
 def _error(content: bytes) -> tuple[str, str]:
     """S3's word for what went wrong, and what it says about it."""
     try:
-        document = ElementTree.fromstring(content)
-    except ElementTree.ParseError:
+        document = parsed(content)
+    except ValueError:
         return "", ""
     return _line(tag(document, "Code")), _line(tag(document, "Message"))
 

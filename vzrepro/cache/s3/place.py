@@ -6,18 +6,25 @@ import re
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlsplit
 
+from vzrepro.base.errors import UsageError
 from vzrepro.cache.backend import is_key
-from vzrepro.errors import UsageError
 
-_FORM = "s3://BUCKET[/PREFIX]?endpoint=https://HOST&region=NAME&addressing=path|virtual&profile=NAME"
-_KNOWN = ("endpoint", "region", "addressing", "profile")
+_FORM = (
+    "s3://BUCKET[/PREFIX]?endpoint=https://HOST&region=NAME&addressing=path|virtual&profile=NAME"
+    "&sse=AES256|aws:kms|aws:kms:dsse&sse-key=ID"
+)
+_KNOWN = ("endpoint", "region", "addressing", "profile", "sse", "sse-key")
+_SSE = ("AES256", "aws:kms", "aws:kms:dsse")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 _WORD = re.compile(r"[\x21-\x7e]+( [\x21-\x7e]+)*")
 
 
 @dataclass(frozen=True, slots=True)
 class S3Place:
-    """A bucket, what all keys in it start with ("" or a key), and how to reach it, where that is said."""
+    """A bucket, what all keys in it start with ("" or a key), and how to reach it, where that is said.
+
+    `sse` is how the server is asked to encrypt what is written, `sse_key` the key of its key service to use.
+    """
 
     url: str
     bucket: str
@@ -26,10 +33,20 @@ class S3Place:
     region: str | None = None
     addressing: str | None = None
     profile: str | None = None
+    sse: str | None = None
+    sse_key: str | None = None
+
+    @property
+    def encryption(self) -> dict[str, str]:
+        """The headers of a request that makes an entry."""
+        name = "x-amz-server-side-encryption"
+        given = {name: self.sse, f"{name}-aws-kms-key-id": self.sse_key}
+        return {header: value for header, value in given.items() if value is not None}
 
     @classmethod
     def parse(cls, url: str) -> S3Place:
-        """Read `s3://BUCKET[/PREFIX]?endpoint=…&region=…&addressing=…&profile=…`; all parameters may be absent.
+        """Read `s3://BUCKET[/PREFIX]?endpoint=…&region=…&addressing=…&profile=…&sse=…&sse-key=…`; all parameters may be
+        absent.
 
         Raises UsageError when it is something else, or holds user names or passwords, which it never needs: they come
         from where every S3 client on the machine looks.
@@ -60,11 +77,16 @@ class S3Place:
             given[name] = value
         if given.get("addressing", "path") not in ("path", "virtual"):
             raise UsageError(f"addressing={given['addressing']} is unknown", reason="it is path or virtual", hint=_FORM)
+        if given.get("sse", "AES256") not in _SSE:
+            raise UsageError(f"sse={given['sse']} is unknown", reason=f"it is one of {', '.join(_SSE)}", hint=_FORM)
+        if "sse-key" in given and not given.get("sse", "").startswith("aws:kms"):
+            raise UsageError("sse-key is for sse=aws:kms and sse=aws:kms:dsse", hint=_FORM)
         if "endpoint" in given:
             given["endpoint"] = _endpoint(given["endpoint"])
         tail = f"/{prefix}" if prefix else ""
         query = f"?{parsed.query}" if parsed.query else ""
-        return cls(f"s3://{bucket}{tail}{query}", bucket, prefix, **given)
+        fields = {name.replace("-", "_"): value for name, value in given.items()}
+        return cls(f"s3://{bucket}{tail}{query}", bucket, prefix, **fields)
 
 
 def _endpoint(text: str) -> str:

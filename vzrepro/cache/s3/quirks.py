@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from vzrepro.cache.s3.bucket import Access, Bucket, Payload, Refused, tag
+from vzrepro.base.errors import RemoteError
+from vzrepro.base.model import FORMAT
+from vzrepro.cache.s3.bucket import Bucket, Payload, S3Access, S3Refused, tag
 from vzrepro.cache.s3.upload import LacksParts, abort, begin, complete, refusal, send_part, unfinished
-from vzrepro.errors import RemoteError
-from vzrepro.model import FORMAT
-from vzrepro.wire import Answer, Failed
+from vzrepro.net import AttemptFailed
+from vzrepro.net.http import Answer
 
 _MAX = 1 << 16
 
@@ -46,7 +47,10 @@ class Quirks:
     @classmethod
     def parse(cls, data: bytes) -> Quirks:
         """Read the entry. Raises ValueError when it is none."""
-        document = json.loads(data)
+        try:
+            document = json.loads(data)
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
         if not isinstance(document, dict) or (document.get("format"), document.get("type")) != (FORMAT, "s3-quirks"):
             raise ValueError("it is not a record of what an S3 server honours")
         values: dict[str, Any] = {field.name: document.get(field.name) for field in fields(cls)}
@@ -102,7 +106,7 @@ class _Probe:
     def _delete(self, key: str) -> None:
         try:
             self._bucket.ask("DELETE", key).content(_MAX)
-        except Refused as refused:
+        except S3Refused as refused:
             if refused.status != 404:
                 raise
 
@@ -122,7 +126,7 @@ class _Probe:
                     self._bucket.ask(
                         "PUT", f"{self._base}/d", headers={"If-None-Match": "*"}, payload=Payload.of(payload)
                     ).content(_MAX)
-                except Refused as refused:
+                except S3Refused as refused:
                     if refused.status == 412:
                         return True
                     raise
@@ -167,10 +171,10 @@ class _Probe:
             abort(self._bucket, key, upload_id)
             return False, False
 
-    def _readable(self, access: Access) -> bool:
+    def _readable(self, access: S3Access) -> bool:
         """Whether an entry can be read so; a host name that does not exist is as good as a refusal."""
         try:
             answer = self._bucket.ask("GET", self._keys[0], access=access)
             return answer.content(_MAX) == b"0123456789"
-        except Failed:
+        except AttemptFailed:
             return False

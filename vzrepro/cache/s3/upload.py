@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
@@ -11,10 +12,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from xml.etree import ElementTree
 
+from vzrepro.base.errors import RemoteError
 from vzrepro.cache.backend import Sent
-from vzrepro.cache.s3.bucket import XMLNS, Bucket, Payload, Refused, Xml, read_file, tag
-from vzrepro.errors import RemoteError
-from vzrepro.wire import Failed
+from vzrepro.cache.s3.bucket import XMLNS, Bucket, Payload, S3Refused, Xml, read_file, tag
+from vzrepro.net import AttemptFailed
 
 PART = 16 << 20
 """Bytes of a part; what is not larger is uploaded in one request."""
@@ -29,7 +30,7 @@ class LacksParts(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Unfinished:
+class UnfinishedUpload:
     """An upload that is not complete: to which key, its id, when it was begun (seconds since the epoch)."""
 
     key: str
@@ -55,7 +56,7 @@ def upload(
     With `resume`, parts that an earlier upload has left are kept where they are the same. Whoever asks for it knows
     that the key always stands for the same content, so two that do it at once may well share an upload. An
     interruption and a server that cannot be reached leave the parts there; a refusal removes them. Raises LacksParts,
-    and RemoteError, whose `__cause__` is a Refused when the server has refused.
+    and RemoteError, whose `__cause__` is an S3Refused when the server has refused.
     """
     part = part_size(size)
     found = _youngest(bucket, key) if resume else None
@@ -84,7 +85,7 @@ def begin(bucket: Bucket, key: str, headers: Mapping[str, str]) -> str:
     def once() -> str:
         try:
             return tag(bucket.xml("POST", key, {"uploads": ""}, headers=headers), "UploadId")
-        except Refused as refused:
+        except S3Refused as refused:
             if refused.status in _LACKING and refused.code != "NoSuchBucket" and not refused.again:
                 raise LacksParts from refused
             raise
@@ -100,7 +101,7 @@ def send_part(bucket: Bucket, key: str, upload_id: str, number: int, payload: Pa
         answer.content(_MIB)
         etag = answer.headers.get("ETag")
         if etag is None:
-            raise Failed("gives a part no ETag", again=False)
+            raise AttemptFailed("gives a part no ETag", again=False)
         return etag
 
     return bucket.do(once)
@@ -120,7 +121,7 @@ def complete(
     def once() -> None:
         try:
             bucket.xml("POST", key, {"uploadId": upload_id}, headers=headers, payload=payload, slow_bytes=size)
-        except Refused as refused:
+        except S3Refused as refused:
             # Done before: by an attempt whose answer was lost, or by another that shared the parts.
             if refused.code != "NoSuchUpload" or not _is_there(bucket, key, size):
                 raise
@@ -134,21 +135,25 @@ def abort(bucket: Bucket, key: str, upload_id: str) -> None:
     def once() -> None:
         try:
             bucket.ask("DELETE", key, {"uploadId": upload_id}).content(_MIB)
-        except Refused as refused:
+        except S3Refused as refused:
             if refused.status != 404:
                 raise
 
     bucket.do(once)
 
 
-def unfinished(bucket: Bucket, prefix: str) -> Iterator[Unfinished]:
+def unfinished(bucket: Bucket, prefix: str) -> Iterator[UnfinishedUpload]:
     """The unfinished uploads to keys that start with `prefix`. Raises RemoteError."""
     start = bucket.full(prefix)
     for document in pages(bucket, None, {"uploads": "", "prefix": start}, _next_upload):
         for each in document.iterfind("{*}Upload"):
             key = bucket.own(tag(each, "Key"))
             if key is not None and key.startswith(prefix):
-                yield Unfinished(key, tag(each, "UploadId"), seconds(tag(each, "Initiated")))
+                try:
+                    begun = seconds(tag(each, "Initiated"))
+                except AttemptFailed as failure:
+                    raise RemoteError(f"{bucket.place.url} {failure.why}") from failure
+                yield UnfinishedUpload(key, tag(each, "UploadId"), begun)
 
 
 def pages(
@@ -168,17 +173,24 @@ def pages(
 
 
 def seconds(text: str) -> float:
-    """A time in S3's documents, in seconds since the epoch. Raises Failed."""
+    """A time in S3's documents, in seconds since the epoch. Raises AttemptFailed."""
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError as error:
-        raise Failed("answers with a time that is none", again=False) from error
+        raise AttemptFailed("answers with a time that is none", again=False) from error
 
 
-def refusal(error: RemoteError) -> Refused | None:
+def count(text: str) -> int:
+    """A number of bytes, or of a part, in S3's documents. Raises AttemptFailed."""
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise AttemptFailed("answers with a number that is none", again=False)
+    return int(text)
+
+
+def refusal(error: RemoteError) -> S3Refused | None:
     """What the server said, when it was that which ended the attempts and not patience."""
     cause = error.__cause__
-    return cause if isinstance(cause, Refused) and not cause.again else None
+    return cause if isinstance(cause, S3Refused) and not cause.again else None
 
 
 def _youngest(bucket: Bucket, key: str) -> str | None:
@@ -199,8 +211,8 @@ def _kept(bucket: Bucket, key: str, upload_id: str, fd: int, size: int, part: in
     for document in pages(bucket, key, {"uploadId": upload_id}, _next_part):
         for each in document.iterfind("{*}Part"):
             try:
-                number, length = int(tag(each, "PartNumber")), int(tag(each, "Size"))
-            except ValueError:
+                number, length = count(tag(each, "PartNumber")), count(tag(each, "Size"))
+            except AttemptFailed:
                 continue
             offset, etag = (number - 1) * part, tag(each, "ETag")
             if length == min(part, size - offset) and etag.strip('"') == _md5(bucket, fd, offset, length):
@@ -225,7 +237,7 @@ def _send(
     def check() -> None:
         bucket.patience.check()
         if left.is_set():
-            raise Failed("is not sent any further", again=False)
+            raise AttemptFailed("is not sent any further", again=False)
 
     def send(number: int) -> str:
         offset = (number - 1) * part
@@ -254,7 +266,7 @@ def _send(
 def _is_there(bucket: Bucket, key: str, size: int) -> bool:
     try:
         answer = bucket.ask("HEAD", key)
-    except Refused:
+    except S3Refused:
         return False
     answer.content(0)
     return answer.length == size

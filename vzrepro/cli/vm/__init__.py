@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
+from vzrepro.cli.verbs import Verbs
 from vzrepro.cli.vm import bench, boot, init, probe
 from vzrepro.cli.vm import exec as exec_
 
 
-@click.group()
+@click.group(cls=Verbs)
 def vm() -> None:
     """Boot bundles under QEMU, and use them."""
 

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vzrepro.base.errors import UsageError, VzreproError
+from vzrepro.base.events import Notice
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
 from vzrepro.cli.vm import machine
-from vzrepro.errors import UsageError, VzreproError
-from vzrepro.events import Notice
 
 if TYPE_CHECKING:
-    from vzrepro.vm.bench import Report
+    from vzrepro.guest.vm.bench import BenchReport
 
 _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
@@ -27,8 +28,14 @@ _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--timeout-secs", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True)
 @click.option("--rootfs-dir", type=_DIRECTORY, help="Boot with this root file system, shared and overlaid.")
 @click.option("--http-smoke-url", metavar="URL", help="Have each guest fetch this. The host is 10.0.2.2 to it.")
-@click.option("--guest-logs", is_flag=True, help="Show each guest's console.")
+@click.option("--kernel", type=_FILE, help="Boot this kernel with the initramfs of --bundle-dir.")
+@click.option("--guest-logs", is_flag=True, help="Show the end of each guest's kernel log (dmesg | tail -n 120).")
 @click.option("--guest-log-command", metavar="C", help="Show what this shell command prints in each guest.")
+@click.option(
+    "--serial-log-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep the console of each boot there, made if need be: ITERATION-LABEL.log.",
+)
 @click.option(
     "--retry-log-every",
     type=click.FloatRange(min=0),
@@ -48,30 +55,41 @@ def bench(
     timeout_secs: float,
     rootfs_dir: Path | None,
     http_smoke_url: str | None,
+    kernel: Path | None,
     guest_logs: bool,
     guest_log_command: str | None,
+    serial_log_dir: Path | None,
     retry_log_every: float,
     html: Path | None,
 ) -> None:
     """Boot a bundle again and again; show how long each phase takes. Exits with 1 when a boot failed."""
-    from vzrepro.vm import bench as benches  # gRPC and pydantic take a while to load
-    from vzrepro.vm import boot, qemu
-    from vzrepro.vm.bench_page import page
+    from vzrepro.guest.vm import bench as benches  # gRPC and pydantic take a while to load
+    from vzrepro.guest.vm import boot, qemu
+    from vzrepro.guest.vm.bench_page import page
 
     if html is not None and not html.absolute().parent.is_dir():
         raise UsageError(f"{html} cannot be written", reason=f"there is no directory {html.parent}")
+    if serial_log_dir is not None:
+        try:
+            serial_log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{serial_log_dir} cannot be made", reason=error.strerror) from error
     names = [bundle] if other is None else [bundle, other]
     folders, programs = machine.prepare(session, names, shares=rootfs_dir is not None)
     shares = () if rootfs_dir is None else (qemu.Share("rootfs", rootfs_dir.resolve(), read_only=True),)
+    guests = [(name, replace(boot.of_bundle(place), shares=shares)) for name, place in zip(names, folders, strict=True)]
+    if kernel is not None:
+        guests[0] = (f"{bundle} with {kernel}", replace(guests[0][1], kernel=kernel.resolve()))
     report = benches.measure(
-        [(name, replace(boot.of_bundle(folder), shares=shares)) for name, folder in zip(names, folders, strict=True)],
+        guests,
         programs,
         benches.Options(
             iterations=iterations,
             timeout_secs=timeout_secs,
-            log_guests=guest_logs,
+            kernel_logs=guest_logs,
             log_command=guest_log_command,
             smoke_url=http_smoke_url,
+            console_directory=serial_log_dir,
             waiting_every_secs=retry_log_every,
         ),
         session.console.report,
@@ -84,11 +102,11 @@ def bench(
         raise VzreproError(
             f"{report.failures()} of {len(report.boots)} boots failed",
             reason=next(one.error for one in report.boots if one.error is not None),
-            hint="more of the guest: --guest-logs; more time: --timeout-secs",
+            hint="more of the guest: --serial-log-dir, --guest-logs; more time: --timeout-secs",
         )
 
 
-def _table(report: Report) -> str:
+def _table(report: BenchReport) -> str:
     lines = [f"{'':8} {'':3} {'boots':>6} {'min':>8} {'mean':>8} {'median':>8} {'p95':>8} {'max':>8}  (seconds)"]
     phases = dict.fromkeys(phase for subject in report.bundles for phase in subject.phases)
     for phase in phases:

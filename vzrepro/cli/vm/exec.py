@@ -47,12 +47,12 @@ def execute(
     rootfs_dir: Path | None,
     timeout_secs: float,
 ) -> int:
-    """Boot a guest, run a command in it as if it were here, power off; the exit code is the command's.
+    """Boot a guest, run a command in it as if it were here, power off. The exit code is the command's.
 
     With a terminal on both ends the command has one too. Ctrl-C goes to the command; the second one ends the guest.
     """
-    from vzrepro.vm import attach, boot, directory, qemu  # gRPC takes a while to load
-    from vzrepro.vm.spec import Mount
+    from vzrepro.guest.vm import attach, boot, directory, qemu  # gRPC takes a while to load
+    from vzrepro.guest.vm.spec import Mount
 
     parsed = [Mount.parse(text) for text in mounts]
     settings = variables(env)

@@ -9,7 +9,7 @@ import click
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
 from vzrepro.cli.vm import machine
-from vzrepro.metadata import KernelProfile
+from vzrepro.guest.metadata import KernelProfile
 
 
 @click.command()
@@ -36,18 +36,18 @@ def init(
     mounts: tuple[str, ...],
     force: bool,
 ) -> None:
-    """Make DIR a VM's directory: a bundle, its configuration (vm.toml) and a disk.
+    """Make DIR a VM's directory. It gets a bundle, its configuration (vm.toml) and a disk.
 
     Then: vzrepro vm boot DIR, vzrepro vm exec DIR -- CMD.
     """
-    from vzrepro import metadata
-    from vzrepro.errors import UsageError
-    from vzrepro.vm import directory as directories
-    from vzrepro.vm.spec import Mount
+    from vzrepro.base.errors import UsageError
+    from vzrepro.guest import metadata
+    from vzrepro.guest.vm import directory as directories
+    from vzrepro.guest.vm.spec import Mount
 
     settings = directories.Settings(cpus, memory_mib, disk_mib, tuple(map(Mount.parse, mounts)))
     [folder] = machine.bundles(session, [bundle or f"{kernel_profile}-bundle"])
-    found = metadata.read(folder).profile
+    found = metadata.read(folder).kind
     if found != kernel_profile:
         raise UsageError(f"{folder} is a bundle of the {found} profile, not of {kernel_profile}")
     directories.create(directory, folder, settings, force=force)

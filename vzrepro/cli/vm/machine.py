@@ -9,21 +9,25 @@ from typing import TYPE_CHECKING
 from vzrepro.cli.session import Session
 
 if TYPE_CHECKING:
-    from vzrepro.vm.boot import HostPrograms
-    from vzrepro.vm.qemu import Guest
+    from vzrepro.guest.vm.boot import HostPrograms
+    from vzrepro.guest.vm.qemu import Guest
 
 _VSOCK = "vhost-device-vsock"
 _SHARES = "virtiofsd"
 
 
-def prepare(session: Session, bundles: Sequence[str], *, shares: bool = False) -> tuple[list[Path], HostPrograms]:
+def prepare(
+    session: Session, bundles: Sequence[str], *, shares: bool = False, vsock: bool = False
+) -> tuple[list[Path], HostPrograms]:
     """The directory of each of `bundles` (a bundle's or a VM's directory, or a target, which is realized), and the
-    programs that guests need; `shares` says that a guest gets more than its VM's own. One call realizes all of it."""
-    from vzrepro.vm import directory, qemu
-    from vzrepro.vm.boot import HostPrograms
+    programs that guests need; `shares` says that a guest gets more than its VM's own, `vsock` that its vsock is served
+    by vhost-device-vsock whatever the host's kernel can do. One call realizes all of it."""
+    from vzrepro.guest.vm import directory, qemu
+    from vzrepro.guest.vm.boot import HostPrograms
 
+    qemu.require_linux()
     shares = shares or any(directory.is_one(Path(name)) and directory.load(Path(name)).shares for name in bundles)
-    programs = [*([] if qemu.kernel_vsock_usable() else [_VSOCK]), *([_SHARES] if shares else [])]
+    programs = [*([] if qemu.kernel_vsock_usable() and not vsock else [_VSOCK]), *([_SHARES] if shares else [])]
     places = _places(session, [*programs, *bundles])
     return (
         [places[name] for name in bundles],
@@ -42,7 +46,7 @@ def bundles(session: Session, names: Sequence[str]) -> list[Path]:
 
 def guest(folder: Path) -> Guest:
     """The guest of a bundle's or a VM's directory."""
-    from vzrepro.vm import boot, directory
+    from vzrepro.guest.vm import boot, directory
 
     return directory.load(folder) if directory.is_one(folder) else boot.of_bundle(folder)
 

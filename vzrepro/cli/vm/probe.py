@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
+from vzrepro.base.errors import VzreproError
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
 from vzrepro.cli.vm import machine
-from vzrepro.errors import VzreproError
 
 _TOOLS = "probes"
 _COLUMNS = ("capability", "declared", "config", "guest", "detail")
@@ -22,15 +22,15 @@ _COLUMNS = ("capability", "declared", "config", "guest", "detail")
 @json_option
 @click.pass_obj
 def probe(session: Session, bundle: str, timeout_secs: float) -> int:
-    """Prove what a bundle declares in its booted guest, and that what must not be there is absent.
+    """Prove what a bundle declares in its booted guest. What must not be there is proven to be absent.
 
     Each capability is shown as version.json declares it, as the kernel's build proved it from its configuration (known
     for targets only), and as the guest showed it. Exit code 1 when something declared failed or something forbidden is
     there.
     """
-    from vzrepro.vm import probes  # gRPC takes a while to load
+    from vzrepro.guest.vm import probes  # gRPC takes a while to load
 
-    [folder, tools], programs = machine.prepare(session, [bundle, _TOOLS], shares=True)
+    [folder, tools], programs = machine.prepare(session, [bundle, _TOOLS], shares=True, vsock=True)
     proofs = probes.probe(
         machine.guest(folder).kernel.parent,
         tools,
@@ -51,14 +51,14 @@ def _word(known: bool | None) -> str | None:
 
 
 def _proven_from_config(session: Session, bundle: str) -> list[str] | None:
-    """What the build of a target's kernel proved, unless that kernel would have to be built to know it."""
+    """What a target's kernel configuration proves, unless that would have to be built to know it."""
     if (Path(bundle) / "vmlinux").is_file():
         return None
-    kernel = session.target(bundle).drv.inputs.get("kernel")
-    if kernel is None:
+    config = session.target(bundle).drv.inputs.get("config")
+    if config is None:
         return None
     try:
-        [found] = session.realizer().pull([session.graph.nodes[kernel]])
+        [found] = session.realizer().pull([session.graph.nodes[config]])
     except VzreproError:
         return None
     proven: list[str] = json.loads((session.store.location(found.path) / "capabilities.json").read_bytes())

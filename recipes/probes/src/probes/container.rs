@@ -8,7 +8,7 @@ use crate::outcome::{Failure, Outcome, Step, ensure};
 use crate::probes::devices;
 
 /// Where hosts put the runtime of the bundle: the share `oci-runtime-bin`.
-const RUNTIME: &str = "/mnt/oci-runtime-bin/youki";
+const RUNTIME: &str = "/run/vz-oci/bin/youki";
 const BUNDLE: &str = "/tmp/bundle";
 
 /// An OCI runtime configuration (version 1.0.2): every namespace of its own but the user's, 48 MiB, 24 processes, half

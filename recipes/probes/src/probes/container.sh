@@ -4,7 +4,7 @@ echo "pid $$"
 echo "host $($b hostname)"
 echo "user $($b id -u):$($b id -g)"
 echo "cgroup $($b cat /proc/self/cgroup)"
-echo "interfaces $($b ls /sys/class/net | $b xargs)"
+echo "interfaces $($b ls /sys/class/net | $b xargs $b echo)"
 for limit in memory.max pids.max cpu.max; do
     echo "$limit $($b cat /sys/fs/cgroup/$limit)"
 done

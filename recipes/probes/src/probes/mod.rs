@@ -19,6 +19,8 @@ mod vsock;
 
 use crate::outcome::Probe;
 
+pub use vsock::connect_to_host;
+
 const PROBES: [(&str, Probe); 15] = [
     ("btrfs_snapshots", btrfs::probe),
     ("container_sandbox", container::probe),

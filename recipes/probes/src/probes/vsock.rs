@@ -1,7 +1,7 @@
 //! `vsock`: the guest has an address of its own, reaches its host, and nothing inside the guest reaches the agent.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::{io, mem};
 
 use crate::outcome::{Outcome, Step, ensure};
@@ -21,7 +21,7 @@ pub fn probe() -> Outcome {
         cid > libc::VMADDR_CID_HOST && cid != libc::VMADDR_CID_ANY,
         "the guest has no CID of its own",
     )?;
-    connect(libc::VMADDR_CID_HOST, READY_PORT, 30).step("connect to the host's port 7425")?;
+    connect_to_host().step("connect to the host's port 7425")?;
     for (name, loopback) in [("CID 1", libc::VMADDR_CID_LOCAL), ("the guest's own CID", cid)] {
         let reached = connect(loopback, AGENT_PORT, 2).is_ok();
         ensure(
@@ -32,7 +32,12 @@ pub fn probe() -> Outcome {
     Ok("the host's port answers; the agent's port cannot be reached from inside".into())
 }
 
-fn connect(cid: u32, port: u32, limit_secs: i64) -> io::Result<()> {
+/// A stream to the host's port for the agent's ready line.
+pub fn connect_to_host() -> io::Result<OwnedFd> {
+    connect(libc::VMADDR_CID_HOST, READY_PORT, 30)
+}
+
+fn connect(cid: u32, port: u32, limit_secs: i64) -> io::Result<OwnedFd> {
     let socket = sys::socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0)?;
     let limit = libc::timeval {
         tv_sec: limit_secs,
@@ -56,5 +61,5 @@ fn connect(cid: u32, port: u32, limit_secs: i64) -> io::Result<()> {
             size_of_val(&address) as u32,
         ))?;
     }
-    Ok(())
+    Ok(socket)
 }

@@ -1,0 +1,68 @@
+"""A worker whose builds are played: what becomes of an order is in its name. As a process, so that it can be killed.
+
+    python -m tests.farm_stub URL NAME FILE [JOBS]
+
+Each begun build is a line in FILE. Orders are called `ok…`, `pause…` (up to two seconds), `slow…` (until it is
+stopped), `oom…` (small ones run out of memory), `remote…` (the cache fails, once), `broken…`, `disk…` (trouble, on
+`one`), `crash…` (the worker dies).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from vzrepro.base.config import Config
+from vzrepro.base.errors import BuildFailed, Interrupted, OutOfMemory, RemoteError
+from vzrepro.base.model import NarHash, store_path
+from vzrepro.farm.order import SIZES, Order, OrderAnswer
+from vzrepro.farm.temporal.server import FarmServer, leave
+from vzrepro.farm.temporal.worker import FarmWorker
+from vzrepro.farm.workshop import Attempt
+
+
+def main() -> None:
+    url, name, file = sys.argv[1:4]
+    jobs = int(sys.argv[4]) if len(sys.argv) > 4 else 1
+    seen = Path(file)
+
+    def build(order: Order, attempt: Attempt) -> OrderAnswer:
+        with seen.open("a") as lines:
+            lines.write(f"{order.id} {order.size} {name}\n")
+        attempt.phase = "builds"
+        match order.name.partition("-")[0]:
+            case "slow":
+                attempt.stop.wait()
+                raise Interrupted("interrupted")
+            case "pause":
+                time.sleep(random.uniform(0, 2))
+            case "oom" if order.size == "small":
+                raise OutOfMemory("it needs more memory")
+            case "remote" if seen.read_text().count(order.id) == 1:
+                raise RemoteError("the cache does not answer")
+            case "broken":
+                raise BuildFailed("exit code 1", reason="the end of its log:\n    make: ***", hint="vzrepro shell it")
+            case "disk" if name == "one":
+                raise OSError(28, "No space left on device")
+            case "crash":
+                os.kill(os.getpid(), signal.SIGKILL)
+        return OrderAnswer(store_path(order.drv, order.name), NarHash(order.drv.hex), name, "built")
+
+    def healthy() -> None:
+        if name == "one":
+            raise OSError(28, "No space left on device")
+
+    server = FarmServer.of(url, Config())
+    worker = FarmWorker(
+        server, name, ["linux/amd64"], SIZES, jobs, build, healthy, say=lambda line: print(line, flush=True)
+    )
+    worker.serve()
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()

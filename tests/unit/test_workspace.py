@@ -1,0 +1,187 @@
+"""A new workspace, and one that a newer vzrepro has made; two vzrepros; what tells a shell and man(1) of the verbs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import vzrepro
+from tests.test_docs import _verbs
+from vzrepro.base import config, version
+from vzrepro.base.errors import UsageError
+from vzrepro.cli import group
+from vzrepro.cli.man import page
+from vzrepro.proof.audit.toolbox import tools_graph
+from vzrepro.recipe import lock as locks
+from vzrepro.recipe.evaluate import evaluate
+
+PROJECT = Path(__file__).parents[2]
+
+
+def run(root: Path, *words: str, code: int = 0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VZREPRO_", "XDG_", "_VZ"))}
+    command = [sys.executable, "-m", "vzrepro", *words]
+    environment = {"PYTHONPATH": str(PROJECT), **kept, "HOME": str(root / "home"), "COLUMNS": "100", **(env or {})}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+# --- vzrepro init -------------------------------------------------------------------------------------------------
+
+
+def test_a_new_workspace_is_locked_and_its_image_is_that_of_audits(tmp_path: Path) -> None:
+    said = run(tmp_path, "init", "my-board").stdout
+    assert said == "my-board is a workspace; go on with: cd my-board && vzrepro realize hello && vzrepro audit hello\n"
+    root = tmp_path / "my-board"
+    assert {path.name for path in root.iterdir()} == {
+        ".gitignore",
+        "README.md",
+        "lock.toml",
+        "pyproject.toml",
+        "recipes",
+    }
+    run(root, "lock", "--check")
+    graph = evaluate(root, locks.load(root / "lock.toml"), "linux/amd64")
+    assert graph.find("hello").drv.image == tools_graph("linux/amd64")[0].find("audit-tools").drv.image
+
+
+def test_an_empty_directory_will_do(tmp_path: Path) -> None:
+    assert "go on with: vzrepro realize hello" in run(tmp_path, "init", ".").stdout
+    assert (tmp_path / "recipes/hello/hello.c").is_file()
+
+
+def test_the_next_commands_can_be_typed_as_they_are(tmp_path: Path) -> None:
+    assert "go on with: cd 'a board' && vzrepro realize" in run(tmp_path, "init", "a board").stdout
+
+
+def test_where_something_is_nothing_is_made(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").write_text("mine")
+    error = run(tmp_path, "init", "full", code=2).stderr
+    assert "error: full is not empty, and a workspace is made in an empty directory only\n" in error
+    assert "hint: name a new one: vzrepro init DIR" in error
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
+    assert "is a file" in run(tmp_path, "init", "full/mine", code=2).stderr
+
+
+def test_for_another_platform_the_packages_are_still_to_be_pinned(tmp_path: Path) -> None:
+    said = run(tmp_path, "init", "there", env={"VZREPRO_PLATFORM": "linux/arm64"}).stdout
+    assert said.endswith("cd there && vzrepro lock\n")
+    assert not (tmp_path / "there/lock.toml").exists()
+
+
+# --- another vzrepro ----------------------------------------------------------------------------------------------
+
+
+def test_a_workspace_of_a_newer_vzrepro_says_so_in_a_sentence(tmp_path: Path) -> None:
+    run(tmp_path, "init", ".")
+    project = tmp_path / "pyproject.toml"
+    assert f'required-version = ">={vzrepro.__version__}"' in project.read_text()
+    project.write_text('[tool.vzrepro]\nrequired-version = ">=99.1"\na-setting-of-then = true\n')
+    error = run(tmp_path, "targets", code=2).stderr
+    assert f"{tmp_path} is a workspace for vzrepro 99.1 or later, and this is {vzrepro.__version__}\n" in error
+    assert "hint: install a newer one" in error
+
+
+@pytest.mark.parametrize("oldest", [">=0", ">=0.1", f">={vzrepro.__version__}"])
+def test_an_older_workspace_is_used(tmp_path: Path, oldest: str) -> None:
+    (tmp_path / "pyproject.toml").write_text(f'[tool.vzrepro]\nrequired-version = "{oldest}"\n')
+    assert config.load(tmp_path, {}, tmp_path / "none").required_version == oldest
+
+
+@pytest.mark.parametrize("odd", ['"0.1"', '"==1"', '">=1.x"', "1"])
+def test_what_is_no_oldest_version_is_an_error(tmp_path: Path, odd: str) -> None:
+    (tmp_path / "pyproject.toml").write_text(f"[tool.vzrepro]\nrequired-version = {odd}\n")
+    with pytest.raises(UsageError, match="required-version"):
+        config.load(tmp_path, {}, tmp_path / "none")
+
+
+def test_a_lock_of_a_newer_vzrepro_says_so_whatever_else_it_has() -> None:
+    with pytest.raises(UsageError, match=r"^lock\.toml was written by a newer vzrepro: it has format 2, and") as caught:
+        locks.parse("format = 2\n[wheel.of.then]\nkey = 1\n")
+    assert "install a newer one" in (caught.value.hint or "")
+
+
+def test_two_vzrepros_do_not_answer_for_each_other(tmp_path: Path) -> None:
+    """The second one has another formula for store paths: its answer must not be what the first one remembered."""
+    root = tmp_path / "workspace"
+    run(tmp_path, "init", str(root))
+    other = tmp_path / "other"
+    shutil.copytree(PROJECT / "vzrepro", other / "vzrepro", ignore=shutil.ignore_patterns("__pycache__"))
+    model = other / "vzrepro/base/model.py"
+    text = model.read_text()
+    assert "output:out:sha256:" in text
+    model.write_text(text.replace("output:out:sha256:", "another:out:sha256:"))
+    for place in sorted(root.rglob("*")):  # a file that has just been written is not trusted to stay as it is
+        os.utime(place, (time.time() - 10,) * 2)
+    home = {"HOME": str(tmp_path / "home")}
+    for _ in range(2):
+        first = run(root, "targets", env=home).stdout
+        second = run(root, "targets", env={**home, "PYTHONPATH": str(other)}).stdout
+        assert first != second
+        assert "-hello-1.0" in first
+
+
+# --- version, completion, man -------------------------------------------------------------------------------------
+
+
+def test_the_version_names_the_commit_of_a_checkout() -> None:
+    commit = subprocess.run(["git", "-C", PROJECT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert version.full().removesuffix(")").removesuffix("-dirty") == f"{vzrepro.__version__} ({commit.stdout[:12]}"
+
+
+def test_the_version_names_the_commit_that_a_wheel_was_built_from(tmp_path: Path) -> None:
+    copy = tmp_path / "site/vzrepro"
+    (copy / "base").mkdir(parents=True)
+    for name in ("__init__.py", "__main__.py", "base/__init__.py", "base/version.py"):
+        shutil.copy(PROJECT / "vzrepro" / name, copy / name)
+    there = {"PYTHONPATH": str(copy.parent)}
+    assert run(tmp_path, "--version", env=there).stdout == f"vzrepro, version {vzrepro.__version__}\n"
+    (copy / "COMMIT").write_text("0123456789ab 1700000000\n")
+    assert run(tmp_path, "--version", env=there).stdout == f"vzrepro, version {vzrepro.__version__} (0123456789ab)\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_is_told_how_to_complete(tmp_path: Path, shell: str) -> None:
+    script = run(tmp_path, "completion", shell).stdout
+    assert f"_VZREPRO_COMPLETE={shell}_complete" in script
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)
+
+
+def test_bash_completes_a_verb(tmp_path: Path) -> None:
+    script = run(tmp_path, "completion", "bash").stdout
+    (tmp_path / "vzrepro").write_text(f'#!/bin/sh\nexec {sys.executable} -m vzrepro "$@"\n')
+    (tmp_path / "vzrepro").chmod(0o755)
+    asked = f'{script}\nCOMP_WORDS=(vzrepro stor)\nCOMP_CWORD=1\n_vzrepro_completion vzrepro\necho "${{COMPREPLY[@]}}"'
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(["bash", "-c", asked], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "store\n"
+
+
+def test_the_manual_page_has_every_verb_and_option() -> None:
+    lines = list(page(group))
+    assert lines[0].startswith('.TH VZREPRO 1 "" "vzrepro ')
+    text = "\n".join(lines).replace("\\-", "-")
+    for verb in _verbs(group):
+        assert f"\n.SS vzrepro {verb} " in text or f"\n.SS vzrepro {verb}\n" in text, verb
+    assert "\n.B --out-link PATH\n" in text
+    assert "130 interrupted" in text
+    assert not [line for line in lines if line.startswith("'")]
+    requests = {line.split()[0] for line in lines if line.startswith(".")}
+    assert requests == {".TH", ".SH", ".SS", ".TP", ".PP", ".B"}
+
+
+@pytest.mark.skipif(shutil.which("groff") is None, reason="groff is not installed")
+def test_the_manual_page_is_what_groff_understands() -> None:
+    text = "\n".join(page(group)) + "\n"
+    done = subprocess.run(["groff", "-man", "-ww", "-Tutf8"], input=text, text=True, capture_output=True, check=True)
+    assert done.stderr == ""
+    assert "realize" in done.stdout

@@ -1,1 +1,0 @@
-"""Virtual machines: how QEMU is started (`qemu`), how its guest is talked to (`agent`), a whole boot (`boot`)."""
