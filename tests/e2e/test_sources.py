@@ -131,12 +131,19 @@ def test_a_wrong_hash(cli: Cli, server: FaultyProxy) -> None:
     assert cli.realize("source-thing")[0].read_bytes() == b"a third"
 
 
-def test_a_missing_hash_while_offline(cli: Cli) -> None:
+def test_a_missing_hash_while_offline(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(THING)
     with refusing() as port:
-        declare(cli, f'url_source("thing", "http://127.0.0.1:{port}/thing.tar.gz")')
+        missing = f'url_source("thing", "http://127.0.0.1:{port}/thing.tar.gz")'
+        declare(cli, missing)
+        err = cli.run("lock", code=105).stderr
+        assert "its hash is not known, so it must be seen once" in err
+        assert not (cli.root / "lock.toml").exists()
+        declare(cli, missing, f'url_source("other", "file://{tmp_path}/other")')
         err = cli.run("lock", code=105).stderr
     assert "its hash is not known, so it must be seen once" in err
-    assert not (cli.root / "lock.toml").exists()
+    assert "lock.toml has the other pins" in err
+    assert list(lock(cli)) == ["other"]
 
 
 def test_a_new_url_under_the_old_hash_is_fetched_again(cli: Cli, server: FaultyProxy) -> None:

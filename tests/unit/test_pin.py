@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Workspace
-from vzrepro.base.errors import RemoteError, UsageError
+from vzrepro.base.errors import HashMismatch, Interrupted, RemoteError, UsageError, VzreproError
 from vzrepro.base.model import FileHash
-from vzrepro.realize.pin import MovedPin, Pinner, check, moves
+from vzrepro.realize.pin import MovedPin, Pinner, check, failure, moves
 from vzrepro.recipe.evaluate import evaluate
 from vzrepro.recipe.graph import Want
-from vzrepro.recipe.lock import ImagePin, Lock, PinnedFile, SourcePin
+from vzrepro.recipe.lock import CrateSetPin, ImagePin, Lock, PinnedFile, SourcePin
 from vzrepro.sources import crates, fetch
 
 RECIPES = """
@@ -128,8 +128,87 @@ def test_an_error_names_the_recipe(workspace: Workspace) -> None:
 
     pinner = Failing(root, "linux/amd64", fetch.Mirrors({}), root, root, dt.datetime.now(dt.UTC))
     pinner.asked = []
-    with pytest.raises(UsageError, match=r"recipes/a/__init__\.py:4: no such package"):
-        pinner.resolve(Lock())
+    pinner.resolve(Lock())
+    (failed,) = pinner.unpinned
+    assert failure([failed]) is failed.error
+    assert isinstance(failed.error, UsageError)
+    assert failed.error.message == "recipes/a/__init__.py:4: no such package"
+
+
+PROGRAMS = """
+from vzrepro import cargo_crates, crate_source
+P = crate_source("prog", series="1")
+Q = crate_source("quit", series="1")
+R = crate_source("rest", series="1")
+cargo_crates("prog", lock=P, targets=["x"])
+cargo_crates("rest", lock=R, targets=["x"])
+"""
+
+
+class Partial(Resolver):
+    """A resolver that fails as `failing` says."""
+
+    failing: dict[str, VzreproError]
+
+    def _source(self, want: Want) -> SourcePin:
+        if (error := self.failing.get(want.name)) is not None:
+            raise error
+        return super()._source(want)
+
+    def _crate_set(self, want: Want) -> CrateSetPin:
+        self.asked.append(f"crates {want.name}")
+        return CrateSetPin(want.request, ())
+
+
+def _partial(root: Path, update: tuple[str, ...] | None = (), **failing: VzreproError) -> Partial:
+    pinner = Partial(root, "linux/amd64", fetch.Mirrors({}), root, root, dt.datetime.now(dt.UTC), update)
+    pinner.asked, pinner.failing = [], failing
+    return pinner
+
+
+def test_pins_that_can_be_made_are_kept(workspace: Workspace) -> None:
+    root = workspace(a=PROGRAMS)
+    pinner = _partial(root, prog=HashMismatch("another file"), quit=RemoteError("no answer"))
+    lock = pinner.resolve(Lock())
+    assert (list(lock.sources), list(lock.crate_sets)) == (["rest"], ["rest"])
+    error = failure(pinner.unpinned)
+    assert isinstance(error, HashMismatch)  # the first one's exit code
+    assert error.message == "3 pins could not be made"
+    told = ["crate-source prog: another file", "crate-source quit: no answer", "crates prog: not tried"]
+    assert (error.reason or "").splitlines() == told
+    # What is there is not made again, and what failed is.
+    again = _partial(root)
+    whole = again.resolve(lock)
+    assert (again.asked, failure(again.unpinned)) == (["prog", "quit", "crates prog"], None)
+    evaluate(root, whole, "linux/amd64")
+
+
+def test_a_pin_that_cannot_be_moved_stays(workspace: Workspace) -> None:
+    root = workspace(a=PROGRAMS)
+    whole = _partial(root).resolve(Lock())
+    older = {name: dataclasses.replace(pin, version="1.0") for name, pin in whole.sources.items()}
+    before = Lock(older, {}, whole.crate_sets)
+    pinner = _partial(root, None, prog=UsageError("gone"))
+    after = pinner.resolve(before)
+    assert moves(before, after) == [MovedPin("source quit", "1.0", "1.1"), MovedPin("source rest", "1.0", "1.1")]
+    assert after.crate_sets == before.crate_sets
+
+
+def test_without_a_network_not_everything_is_tried(workspace: Workspace) -> None:
+    root = workspace(a=PROGRAMS)
+    down = dict.fromkeys(("prog", "quit", "rest"), RemoteError("no answer"))
+    pinner = _partial(root, **down)
+    assert pinner.resolve(Lock()) == Lock()
+    assert [each.error is None for each in pinner.unpinned] == [False, False, True, True, True]
+    # A server that says that it has no such file has answered.
+    gone = _partial(root, **dict.fromkeys(("prog", "quit", "rest"), fetch.NotFound("no place has it")))
+    gone.resolve(Lock())
+    assert [each.error is None for each in gone.unpinned] == [False, False, False, True, True]
+
+
+def test_an_interrupt_is_none_of_them(workspace: Workspace) -> None:
+    with pytest.raises(Interrupted):
+        _partial(workspace(a=PROGRAMS), prog=Interrupted("stopped")).resolve(Lock())
 
 
 def _crate(series: str, *lines: str) -> str:

@@ -35,15 +35,21 @@ def lock(session: Session, names: tuple[str, ...], check: bool, update: bool, al
     previous = session.lock_file.read_text() if session.lock_file.is_file() else ""
     before = session.lock
     moving = (names or None) if update else ()
-    after = session.pinner(moving, allow_expired=allow_expired).resolve(before)
+    pinner = session.pinner(moving, allow_expired=allow_expired)
+    after = pinner.resolve(before)
+    failure = pin.failure(pinner.unpinned)
     text = render(after, previous)
-    if text != previous:
+    if text != previous and (failure is None or after != before):
         disk.write_file(session.lock_file, text.encode())
     moves = pin.moves(before, after)
     if moves:
         session.console.print_table(("pin", "old", "new"), [(move.what, move.before, move.after) for move in moves])
-    else:
+    elif failure is None:
         session.console.report(Notice("info", "lock.toml is up to date"))
+    if failure is not None:
+        if after != before:
+            session.console.report(Notice("info", "lock.toml has the other pins"))
+        raise failure
 
 
 def _check(session: Session) -> None:

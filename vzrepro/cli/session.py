@@ -355,7 +355,12 @@ class Session:
         """Have `realize` of these targets answered at once next time."""
         from vzrepro import noop
 
-        places = {node.target: str(self.store.location(info.path)) for node, info in zip(nodes, found, strict=True)}
+        places = {
+            node.target: str(self.store.location(info.path))
+            for node, info in zip(nodes, found, strict=True)
+            # Of a download that its URLs did not give, they are asked again each time.
+            if node.origin is None or self.store.known_origin(info.path, node.origin)
+        }
         noop.remember_realized(str(self.root), os.environ, self._begun_ns, self._reads(), places)
 
     def remember(self, words: Sequence[str], text: str) -> None:

@@ -152,6 +152,15 @@ class Inventory:
             if info is not None and objection(node, info.origin, cache.url) is None:
                 yield cache, info
 
+    def by_content(self, node: Node) -> Iterator[tuple[CacheReader, NarInfo]]:
+        """The same for a download whose places give nothing: caches that have it from wherever, since it is pinned to
+        its hash and trusted keys vouch for it."""
+        if self._may_substitute(node) and counts(self.doubts(node.path)).offered:
+            for cache in self.caches:
+                info = cache.query(node.path)
+                if info is not None:
+                    yield cache, info
+
     def equal_in_caches(self, key: BuildKey) -> Iterator[tuple[CacheReader, NarInfo]]:
         """The same for objects of a build key, if everything may come from caches."""
         for cache in self.caches if self.substitute == "all" else ():

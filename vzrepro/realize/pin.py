@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vzrepro.base import events
-from vzrepro.base.errors import RemoteError, UsageError
+from vzrepro.base.errors import Interrupted, RemoteError, UsageError, VzreproError
 from vzrepro.base.model import FileHash
 from vzrepro.recipe.evaluate import evaluate
 from vzrepro.recipe.graph import Want, WantKind
@@ -31,6 +31,9 @@ _RESOLVERS: Mapping[WantKind, lookup.Resolver] = {
     "url-source": url.resolve,
 }
 
+_MOST_UNANSWERED = 2
+"""Pins whose places do not answer until no other is tried: where there is no network, each costs a minute."""
+
 P = TypeVar("P")
 
 
@@ -43,9 +46,17 @@ class MovedPin:
     after: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Unpinned:
+    """A pin that was not made, and why; None: nobody has tried, since too much had failed already."""
+
+    want: Want
+    error: VzreproError | None
+
+
 @dataclass(slots=True)
 class Pinner:
-    """One run of `vzrepro lock`.
+    """One run of `vzrepro lock`; `unpinned` is afterwards what it could not do.
 
     `keyring` is the file with the Debian archive's OpenPGP keys; `downloads` a directory that keeps crates;
     `update` names the pins to move within their series although they are valid (None: all of them). `max_bytes` is what
@@ -64,15 +75,17 @@ class Pinner:
     report: events.Report = events.ignore
     max_bytes: int = 2 << 30
     stop: threading.Event = field(default_factory=threading.Event)
+    unpinned: list[Unpinned] = field(default_factory=list)
     _before: Mapping[str, SourcePin] = field(default_factory=dict)
     _indexes: dict[str, debian.Index] = field(default_factory=dict)
     _programs: Mapping[str, SourcePin] = field(default_factory=dict)
 
     def resolve(self, lock: Lock) -> Lock:
-        """The lock that satisfies every recipe of the workspace; pins that nothing asks for are gone.
+        """The lock that satisfies every recipe of the workspace, but for what is `unpinned` then: that is as it was.
+        Pins that nothing asks for are gone.
 
         Evaluates twice: which crates a published program needs is known once the program itself is pinned.
-        Raises UsageError (recipes, unknown packages), Untrusted, HashMismatch, RemoteError.
+        Raises UsageError (recipes, unknown names), Interrupted.
         """
         wants = evaluate(self.root, lock, self.platform, lenient=True).wants
         self._check_names(wants)
@@ -93,7 +106,12 @@ class Pinner:
                 },
             },
         )
-        wants = evaluate(self.root, lock, self.platform, lenient=True).wants
+        try:
+            wants = evaluate(self.root, lock, self.platform, lenient=True).wants
+        except UsageError:
+            if not self.unpinned:
+                raise
+            return lock  # a recipe that needs to know what could not be pinned
         self._programs = lock.sources
         # A crate set follows from a Cargo.lock, so there is nothing to move it to: it is never updated by name.
         return replace(lock, crate_sets=self._each(wants, ("crates",), lock.crate_sets, self._crate_set, follow=True))
@@ -123,12 +141,31 @@ class Pinner:
             if old is not None and old.request == want.request and not moving:  # type: ignore[attr-defined]
                 found[want.name] = old
                 continue
-            self.say(f"resolving {want.kind} {want.name}")
-            try:
-                found[want.name] = resolve(want)
-            except UsageError as error:
-                raise UsageError(f"{want.place}: {error.message}", reason=error.reason, hint=error.hint) from error
+            made = self._pin(want, resolve)
+            # A pin that cannot be made, or moved, takes nothing from the others: each is whole by itself.
+            kept = old if made is None else made
+            if kept is not None:
+                found[want.name] = kept
         return found
+
+    def _pin(self, want: Want, resolve: Callable[[Want], P]) -> P | None:
+        unanswered = sum(_is_unanswered(each.error) for each in self.unpinned)
+        # A set of crates follows from its program.
+        waits = any(each.want.name == want.ask.get("source") for each in self.unpinned)
+        if waits or unanswered >= _MOST_UNANSWERED:
+            self.unpinned.append(Unpinned(want, None))
+            return None
+        self.say(f"resolving {want.kind} {want.name}")
+        try:
+            return resolve(want)
+        except Interrupted:
+            raise
+        except UsageError as error:
+            error = UsageError(f"{want.place}: {error.message}", reason=error.reason, hint=error.hint)
+            self.unpinned.append(Unpinned(want, error))
+        except VzreproError as error:
+            self.unpinned.append(Unpinned(want, error))
+        return None
 
     def _get(self, url: str, max_size: int = _MAX_INDEX_BYTES) -> bytes:
         return fetch.get(self.mirrors.urls(url), max_size)
@@ -257,6 +294,25 @@ class Pinner:
                 for crate in missing
             ]
         )
+
+
+def _is_unanswered(error: VzreproError | None) -> bool:
+    return isinstance(error, RemoteError) and not isinstance(error, fetch.NotFound)
+
+
+def failure(unpinned: Sequence[Unpinned]) -> VzreproError | None:
+    """The error to end with: that of the only pin that could not be made, or one, of the first's class, with all."""
+    errors = [each.error for each in unpinned if each.error is not None]
+    if len(unpinned) < 2:
+        return errors[0] if errors else None
+    lines = []
+    for each in unpinned:
+        said = "not tried" if each.error is None else "; ".join(each.error.in_a_line.splitlines())
+        lines.append(f"{each.want.kind} {each.want.name}: {said}")
+    hints = [error.hint for error in errors if error.hint]
+    return type(errors[0])(
+        f"{len(unpinned)} pins could not be made", reason="\n".join(lines), hint="\n".join(dict.fromkeys(hints)) or None
+    )
 
 
 def check(wants: Sequence[Want], lock: Lock, platform: str) -> list[str]:

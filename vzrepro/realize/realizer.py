@@ -230,7 +230,7 @@ class Realizer:
             case "import":
                 return self.maker.take_in(node)
             case "fetch":
-                return self.maker.fetch(node) if there is None else self._see_origin(node, there)
+                return self._fetch(node, there)
             case "substitute":
                 return self._substitute(node)
             case "copy":
@@ -238,6 +238,31 @@ class Realizer:
                 return self._copy(node, step.info)
             case _:
                 return self._make(node, inputs)
+
+    def _fetch(self, node: Node, there: ObjectInfo | None) -> ObjectInfo:
+        """Download it; where no place gives any bytes, the same bytes from elsewhere do: those here, or in a cache.
+
+        A place that gives others is an error (HashMismatch). What comes from elsewhere is not remembered as verified
+        from these URLs, so they are asked again the next time.
+        """
+        try:
+            return self.maker.fetch(node) if there is None else self._see_origin(node, there)
+        except RemoteError as error:
+            found, where = (there, "this store") if there is not None else self._by_content(node)
+            if found is None:
+                raise
+            message = f"{node.target} is taken by its hash from {where}: no place of the recipe gives it"
+            why = "; ".join(error.in_a_line.splitlines())
+            warning = f"{message}, so that URL and hash belong together is not seen ({why})"
+            self.report(events.Notice("warning", warning))
+            return found
+
+    def _by_content(self, node: Node) -> tuple[ObjectInfo | None, str]:
+        """A download as a cache has it, from wherever it came there, and which cache that was."""
+        for cache, info in self.inventory.by_content(node):
+            with contextlib.suppress(RemoteError):
+                return self._from_cache(node, cache, info, Outcome.SUBSTITUTED), cache.url
+        return None, ""
 
     def _see_origin(self, node: Node, there: ObjectInfo) -> ObjectInfo:
         """See that new URLs give the bytes that are here."""
