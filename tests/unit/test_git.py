@@ -130,8 +130,12 @@ def test_a_server_that_asks_for_a_password_is_not_answered(
     commit = repository.commit(FILES)
     server.forbidden.add("thing.git")
     with pytest.raises(RemoteError, match="git fetch failed") as caught:
-        checkout(f"{server.url}/thing.git", commit)
-    assert "nobody is asked for a password" in (caught.value.hint or "")
+        checkout(f"{server.url}/thing.git", commit, f"{server.url}/nowhere.git")
+    # Which place has said what; and what git says of its settings is nothing that a user has set.
+    one, other = (caught.value.reason or "").splitlines()
+    assert "could not read Username" in one
+    assert other.startswith(f"git fetch failed for {server.url}/nowhere.git: fatal: repository ")
+    assert "the server asks for a password" in (caught.value.hint or "")
 
 
 def test_a_server_that_is_overloaded_for_a_moment(
@@ -154,7 +158,6 @@ def test_a_server_without_the_modern_protocol(repository: Repository, checkout: 
 def test_a_repository_that_is_only_files(repository: Repository, checkout: Checkout, tmp_path: Path) -> None:
     """What any web server can give (git-update-server-info(1)), which cannot give a commit alone."""
     commit = repository.commit(FILES)
-    repository.git("update-server-info")
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_args: object) -> None:
@@ -163,7 +166,14 @@ def test_a_repository_that_is_only_files(repository: Repository, checkout: Check
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(repository.path.parent))) as http:
         threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{http.server_address[1]}/thing.git"
+        with pytest.raises(RemoteError, match="not found") as caught:
+            checkout(url, commit)
+        assert "git update-server-info" in (caught.value.hint or "")
+        repository.git("update-server-info")
         assert content(checkout(url, commit)) == FOUND
+        with pytest.raises(fetch.NotFound, match="does not have the commit") as gone:
+            checkout(url, "0" * 40)
+        assert gone.value.reason == "no branch or tag leads to it any more"
         http.shutdown()
 
 
@@ -175,10 +185,22 @@ def test_the_first_place_that_has_it(repository: Repository, checkout: Checkout,
 
 def test_a_commit_that_is_gone(repository: Repository, checkout: Checkout) -> None:
     for url in (repository.url, repositories.make(repository.path.parent / "empty.git").url):
-        with pytest.raises(RemoteError, match="does not have the commit 0000") as caught:
+        with pytest.raises(fetch.NotFound, match="does not have the commit 0000") as caught:
             checkout(url, "0" * 40)
-        assert "not our ref" in (caught.value.reason or "")
+        (line,) = (caught.value.reason or "").splitlines()  # which both sides say
+        assert "not our ref" in line
         assert "vzrepro lock --update" in (caught.value.hint or "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a repository to another user")
+def test_a_repository_of_another_user(repository: Repository, checkout: Checkout) -> None:
+    commit = repository.commit(FILES)
+    os.chown(repository.path, 65534, 65534)
+    with pytest.raises(RemoteError, match="git fetch failed") as caught:
+        checkout(repository.url, commit)
+    (line,) = (caught.value.reason or "").splitlines()  # without git's advice, which would not help
+    assert "dubious ownership" in line
+    assert "chown" in (caught.value.hint or "")
 
 
 def test_an_id_of_something_else(repository: Repository, checkout: Checkout) -> None:
@@ -399,6 +421,18 @@ def test_submodules_that_lead_elsewhere(
     assert complaint in str(caught.value)
 
 
+def test_a_submodule_that_is_gone(repository: Repository, checkout: Checkout) -> None:
+    repositories.make(repository.path.parent / "other.git")
+    for url, complaint in (("other", "other.git does not have the commit 1111"), ("none", "git fetch failed for")):
+        modules = f'[submodule "x"]\n\tpath = sub\n\turl = ../{url}.git\n'
+        commit = _with_submodule(repository, "1" * 40, modules.encode())
+        with pytest.raises(RemoteError) as caught:
+            checkout(repository.url, commit, submodules=True)
+        assert caught.value.message.startswith(f"the submodule sub of {repository.url} cannot be had: ")
+        assert complaint in caught.value.message
+        assert ("submodules=True" in (caught.value.hint or "")) == (url == "other")
+
+
 # --- pinning ----------------------------------------------------------------------------------------------------------
 
 
@@ -510,3 +544,12 @@ def test_modes_are_those_of_git_whatever_the_umask(
         os.umask(before)
     assert stat.S_IMODE((tree / "run").stat().st_mode) & 0o100
     assert nar.nar_hash(tree)[0] == _tree(pin).nar_hash
+
+
+def test_submodules_that_are_left_out_are_told(repository: Repository, resolve: Resolve, said: list[str]) -> None:
+    commit = _with_submodule(repository, "1" * 40, b"")
+    resolve(repository.url, rev=commit)
+    assert "thing: its submodules are left out (sub); submodules=True takes them" in said
+    said.clear()
+    resolve(repository.url, rev=repository.commit(FILES))
+    assert not any("submodules" in line for line in said)

@@ -23,6 +23,7 @@ from vzrepro.base.errors import Interrupted, RemoteError, UsageError, VzreproErr
 from vzrepro.net import AttemptFailed, engine, printable, scheme_of, shown
 from vzrepro.recipe.graph import Want
 from vzrepro.recipe.lock import PinnedTree, SourcePin
+from vzrepro.sources import fetch
 from vzrepro.sources.archive import MAX_UNPACKED, write_tree
 from vzrepro.sources.entries import CHUNK, MAX_PATH, ArchiveEntry, checked
 from vzrepro.sources.fetch.mirroring import DownloadProgress, quiet
@@ -70,7 +71,7 @@ def resolve(want: Want, old: SourcePin | None, lookup: Lookup) -> SourcePin:
     lookup.downloads.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=lookup.downloads) as folder:
         tree = Path(folder) / "tree"
-        checkout(
+        left_out = checkout(
             urls,
             commit,
             tree,
@@ -82,6 +83,9 @@ def resolve(want: Want, old: SourcePin | None, lookup: Lookup) -> SourcePin:
         )
         nar_hash, size = nar.nar_hash(tree)
     lookup.say(f"{want.name}: commit {commit}, tree {nar_hash.nix}")
+    if left_out:
+        names = ", ".join([*left_out[:8], *(["…"] if left_out[8:] else [])])
+        lookup.say(f"{want.name}: its submodules are left out ({names}); submodules=True takes them")
     return SourcePin(want.request, version, PinnedTree(url, commit, nar_hash, size))
 
 
@@ -95,12 +99,14 @@ def checkout(
     max_bytes: int,
     report: DownloadProgress = quiet,
     cancel: threading.Event | None = None,
-) -> None:
-    """Write the commit's tree to the new directory `dest`, from the first of `urls` that has it.
+) -> list[str]:
+    """Write the commit's tree to the new directory `dest`, from the first of `urls` that has it. Returns the paths of
+    submodules whose directories stay empty, since `submodules` does not ask for them.
 
     `commit` is the id in hex, `tag` a tag that leads to it, for servers that give nothing else. At most `max_bytes` are
     fetched from one repository; `report` is told how many there are. Raises UsageError for what no tree can hold, for
-    LFS and for an id of something else; RemoteError when nobody has the commit; Interrupted.
+    LFS and for an id of something else; RemoteError when nobody has the commit, NotFound when all have said so;
+    Interrupted.
     """
     failures: list[RemoteError] = []
     for url in urls:
@@ -113,12 +119,14 @@ def checkout(
                 continue
             dest.mkdir()
             links = repository.write(commit, dest)
-            if submodules:
-                _add_submodules(repository, commit, links, dest, [0])
-            return
-    first = failures[0]
-    reason = "\n".join(dict.fromkeys(error.reason or error.message for error in failures))
-    raise RemoteError(first.message, reason=reason, hint=first.hint)
+            if not submodules:
+                return list(map(printable, links))
+            _add_submodules(repository, commit, links, dest, [0])
+            return []
+    first, *more = failures
+    reason = "\n".join([first.reason or first.message, *(error.in_a_line for error in more)])
+    gone = all(isinstance(error, fetch.NotFound) for error in failures)
+    raise (fetch.NotFound if gone else RemoteError)(first.message, reason=reason, hint=first.hint)
 
 
 def _add_submodules(above: _Repository, commit: str, links: Mapping[str, str], dest: Path, seen: list[int]) -> None:
@@ -135,7 +143,15 @@ def _add_submodules(above: _Repository, commit: str, links: Mapping[str, str], d
         url = _submodule_url(above.url, places[path], path)
         with tempfile.TemporaryDirectory(dir=above.folder.parent, prefix="git-") as folder:
             repository = above.other(Path(folder), url)
-            repository.fetch(wanted, None)
+            try:
+                repository.fetch(wanted, None)
+            except RemoteError as error:
+                missing = "name a commit whose submodules are all there, or do without submodules=True"
+                raise type(error)(
+                    f"the submodule {printable(path)} of {shown(above.url)} cannot be had: {error.message}",
+                    reason=error.reason,
+                    hint=missing if isinstance(error, fetch.NotFound) else error.hint,
+                ) from error
             _add_submodules(repository, wanted, repository.write(wanted, dest / path), dest / path, seen)
 
 
@@ -227,7 +243,7 @@ class _Repository:
         if tag is not None:
             ways.append(["--depth=1", self.url, f"refs/tags/{tag}"])
         ways.append([self.url, "+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*"])
-        failure = "no branch or tag leads to it any more"
+        nowhere = failure = "no branch or tag leads to it any more"
         for words in ways:
             try:
                 self._retried("fetch", "--progress", "--no-tags", "--no-write-fetch-head", "--no-auto-gc", *words)
@@ -240,9 +256,10 @@ class _Repository:
                 continue
             if (found := self._type(commit)) == "commit":
                 return
+            failure = nowhere
             if found is not None:
                 self._refuse(f"{commit} is a {found}, not a commit", f"git ls-remote {self.url}   (lines with ^{{}})")
-        raise RemoteError(
+        raise fetch.NotFound(
             f"{shown(self.url)} does not have the commit {commit}",
             reason=failure,
             hint="where history was rewritten, a shared cache may still have the source (caches = […]); to pin what is "
@@ -366,11 +383,11 @@ class _Repository:
                 code = _end(process)
             if code != 0:
                 err.seek(0)
-                said = re.sub(rb"[^\r\n]*\r", b"", err.read()[-65536:]).decode(errors="replace").strip()
+                said = _failures(re.sub(rb"[^\r\n]*\r", b"", err.read()[-65536:]).decode(errors="replace"))
                 raise RemoteError(
                     f"git {words[0]} failed for {shown(self.url)}",
-                    reason="\n".join(map(printable, said.splitlines()[-8:])) or f"it ended with code {code}",
-                    hint="check the URL and the network; nobody is asked for a password, and no key is used",
+                    reason="\n".join(said) or f"it ended with code {code}",
+                    hint=next((hint for pattern, hint in _HINTS if pattern.search("\n".join(said))), _HINT),
                 )
 
     def _start(self, words: Sequence[str], stdin: IO[bytes], stdout: IO[bytes], stderr: IO[bytes]) -> Any:
@@ -500,6 +517,41 @@ def _environment(home: Path) -> dict[str, str]:
 
 
 # --- what git says ----------------------------------------------------------------------------------------------------
+
+_HINT = "check the URL and the network; nobody is asked for a password, and no key is used"
+_HINTS = (
+    (
+        re.compile("dubious ownership"),
+        "it belongs to another user, and safe.directory does not help, since nothing of your configuration is read: name "
+        "a copy that is yours (cp -r), have it served by HTTP, or give it to who runs vzrepro (chown -R)",
+    ),
+    (
+        re.compile("could not read Username|Authentication failed"),
+        "the server asks for a password, as many do where nothing is; nobody is asked for one, and no key is used: "
+        "check the URL, or name a copy that all may read",
+    ),
+    (
+        re.compile("repository '.*' not found"),
+        "check the URL; a repository that a server has as mere files is found after: git update-server-info",
+    ),
+)
+"""What to do about a failure, by what git says of it."""
+
+
+def _failures(said: str) -> list[str]:
+    """The lines in which git tells of failures, without its advice, each once: what the server's side and its own say
+    is often the same."""
+    lines = [printable(line.rstrip()) for line in said.splitlines() if line.strip()]
+    told = [line for line in lines if re.match("fatal|error|remote", line)] or lines
+    told = [line for line in told if not _EMPTY_WORDS.search(line)] or told
+    found: dict[str, str] = {}
+    for line in told:
+        found.setdefault(re.sub(r"^(fatal|error): (remote error: )?(git )?(upload-pack: )?", "", line), line)
+    return list(found.values())[-8:]
+
+
+_EMPTY_WORDS = re.compile("askpass|Could not read from remote repository")
+
 
 _EXECUTABLE, _SYMLINK, _GITLINK = "100755", "120000", "160000"
 
