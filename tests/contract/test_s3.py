@@ -29,14 +29,14 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from tests import servers
+from tests import faults, servers
 from tests.servers import S3Server
 from vzrepro.base.errors import Interrupted, RemoteError, UsageError
 from vzrepro.base.model import FileHash, canonical_json
 from vzrepro.cache.backend import PROBED
 from vzrepro.cache.remote import PIECE, Patience
 from vzrepro.cache.s3 import Quirks, S3Backend, backend, upload
-from vzrepro.cache.s3.bucket import CONNECTIONS, Bucket, S3Access
+from vzrepro.cache.s3.bucket import CONNECTIONS, Bucket, S3Access, S3Refused
 from vzrepro.cache.s3.place import S3Place
 from vzrepro.cache.s3.upload import PART, part_size
 from vzrepro.net import AttemptFailed
@@ -416,6 +416,26 @@ def test_what_makes_an_entry_says_how_to_encrypt_it(
     (headers,) = seen
     assert (place.encryption.items() <= headers.items()) is encrypts
     assert ("x-amz-server-side-encryption" in headers.get("Authorization", "")) is encrypts
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "method", "told"),
+    [
+        ("", "AccessDenied", "PUT", True),
+        ("&sse=AES256", "AccessDenied", "PUT", False),
+        ("", "SignatureDoesNotMatch", "PUT", False),
+        ("", "AccessDenied", "GET", False),
+    ],
+)
+def test_a_bucket_that_may_demand_encryption(credentials: None, more: str, code: str, method: str, told: bool) -> None:
+    refusal = f"<Error><Code>{code}</Code><Message>Access Denied</Message></Error>".encode()
+    with faults.FaultyProxy() as proxy:
+        proxy.on("*", faults.replays(faults.Answer(403, {"content-length": str(len(refusal))}, refusal)))
+        place = S3Place.parse(f"s3://team?endpoint={proxy.url}{more}")
+        with pytest.raises(S3Refused, match="refuses: 403") as caught:
+            Bucket(place, Patience(), Http({}, connections=1)).ask(method, "a")
+    assert "check the credentials" in (caught.value.hint or "")
+    assert ("sse=AES256 or sse=aws:kms" in (caught.value.hint or "")) is told
 
 
 # --- big entries ------------------------------------------------------------------------------------------------------

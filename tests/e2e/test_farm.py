@@ -262,7 +262,7 @@ def test_what_is_missing_is_said(farm: Farm, tmp_path: Path) -> None:
     (hidden / "__init__.py").write_text("raise ModuleNotFoundError('no temporalio', name='temporalio')")
     without = replace(client, env={"PYTHONPATH": f"{hidden.parent}:{PROJECT}"})
     failed = without.run("realize", "high-missing", "--on", farm.server.url, code=2)
-    assert "pip install 'vzrepro[farm]'" in failed.stderr
+    assert f"{sys.executable} -m pip install temporalio" in failed.stderr
     no_key = replace(client, env={"VZREPRO_UPLOAD_KEY": ""})
     assert "upload-key" in no_key.run("realize", "high-missing", "--on", farm.server.url, code=2).stderr
     no_docker = replace(farm.machine("two"), env={"VZREPRO_DOCKER": "/nowhere/docker"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -87,7 +88,7 @@ def test_a_workspace_of_a_newer_vzrepro_says_so_in_a_sentence(tmp_path: Path) ->
     project.write_text('[tool.vzrepro]\nrequired-version = ">=99.1"\na-setting-of-then = true\n')
     error = run(tmp_path, "targets", code=2).stderr
     assert f"{tmp_path} is a workspace for vzrepro 99.1 or later, and this is {vzrepro.__version__}\n" in error
-    assert "hint: install a newer one" in error
+    assert f"hint: install a newer one: git -C {PROJECT} pull\n" in error
 
 
 @pytest.mark.parametrize("oldest", [">=0", ">=0.1", f">={vzrepro.__version__}"])
@@ -96,11 +97,12 @@ def test_an_older_workspace_is_used(tmp_path: Path, oldest: str) -> None:
     assert config.load(tmp_path, {}, tmp_path / "none").required_version == oldest
 
 
-@pytest.mark.parametrize("odd", ['"0.1"', '"==1"', '">=1.x"', "1"])
+@pytest.mark.parametrize("odd", ['"0.1"', '"==1"', '">=1.x"', "1", '">=0.1,<2"', "[]", '""'])
 def test_what_is_no_oldest_version_is_an_error(tmp_path: Path, odd: str) -> None:
     (tmp_path / "pyproject.toml").write_text(f"[tool.vzrepro]\nrequired-version = {odd}\n")
-    with pytest.raises(UsageError, match="required-version"):
+    with pytest.raises(UsageError, match="required-version is .*, and not the oldest vzrepro that will do") as caught:
         config.load(tmp_path, {}, tmp_path / "none")
+    assert caught.value.hint == f'write it as: required-version = ">={vzrepro.__version__}"'
 
 
 def test_a_lock_of_a_newer_vzrepro_says_so_whatever_else_it_has() -> None:
@@ -146,6 +148,27 @@ def test_the_version_names_the_commit_that_a_wheel_was_built_from(tmp_path: Path
     assert run(tmp_path, "--version", env=there).stdout == f"vzrepro, version {vzrepro.__version__}\n"
     (copy / "COMMIT").write_text("0123456789ab 1700000000\n")
     assert run(tmp_path, "--version", env=there).stdout == f"vzrepro, version {vzrepro.__version__} (0123456789ab)\n"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "adds", "brings"),
+    [
+        ("/home/u/.local/share/pipx/venvs/vzrepro", "pipx inject vzrepro x", "pipx upgrade vzrepro"),
+        ("/home/u/.local/share/uv/tools/vzrepro", "/py -m pip install x", "uv tool upgrade vzrepro"),
+        ("/srv/venvs/venv", "/py -m pip install x", "/py -m pip install --upgrade WHEEL"),
+    ],
+)
+def test_hints_name_what_works_where_it_runs(
+    monkeypatch: pytest.MonkeyPatch, prefix: str, adds: str, brings: str
+) -> None:
+    monkeypatch.setattr(sys, "prefix", prefix)
+    monkeypatch.setattr(sys, "executable", "/py")
+    assert version.adding("x") == adds
+    assert version.upgrading() == f"git -C {PROJECT} pull"
+    monkeypatch.setattr(vzrepro, "__file__", "/nowhere/site-packages/vzrepro/__init__.py")
+    assert version.upgrading() == brings
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)  # as in an environment that uv has made
+    assert version.adding("x") == (adds if "pipx" in prefix else "uv pip install --python /py x")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

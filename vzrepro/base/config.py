@@ -214,11 +214,20 @@ def _of_project(project: Path) -> Mapping[str, Any]:
 
 def _check_version(project: Path, wanted: object) -> None:
     """Before the other settings, which a newer vzrepro may have more of."""
+    if wanted is None:
+        return
     oldest = re.fullmatch(_OLDEST, wanted) if isinstance(wanted, str) else None
-    if oldest and _numbers(oldest[1]) > _numbers(vzrepro.__version__):
+    if oldest is None:
+        raise UsageError(
+            f"{project}: required-version is {wanted!r}, and not the oldest vzrepro that will do",
+            hint=f'write it as: required-version = ">={vzrepro.__version__}"',
+        )
+    if _numbers(oldest[1]) > _numbers(vzrepro.__version__):
+        from vzrepro.base import version
+
         raise UsageError(
             f"{project.parent} is a workspace for vzrepro {oldest[1]} or later, and this is {vzrepro.__version__}",
-            hint="install a newer one: pipx upgrade vzrepro, or uv tool upgrade vzrepro",
+            hint=f"install a newer one: {version.upgrading()}",
         )
 
 

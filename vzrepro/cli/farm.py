@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from vzrepro.base import version
 from vzrepro.base.errors import Interrupted, UsageError, VzreproError
 from vzrepro.base.events import Notice, Result
 from vzrepro.cli.options import json_option
@@ -109,7 +110,7 @@ def _server(session: Session, on: str | None) -> FarmServer:
         raise UsageError(
             "a farm on Temporal needs a package that is not installed: temporalio",
             reason="it is an extra, which nothing else needs",
-            hint="install it with: pip install 'vzrepro[farm]'",
+            hint=f"install it with: {version.adding('temporalio')}",
         ) from error
     return FarmServer.of(url, session.config)
 

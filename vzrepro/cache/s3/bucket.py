@@ -142,7 +142,8 @@ class Bucket:
         if payload is not NOTHING:
             # Buckets with Object Lock demand a checksum, and this is the one that every server knows.
             sent["Content-MD5"] = payload.md5
-        if key is not None and _makes_an_entry(method, query or {}):
+        writes = key is not None and _makes_an_entry(method, query or {})
+        if writes:
             sent |= self.place.encryption
         access.sign(method, url, sent, payload.sha256)
         # Not signed, since proxies may change them.
@@ -161,7 +162,8 @@ class Bucket:
             self._skew = date + 0.5 - time.time()
         if 200 <= answer.status < 300:
             return answer
-        raise self._refusal(answer.status, answer.headers, answer.content(_MAX_ERROR), answer.retry_after)
+        content = answer.content(_MAX_ERROR)
+        raise self._refusal(answer.status, answer.headers, content, answer.retry_after, writes=writes)
 
     def do(self, act: Callable[[], T]) -> T:
         """`Patience.attempt` for this bucket."""
@@ -239,7 +241,9 @@ class Bucket:
         ElementTree.SubElement(document, "LocationConstraint").text = region
         return Payload.of(ElementTree.tostring(document))
 
-    def _refusal(self, status: int, headers: Mapping[str, str], content: bytes, after: float) -> S3Refused:
+    def _refusal(
+        self, status: int, headers: Mapping[str, str], content: bytes, after: float, *, writes: bool = False
+    ) -> S3Refused:
         code, message = _error(content)
         said = ": ".join(filter(None, (f"{status} {code}".strip(), message)))
         if code == "NoSuchBucket":
@@ -254,7 +258,11 @@ class Bucket:
             why = "refuses, as this machine's clock differs too much from its own"
             return S3Refused(why, status, code, again=False, hint="check the clock: date -u")
         if status in (401, 403) or code == "ExpiredToken":
-            return S3Refused(f"refuses: {said}", status, code, again=False, hint=self.access().hint())
+            hint = self.access().hint()
+            if writes and code == "AccessDenied" and self.place.sse is None:
+                # Servers do not say that it is this which a bucket's policy demands.
+                hint += "; where the bucket demands encryption, its URL needs sse=AES256 or sse=aws:kms"
+            return S3Refused(f"refuses: {said}", status, code, again=False, hint=hint)
         again = status in TRANSIENT or code in _TRANSIENT_CODES
         return S3Refused(f"answers {said}", status, code, again=again, after=after if again else 0.0)
 

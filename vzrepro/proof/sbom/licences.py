@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
 
+from vzrepro.base import version
 from vzrepro.base.errors import UsageError
 
 DEBIAN_REF = "LicenseRef-Debian-"
@@ -28,7 +29,7 @@ def check_installed() -> None:
     if importlib.util.find_spec("license_expression") is None:
         raise UsageError(
             "bills of materials need the Python package license-expression, which is not installed",
-            hint="install vzrepro with it: pipx install 'vzrepro[sbom]', or pip install license-expression",
+            hint=f"install it with: {version.adding('license-expression')}",
         )
 
 

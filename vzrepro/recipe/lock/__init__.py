@@ -202,9 +202,11 @@ def parse(text: str, name: str = "lock.toml") -> Lock:
     try:
         data = tomllib.loads(text)
         if isinstance(found := data.get("format"), int) and found > FORMAT:  # before keys that only it knows
+            from vzrepro.base import version
+
             raise UsageError(
                 f"{name} was written by a newer vzrepro: it has format {found}, and this one reads {FORMAT}",
-                hint="install a newer one: pipx upgrade vzrepro, or uv tool upgrade vzrepro",
+                hint=f"install a newer one: {version.upgrading()}",
             )
         document = _Document.model_validate(data)
     except ValidationError as error:
@@ -212,7 +214,7 @@ def parse(text: str, name: str = "lock.toml") -> Lock:
     except (ValueError, RecursionError) as error:  # bad TOML, a number of more than 4,300 digits, [[[[…
         raise UsageError(f"{name}: not valid TOML", reason=str(error), hint=hint) from error
     if document.format != FORMAT:
-        raise UsageError(f"{name}: format {document.format}, this vzrepro reads {FORMAT}", hint="upgrade vzrepro")
+        raise UsageError(f"{name}: format {document.format}, this vzrepro reads {FORMAT}", hint=hint)
 
     def deb(key: str, url: str) -> DebPin:
         if url not in document.deb:
