@@ -100,7 +100,7 @@ def test_an_older_workspace_is_used(tmp_path: Path, oldest: str) -> None:
 @pytest.mark.parametrize("odd", ['"0.1"', '"==1"', '">=1.x"', "1", '">=0.1,<2"', "[]", '""'])
 def test_what_is_no_oldest_version_is_an_error(tmp_path: Path, odd: str) -> None:
     (tmp_path / "pyproject.toml").write_text(f"[tool.vzrepro]\nrequired-version = {odd}\n")
-    with pytest.raises(UsageError, match="required-version is .*, and not the oldest vzrepro that will do") as caught:
+    with pytest.raises(UsageError, match=r"required-version is .*, and not the oldest vzrepro that will do") as caught:
         config.load(tmp_path, {}, tmp_path / "none")
     assert caught.value.hint == f'write it as: required-version = ">={vzrepro.__version__}"'
 

@@ -522,8 +522,8 @@ _HINT = "check the URL and the network; nobody is asked for a password, and no k
 _HINTS = (
     (
         re.compile("dubious ownership"),
-        "it belongs to another user, and safe.directory does not help, since your configuration is not read: name a copy "
-        "that is yours (cp -r), have it served by HTTP, or give it to who runs vzrepro (chown -R)",
+        "it belongs to another user, and safe.directory does not help, since your configuration is not read: name a "
+        "copy that is yours (cp -r), have it served by HTTP, or give it to who runs vzrepro (chown -R)",
     ),
     (
         re.compile("could not read Username|Authentication failed"),
