@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _FORMAT = "vzrepro memo 4"
 _PLACES = ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")  # where the user's files are
 _RACY_NS = 50_000_000  # a file changed this short before it was read could change again without its stat showing it
+_NAMES = "names of targets"
 _MAX_ENTRIES = 256  # of a larger object no more are looked at
 
 
@@ -46,12 +47,22 @@ def answer(words: Sequence[str], environ: Mapping[str, str], *, terminal: bool) 
     `terminal` says whether stdout is one, where a table's heading is bold.
     """
     keys = _keys(words, environ, terminal)
-    if not keys:
+    try:
+        return _said(keys, _workspace(os.getcwd()), environ) if keys else None
+    except OSError:  # no current directory
+        return None
+
+
+def names(folder: str, environ: Mapping[str, str]) -> list[str] | None:
+    """What can be realized in the workspace that `folder` is in, if that was remembered and nothing changed since."""
+    said = _said([_NAMES], _workspace(folder), environ)
+    return None if said is None else said.split()
+
+
+def _said(keys: Sequence[str], root: str | None, environ: Mapping[str, str]) -> str | None:
+    if root is None:
         return None
     try:
-        root = _workspace(os.getcwd())
-        if root is None:
-            return None
         head, answers = _read(root, environ)
         facts = _facts(root, environ)
         if head[: len(facts)] != facts:
@@ -78,6 +89,13 @@ def remember_realized(
     """Keep the answers to `realize TARGET` for `locations` (target → the object's place), as `remember` does."""
     answers = {f"realize {target}": (_entries(place), place) for target, place in locations.items()}
     _remember(root, environ, begun_ns, reads, answers)
+
+
+def remember_names(
+    root: str, environ: Mapping[str, str], begun_ns: int, reads: Iterable[str], found: Iterable[str]
+) -> None:
+    """Keep what `names` says, which does not depend on what is in the store. Else as `remember`."""
+    _remember(root, environ, begun_ns, reads, {_NAMES: ({}, "\n".join(found))})
 
 
 def remember(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
@@ -11,16 +12,22 @@ import time
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 
 import vzrepro
 from tests.test_docs import _verbs
+from vzrepro import noop
 from vzrepro.base import config, version
 from vzrepro.base.errors import UsageError
+from vzrepro.base.model import FileHash
 from vzrepro.cli import group
 from vzrepro.cli.man import page
+from vzrepro.cli.session import Session
+from vzrepro.console import Console
 from vzrepro.proof.audit.toolbox import tools_graph
 from vzrepro.recipe import lock as locks
 from vzrepro.recipe.evaluate import evaluate
+from vzrepro.recipe.lock.writing import render
 
 PROJECT = Path(__file__).parents[2]
 
@@ -179,6 +186,70 @@ def test_a_shell_is_told_how_to_complete(tmp_path: Path, shell: str) -> None:
         subprocess.run([shell, "-n"], input=script, text=True, check=True)
 
 
+NAMED = """
+from vzrepro import build, debian_image, text, url_source
+IMAGE = debian_image("tools", suite="trixie", packages=["dash"])
+THING = url_source("thing", "https://example.org/thing", sha256="0" * 64)
+for name in ("hello", "help", "other"):
+    build(name, image=IMAGE, command=["x"], inputs={"thing": THING})
+"""
+
+
+def completed(root: Path, *words: str) -> list[str]:
+    """What a shell offers in the place of the last word."""
+    session = Session(Console("auto", stdout=io.StringIO(), stderr=io.StringIO()))
+    asked = ShellComplete(group, {"obj": session}, "vzrepro", "_VZREPRO_COMPLETE")
+    return [item.value for item in asked.get_completions(["-C", str(root), *words[:-1]], words[-1])]
+
+
+@pytest.fixture
+def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace with targets, locked."""
+    for name in [name for name in os.environ if name.startswith(("VZREPRO_", "XDG_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    root = tmp_path / "named"
+    (root / "recipes").mkdir(parents=True)
+    (root / "recipes/a.py").write_text(NAMED)
+    platform = config.load(root).platform
+    (want,) = evaluate(root, locks.Lock(), platform, lenient=True).wants
+    deb = locks.DebPin("dash", "1", "all", locks.PinnedFile("mirror://debian/dash.deb", FileHash.of(b""), 1))
+    pin = locks.ImagePin(want.request, "20260101T000000Z", (deb,))
+    (root / "lock.toml").write_text(render(locks.Lock(images={("tools", platform): pin})))
+    return root
+
+
+def test_targets_are_completed(named: Path) -> None:
+    assert completed(named, "realize", "he") == ["hello", "help"]
+    assert completed(named, "realize", "hello", "o") == ["other"]
+    assert completed(named, "audit", "h") == ["history", "hello", "help"]
+    assert completed(named, "store", "path", "source-") == ["source-thing"]
+    assert completed(named, "cache", "push", "nothing") == []
+    assert completed(named, "lock", "--update", "t") == ["thing", "tools"]
+    assert completed(named, "show", "./") == ["./"]  # of which the shell makes files
+
+
+@pytest.mark.parametrize("fault", ["1 +", "import os", None])
+def test_what_is_wrong_is_not_for_the_shell_to_say(named: Path, fault: str | None) -> None:
+    if fault is None:
+        shutil.rmtree(named)
+    else:
+        (named / "recipes/a.py").write_text(fault)
+    assert completed(named, "realize", "h") == []
+
+
+def test_targets_are_evaluated_once(named: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(40):  # a file that has just been written is not trusted to stay as it is
+        assert completed(named, "realize", "he") == ["hello", "help"]
+        if noop.names(str(named), os.environ) is not None:
+            break
+    with monkeypatch.context() as patch:
+        patch.delattr(Session, "graph")
+        assert completed(named, "realize", "he") == ["hello", "help"]
+    (named / "recipes/a.py").write_text(NAMED.replace('"help"', '"heap"'))
+    assert completed(named, "realize", "he") == ["heap", "hello"]
+
+
 def test_bash_completes_a_verb(tmp_path: Path) -> None:
     script = run(tmp_path, "completion", "bash").stdout
     (tmp_path / "vzrepro").write_text(f'#!/bin/sh\nexec {sys.executable} -m vzrepro "$@"\n')
@@ -192,6 +263,8 @@ def test_bash_completes_a_verb(tmp_path: Path) -> None:
 def test_the_manual_page_has_every_verb_and_option() -> None:
     lines = list(page(group))
     assert lines[0].startswith('.TH VZREPRO 1 "" "vzrepro ')
+    # As man-pages(7) has it: a phrase, which begins small and has no full stop.
+    assert lines[2] == "vzrepro \\- reproducible builds of what recipes declare, such as Linux boot bundles"
     text = "\n".join(lines).replace("\\-", "-")
     for verb in _verbs(group):
         assert f"\n.SS vzrepro {verb} " in text or f"\n.SS vzrepro {verb}\n" in text, verb

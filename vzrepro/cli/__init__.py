@@ -26,7 +26,7 @@ _VERBS = {
     "challenge": Card(
         "vzrepro.cli.challenge:challenge", "Compare what builders say they got for TARGET; build nothing."
     ),
-    "completion": Card("vzrepro.cli.completion:completion", "Print what makes a shell complete verbs and options."),
+    "completion": Card("vzrepro.cli.completion:completion", "Print what makes a shell complete verbs, options and targets."),
     "diff": Card("vzrepro.cli.diff:diff", "Tell where A and B differ, and what probably made them differ."),
     "doctor": Card("vzrepro.cli.doctor:doctor", "Check Docker, QEMU, the disk, workspace, lock and caches."),
     "farm": Card("vzrepro.cli.farm:farm", "Build on other machines, or for others."),
@@ -69,7 +69,7 @@ def _version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
 @click.option("-C", "directory", default=".", metavar="DIR", help="Work in DIR instead of the current directory.")
 @click.pass_obj
 def group(session: Session, directory: str) -> None:
-    """Reproducible builds of Linux boot bundles.
+    """Reproducible builds of what recipes declare, such as Linux boot bundles.
 
     Exit codes: 0 done, 1 failed, 2 usage, 100 build failed, 101 timed out, 102 hash mismatch, 103 untrusted,
     104 not deterministic, 105 cache or network, 130 interrupted.

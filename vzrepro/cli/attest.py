@@ -12,7 +12,7 @@ from vzrepro.base.errors import UsageError, VzreproError
 from vzrepro.base.events import Notice, Started, working
 from vzrepro.base.signing import SigningKey
 from vzrepro.cache.places import is_writable
-from vzrepro.cli.options import DefaultVerb, json_option
+from vzrepro.cli.options import DefaultVerb, complete_targets, json_option
 from vzrepro.cli.session import Session
 from vzrepro.proof.attest.dsse import parse
 from vzrepro.proof.attest.provenance import NotBuiltHere, build_of
@@ -34,7 +34,7 @@ def attest() -> None:
 
 
 @attest.command()
-@click.argument("targets", metavar="TARGET...", nargs=-1, required=True)
+@click.argument("targets", metavar="TARGET...", nargs=-1, required=True, shell_complete=complete_targets)
 @click.option("--key", "file", type=click.Path(path_type=Path), required=True, help="The file of the secret key.")
 @click.option("--to", "url", metavar="URL", help="Have the attestations in this cache as well.")
 @json_option
@@ -85,7 +85,7 @@ def _signed(session: Session, node: Node, key: SigningKey) -> tuple[str, str | N
 
 
 @attest.command()
-@click.argument("target")
+@click.argument("target", shell_complete=complete_targets)
 @_PLACES
 @json_option
 @click.pass_obj
@@ -126,7 +126,7 @@ _YES_NO = {True: "yes", False: "no", None: None}
 
 
 @click.command()
-@click.argument("target")
+@click.argument("target", shell_complete=complete_targets)
 @_PLACES
 @json_option
 @click.pass_obj

@@ -16,7 +16,7 @@ from vzrepro.base import words
 from vzrepro.base.errors import BuildFailed, Interrupted, NotDeterministic, RemoteError, UsageError, VzreproError
 from vzrepro.base.signing import SigningKey
 from vzrepro.cache.machine import machine_key
-from vzrepro.cli.options import DefaultVerb, json_option
+from vzrepro.cli.options import DefaultVerb, complete_targets, json_option
 from vzrepro.cli.session import Session
 from vzrepro.proof.audit import diff
 from vzrepro.proof.audit.axes import AXES, TOOLS_TARGET, Axis
@@ -42,7 +42,7 @@ def audit() -> None:
 
 
 @audit.command("run")
-@click.argument("targets", nargs=-1, required=True)
+@click.argument("targets", nargs=-1, required=True, shell_complete=complete_targets)
 @click.option("--axes", "names", default="all", metavar="all|A,B,…", help="What is varied (see docs/audit.md).")
 @click.option("--quick", is_flag=True, help="One rebuild with everything varied at once; it cannot tell causes.")
 @click.option("--deep", is_flag=True, help="Write images and fetch downloads again, too.")
@@ -164,7 +164,7 @@ def run(
 
 
 @audit.command()
-@click.argument("target", required=False)
+@click.argument("target", required=False, shell_complete=complete_targets)
 @json_option
 @click.pass_obj
 def history(session: Session, target: str | None) -> None:

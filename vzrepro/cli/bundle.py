@@ -13,7 +13,7 @@ import click
 
 from vzrepro.base.errors import HashMismatch, UsageError, VzreproError
 from vzrepro.base.events import Notice
-from vzrepro.cli.options import json_option
+from vzrepro.cli.options import complete_targets, json_option
 from vzrepro.cli.session import Session
 from vzrepro.cli.verbs import Verbs
 from vzrepro.guest import bundle as bundles
@@ -237,7 +237,7 @@ def list_bundles(session: Session, /, **choice: Any) -> None:
 
 
 @bundle.command()
-@click.argument("target", metavar="TARGET|DIR")
+@click.argument("target", metavar="TARGET|DIR", shell_complete=complete_targets)
 @click.option("--version", required=True, metavar="V", help="The version in the archives' names, without v.")
 @click.option("--out", type=_DIRECTORY, required=True, help="The directory for the archives; made if missing.")
 @_host_version

@@ -14,7 +14,7 @@ import click
 from vzrepro.base import words
 from vzrepro.base.errors import UsageError, VzreproError
 from vzrepro.base.events import Notice, Result
-from vzrepro.cli.options import cache_option, json_option, signatures_option
+from vzrepro.cli.options import cache_option, complete_targets, json_option, signatures_option
 from vzrepro.cli.session import Session
 from vzrepro.cli.verbs import Verbs
 
@@ -74,7 +74,7 @@ def init(session: Session, url: str | None) -> None:
 
 
 @cache.command()
-@click.argument("objects", metavar="[OBJECT...]", nargs=-1)
+@click.argument("objects", metavar="[OBJECT...]", nargs=-1, shell_complete=complete_targets)
 @click.option("--to", "url", help="The cache to push to.")
 @click.option("--all", "everything", is_flag=True, help="Push all that is in the store.")
 @click.option("--with-inputs", is_flag=True, help="Also everything here that OBJECTs were made from: sources, images.")
@@ -119,7 +119,7 @@ def _wanted(session: Session, names: Sequence[str], with_inputs: bool) -> list[O
 
 
 @cache.command()
-@click.argument("targets", metavar="TARGET...", nargs=-1, required=True)
+@click.argument("targets", metavar="TARGET...", nargs=-1, required=True, shell_complete=complete_targets)
 @click.option("--from", "url", help="The cache to take from, instead of all that are configured.")
 @signatures_option
 @json_option
@@ -137,7 +137,7 @@ def pull(session: Session, targets: tuple[str, ...], url: str | None, require_si
 
 
 @cache.command()
-@click.argument("object", metavar="[OBJECT]", required=False)
+@click.argument("object", metavar="[OBJECT]", required=False, shell_complete=complete_targets)
 @cache_option
 @json_option
 @click.pass_obj
@@ -224,7 +224,7 @@ def _by_name(row: tuple[str, ...] | Sequence[object]) -> str:
 
 
 @cache.command("why-missing")
-@click.argument("target")
+@click.argument("target", shell_complete=complete_targets)
 @cache_option
 @json_option
 @click.pass_obj
@@ -324,7 +324,7 @@ def root() -> None:
 
 @root.command("add")
 @click.argument("name")
-@click.argument("objects", metavar="OBJECT...", nargs=-1, required=True)
+@click.argument("objects", metavar="OBJECT...", nargs=-1, required=True, shell_complete=complete_targets)
 @click.option("--with-inputs", is_flag=True, help="Also what OBJECTs were made from, as far as it is in the store.")
 @cache_option
 @json_option

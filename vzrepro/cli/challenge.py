@@ -6,7 +6,7 @@ import click
 
 from vzrepro.base.errors import UsageError
 from vzrepro.base.signing import PublicKey
-from vzrepro.cli.options import json_option
+from vzrepro.cli.options import complete_targets, json_option
 from vzrepro.cli.session import Session
 from vzrepro.proof.attest.challenge import ResultState
 from vzrepro.proof.attest.challenge import challenge as compared
@@ -17,7 +17,7 @@ _MADE = ("sandbox", "image")
 
 
 @click.command()
-@click.argument("target")
+@click.argument("target", shell_complete=complete_targets)
 @click.argument("more", metavar="[URL...]", nargs=-1)
 @click.option(
     "--against", "first", multiple=True, metavar="URL", help="A cache to compare; by default those configured."

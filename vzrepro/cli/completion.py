@@ -1,4 +1,4 @@
-"""`vzrepro completion SHELL`: what makes a shell complete verbs and options, by click's own scripts."""
+"""`vzrepro completion SHELL`: what makes a shell complete verbs, options and targets, by click's own scripts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vzrepro.cli.session import Session
 @json_option
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print what makes a shell complete verbs and options.
+    """Print what makes a shell complete verbs, options and targets.
 
     bash and zsh: eval "$(vzrepro completion bash)"; fish: vzrepro completion fish | source
     """

@@ -15,7 +15,7 @@ import click
 from vzrepro.base.errors import UsageError
 from vzrepro.base.events import Notice
 from vzrepro.base.model import NarHash, StorePath
-from vzrepro.cli.options import json_option
+from vzrepro.cli.options import complete_targets, json_option
 from vzrepro.cli.session import Session
 from vzrepro.console import clean
 from vzrepro.proof.audit.diff import LIMITS, explain
@@ -28,8 +28,8 @@ _WHY = "diffoscope's page needs diffoscope"
 
 
 @click.command()
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("a", metavar="A", shell_complete=complete_targets)
+@click.argument("b", metavar="B", shell_complete=complete_targets)
 @click.option("--html", is_flag=True, help="Write diffoscope's own HTML page, one file, to --output or stdout.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Where the page of --html goes.")
 @click.option("--bytes", "plain", is_flag=True, help="Without diffoscope: exact, at once, needs no Docker.")

@@ -10,7 +10,7 @@ import click
 
 from vzrepro.base.errors import VzreproError
 from vzrepro.base.events import Notice
-from vzrepro.cli.options import json_option
+from vzrepro.cli.options import complete_targets, json_option
 from vzrepro.cli.session import Session
 from vzrepro.console import clean
 
@@ -37,7 +37,7 @@ def targets(session: Session, everything: bool) -> None:
 
 
 @click.command()
-@click.argument("target")
+@click.argument("target", shell_complete=complete_targets)
 @json_option
 @click.pass_obj
 def show(session: Session, target: str) -> None:
@@ -59,7 +59,7 @@ def show(session: Session, target: str) -> None:
 
 
 @click.command()
-@click.argument("target")
+@click.argument("target", shell_complete=complete_targets)
 @json_option
 @click.pass_obj
 def why(session: Session, target: str) -> None:
@@ -102,7 +102,7 @@ def _as_json(value: object) -> str:
 
 
 @click.command()
-@click.argument("target")
+@click.argument("target", shell_complete=complete_targets)
 @click.option("--format", "form", type=click.Choice(["text", "dot", "mermaid", "json"]), default="text")
 @click.pass_obj
 def graph(session: Session, target: str, form: str) -> None:
@@ -184,7 +184,7 @@ _DRAWINGS: dict[str, Callable[[DrvGraph, Node, Sequence[Node]], str]] = {
 
 
 @click.command()
-@click.argument("target")
+@click.argument("target", shell_complete=complete_targets)
 @click.pass_obj
 def log(session: Session, target: str) -> None:
     """Print the log of TARGET's last build, from here or a cache."""

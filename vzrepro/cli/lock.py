@@ -7,12 +7,12 @@ import click
 from vzrepro.base import disk
 from vzrepro.base.errors import UsageError
 from vzrepro.base.events import Notice
-from vzrepro.cli.options import json_option
+from vzrepro.cli.options import complete_pins, json_option
 from vzrepro.cli.session import Session
 
 
 @click.command()
-@click.argument("names", nargs=-1)
+@click.argument("names", nargs=-1, shell_complete=complete_pins)
 @click.option(
     "--check", is_flag=True, help="Offline: compare lock.toml with the recipes, evaluate twice; exit 2 on a difference."
 )

@@ -28,7 +28,7 @@ def page(program: click.Command) -> Iterator[str]:
     """The lines of `program`'s page in man(7)'s language: what it does, and a section for each verb."""
     yield f'.TH VZREPRO 1 "" "vzrepro {_escaped(version.full())}"'
     about, *more = _paragraphs(program)
-    yield from (".SH NAME", f"vzrepro \\- {about.rstrip('.')}")
+    yield from (".SH NAME", f"vzrepro \\- {about[:1].lower()}{about[1:].rstrip('.')}")
     yield from (".SH SYNOPSIS", ".B vzrepro", "[OPTIONS] COMMAND [ARGUMENTS]", ".SH DESCRIPTION")
     yield from _joined(more)
     yield ".SH OPTIONS"

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from vzrepro.base.errors import UsageError
 from vzrepro.cli.verbs import Verbs
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from vzrepro.cli.session import Session
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,6 +33,14 @@ class DefaultVerb(Verbs):
             args = [self.default, *args]
         return super().parse_args(ctx, args)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The verbs, and what the default verb takes."""
+        meant = self.commands[self.default]
+        found = super().shell_complete(ctx, incomplete) + click.Command.shell_complete(meant, ctx, incomplete)
+        argument = next((each for each in meant.params if isinstance(each, click.Argument)), None)
+        found += argument.shell_complete(ctx, incomplete) if argument else []
+        return list({each.value: each for each in found}.values())
+
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The default verb's, which is the one that is meant."""
         words = self.commands[self.default].collect_usage_pieces(ctx)
@@ -36,6 +50,31 @@ class DefaultVerb(Verbs):
         """The default verb's options, and the verbs."""
         self.commands[self.default].format_options(ctx, formatter)
         self.format_commands(ctx, formatter)
+
+
+def complete_targets(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The targets that begin so; files, where it is a path (`shell_complete` of an argument that names targets)."""
+    from click.shell_completion import CompletionItem
+
+    if incomplete.startswith(("/", ".", "~")):
+        return [CompletionItem(incomplete, type="file")]
+    return [CompletionItem(name) for name in _names(ctx) if name.startswith(incomplete)]
+
+
+def complete_pins(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The pins of sources and images that begin so."""
+    from click.shell_completion import CompletionItem
+
+    kinds = ("source-", "image-")
+    pins = {name.removeprefix(kind) for kind in kinds for name in _names(ctx) if name.startswith(kind)}
+    return [CompletionItem(name) for name in sorted(pins) if name.startswith(incomplete)]
+
+
+def _names(ctx: click.Context) -> list[str]:
+    session: Session = ctx.obj
+    # While a shell asks, no command runs, also not the one that looks at -C.
+    session.start = Path(ctx.find_root().params["directory"])
+    return session.names()
 
 
 def json_option(function: F) -> F:

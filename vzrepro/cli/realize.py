@@ -11,7 +11,7 @@ import click
 from vzrepro.base import words
 from vzrepro.base.errors import UsageError
 from vzrepro.base.events import Result
-from vzrepro.cli.options import json_option, signatures_option
+from vzrepro.cli.options import complete_targets, json_option, signatures_option
 from vzrepro.cli.session import Session
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("targets", nargs=-1, required=True)
+@click.argument("targets", nargs=-1, required=True, shell_complete=complete_targets)
 @click.option("--dry-run", is_flag=True, help="Print the plan: what, why, how long, how many bytes. Do nothing.")
 @click.option("--jobs", type=click.IntRange(1), help="Builds that run at the same time.")
 @click.option("--cores", type=click.IntRange(1), help="Cores one build may use.")
@@ -110,7 +110,7 @@ def _print_plan(session: Session, plan: Plan, farm: str | None = None) -> None:
 
 
 @click.command()
-@click.argument("target")
+@click.argument("target", shell_complete=complete_targets)
 @click.pass_obj
 def shell(session: Session, target: str) -> int:
     """Open a shell in TARGET's sandbox. It has the build's inputs, environment and limits."""

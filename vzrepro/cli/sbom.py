@@ -9,7 +9,7 @@ import click
 from vzrepro.base import disk
 from vzrepro.base.errors import UsageError, VzreproError
 from vzrepro.base.events import Notice, Progress, Started, working
-from vzrepro.cli.options import json_option
+from vzrepro.cli.options import complete_targets, json_option
 from vzrepro.cli.session import Session
 from vzrepro.proof.sbom import compare, facts, formats, licences, output
 from vzrepro.proof.sbom.components import Bill, describe
@@ -17,7 +17,7 @@ from vzrepro.proof.sbom.learn import learn
 
 
 @click.command()
-@click.argument("names", metavar="TARGET…", nargs=-1)
+@click.argument("names", metavar="TARGET…", nargs=-1, shell_complete=complete_targets)
 @click.option("--format", "form", type=click.Choice(list(formats.FORMATS)), help="[default: cyclonedx]")
 @click.option("--output", "file", type=click.Path(path_type=Path, dir_okay=False), help="Write there, not to stdout.")
 @click.option("--built", is_flag=True, help="With the hashes of what was built; TARGET must be in the store.")

@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vzrepro.base.errors import UsageError
+from vzrepro.base.errors import UsageError, VzreproError
 from vzrepro.base.events import Action, LogLine, Notice, Progress, Report, Started, working
 
 if TYPE_CHECKING:
@@ -350,6 +350,20 @@ class Session:
             return StorePath.parse(Path(name).name)
         except UsageError:
             return self.graph.find(name).path
+
+    def names(self) -> list[str]:
+        """What can be realized, for a shell to complete: at once where nothing has changed. What is wrong with the
+        workspace is for the command to say."""
+        from vzrepro import noop
+
+        found = noop.names(str(self.start), os.environ)
+        if found is None:
+            try:
+                found = list(self.graph.targets)
+                noop.remember_names(str(self.root), os.environ, self._begun_ns, self._reads(), found)
+            except (VzreproError, OSError):
+                return []
+        return found
 
     def remember_realized(self, nodes: Sequence[Node], found: Sequence[ObjectInfo]) -> None:
         """Have `realize` of these targets answered at once next time."""

@@ -11,7 +11,7 @@ import click
 from vzrepro.base import words
 from vzrepro.base.errors import UsageError, VzreproError
 from vzrepro.base.events import Notice, Result
-from vzrepro.cli.options import json_option
+from vzrepro.cli.options import complete_targets, json_option
 from vzrepro.cli.session import Session
 from vzrepro.cli.verbs import Verbs
 
@@ -33,7 +33,7 @@ def _info(session: Session, name: str) -> ObjectInfo:
 
 
 @store.command()
-@click.argument("object", metavar="OBJECT")
+@click.argument("object", metavar="OBJECT", shell_complete=complete_targets)
 @json_option
 @click.pass_obj
 def path(session: Session, object: str) -> None:
@@ -46,7 +46,7 @@ def path(session: Session, object: str) -> None:
 
 
 @store.command()
-@click.argument("object", metavar="OBJECT")
+@click.argument("object", metavar="OBJECT", shell_complete=complete_targets)
 @json_option
 @click.pass_obj
 def info(session: Session, object: str) -> None:
@@ -67,7 +67,7 @@ def info(session: Session, object: str) -> None:
 
 
 @store.command()
-@click.argument("object", metavar="OBJECT")
+@click.argument("object", metavar="OBJECT", shell_complete=complete_targets)
 @click.option("--reverse", is_flag=True, help="What refers to OBJECT instead.")
 @json_option
 @click.pass_obj
@@ -79,7 +79,7 @@ def references(session: Session, object: str, reverse: bool) -> None:
 
 
 @store.command()
-@click.argument("objects", metavar="OBJECT...", nargs=-1, required=True)
+@click.argument("objects", metavar="OBJECT...", nargs=-1, required=True, shell_complete=complete_targets)
 @json_option
 @click.pass_obj
 def closure(session: Session, objects: tuple[str, ...]) -> None:
@@ -93,7 +93,7 @@ def _print_paths(session: Session, paths: tuple[StorePath, ...]) -> None:
 
 
 @store.command()
-@click.argument("objects", metavar="[OBJECT...]", nargs=-1)
+@click.argument("objects", metavar="[OBJECT...]", nargs=-1, shell_complete=complete_targets)
 @json_option
 @click.pass_obj
 def verify(session: Session, objects: tuple[str, ...]) -> None:
@@ -113,7 +113,7 @@ def verify(session: Session, objects: tuple[str, ...]) -> None:
 
 
 @store.command()
-@click.argument("objects", metavar="[OBJECT...]", nargs=-1)
+@click.argument("objects", metavar="[OBJECT...]", nargs=-1, shell_complete=complete_targets)
 @json_option
 @click.pass_obj
 def repair(session: Session, objects: tuple[str, ...]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import click
 
 from vzrepro.base import words
-from vzrepro.cli.options import json_option
+from vzrepro.cli.options import complete_targets, json_option
 from vzrepro.cli.session import Session
 from vzrepro.cli.vm import machine
 
 
 @click.command()
-@click.argument("bundle", metavar="BUNDLE|TARGET|DIR")
+@click.argument("bundle", metavar="BUNDLE|TARGET|DIR", shell_complete=complete_targets)
 @click.option("--timeout-secs", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True)
 @json_option
 @click.pass_obj

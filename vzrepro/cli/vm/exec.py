@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from vzrepro.cli.options import variables
+from vzrepro.cli.options import complete_targets, variables
 from vzrepro.cli.session import Session
 from vzrepro.cli.vm import machine
 
@@ -17,7 +17,7 @@ _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.command("exec", context_settings={"ignore_unknown_options": False})
-@click.argument("bundle", metavar="BUNDLE|TARGET|DIR")
+@click.argument("bundle", metavar="BUNDLE|TARGET|DIR", shell_complete=complete_targets)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- CMD…")
 @click.option("--cpus", type=click.IntRange(min=1), help="Processors of the guest.")
 @click.option("--memory-mib", type=click.IntRange(min=64), metavar="N", help="Memory of the guest.")

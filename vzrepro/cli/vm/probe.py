@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from vzrepro.base.errors import VzreproError
-from vzrepro.cli.options import json_option
+from vzrepro.cli.options import complete_targets, json_option
 from vzrepro.cli.session import Session
 from vzrepro.cli.vm import machine
 
@@ -17,7 +17,7 @@ _COLUMNS = ("capability", "declared", "config", "guest", "detail")
 
 
 @click.command()
-@click.argument("bundle", metavar="BUNDLE|TARGET")
+@click.argument("bundle", metavar="BUNDLE|TARGET", shell_complete=complete_targets)
 @click.option("--timeout-secs", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True)
 @json_option
 @click.pass_obj
