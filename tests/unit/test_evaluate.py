@@ -296,6 +296,23 @@ def test_a_url_with_its_hash_needs_no_lock(declare: Declare) -> None:
     assert unpacked.download_bytes == 0
 
 
+def test_a_hash_in_capitals_is_the_same_hash(declare: Declare) -> None:
+    graph = declare(
+        a="from vzrepro import url_source\n"
+        f'url_source("s", "https://a.example/x", sha256="{SHA}")\n'
+        f'url_source("t", "https://a.example/x", sha256="{SHA.upper()}")\n'
+        f'url_source("u", "https://a.example/x", sha256="sha256:{SHA.upper()}")\n'
+    )
+    assert len({graph.find(f"source-{name}").path for name in "stu"}) == 1
+
+
+def test_a_fifo_beside_a_recipe_is_not_waited_for(workspace: Workspace) -> None:
+    root = workspace(a='from vzrepro import read\nread("pipe")\n')
+    os.mkfifo(root / "recipes/a/pipe")
+    with pytest.raises(UsageError, match=r"recipes/a/__init__.py:2: recipes/a/pipe is no file"):
+        evaluate(root, Lock(), "linux/amd64")
+
+
 def test_sources_that_are_locked(workspace: Workspace) -> None:
     root = workspace(
         a="from vzrepro import git_source, pypi_source, url_source\n"
@@ -364,6 +381,27 @@ def test_a_pin_of_another_kind(workspace: Workspace) -> None:
             "whose version and hash are not given",
         ),
         ('url_source("t", "https://x/y", sha256="abc")', "sha256 of 't'"),
+        ('url_source("t", ["https://x/y", "https://z/y"])', "a URL of 't' is list, not text"),
+        ('url_source("t", "https://x:99999/y")', "is not a URL"),
+        ('url_source("t", "https://x:port/y")', "is not a URL"),
+        ('url_source("t", "https:///y")', "is not a URL"),
+        ('url_source("t", "https://me:secret@x.example:99999/y")', "the URL of x.example holds a user or password"),
+        ('url_source("t", "https://x/{vers}", version="1")', "has {vers} in it, and only {version} stands"),
+        ('url_source("t", "https://x/{version}/{", version="1")', "has { in it"),
+        ('url_source("t", "https://x/}", version="1")', "has } in it"),
+        ('url_source("t", "https://x/y", signature="https://x/{v}", key="k")', "has {v} in it"),
+        ('url_source("t", "https://x/{version}", version=1.10)', "version is 1.1, which is float, not text"),
+        ('url_source(7, "https://x/y")', "name is 7, which is int, not text"),
+        ('git_source("t", ["https://x/y"], tag="v1")', "url is ['https://x/y'], which is list, not text"),
+        ('git_source("t", "https://x:99999/y", tag="v1")', "is not a URL"),
+        ('git_source("t", "https://x/y", rev=1234567)', "rev is 1234567, which is int, not text"),
+        ('pypi_source("t", series=3.10)', "series is 3.1, which is float, not text"),
+        ('crate_source("t", series=1)', "series is 1, which is int, not text"),
+        ('debian_image("t", suite="trixie", packages="gcc")', "packages is text, not a list of texts"),
+        (
+            'build("t", image=debian_image("i", suite="s", packages=["x"]), command="make", inputs={})',
+            "command is text",
+        ),
         ('url_source("t", "https://x/y", key="k")', "only one of signature= and key="),
         ('url_source("t", "https://x/y", signature="https://x/y.sig", key="../k")', "key file '../k'"),
         ('url_source("t", "https://x/y", signature="https://x/y.sig", key="k")', "No such file"),
@@ -381,7 +419,8 @@ def test_a_pin_of_another_kind(workspace: Workspace) -> None:
 )
 def test_sources_that_are_declared_wrongly(declare: Declare, call: str, complaint: str) -> None:
     with pytest.raises(UsageError) as caught:
-        declare(a=f"from vzrepro import git_source, url_source\n{call}")
+        names = "build, crate_source, debian_image, git_source, pypi_source, url_source"
+        declare(a=f"from vzrepro import {names}\n{call}")
     assert complaint in caught.value.message
     assert caught.value.message.startswith("recipes/a/__init__.py:2: ")
 

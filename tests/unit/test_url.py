@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import lzma
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,7 +38,12 @@ def said() -> list[str]:
 @pytest.fixture
 def resolve(tmp_path: Path, said: list[str]) -> Resolve:
     def run(
-        *urls: str, old: SourcePin | None = None, max_bytes: int = 1 << 20, mirrors: str = "", **ask: object
+        *urls: str,
+        old: SourcePin | None = None,
+        max_bytes: int = 1 << 20,
+        mirrors: str = "",
+        unpack: bool = False,
+        **ask: object,
     ) -> SourcePin:
         named = {"kernel": [mirrors]} if mirrors else {}
         want = Want(
@@ -44,6 +51,7 @@ def resolve(tmp_path: Path, said: list[str]) -> Resolve:
             "thing",
             "here",
             {"urls": list(urls), "version": None, "series": None, "sha256": None, **ask},
+            unpack,
         )
         lookup = Lookup(fetch.Mirrors(named), tmp_path, tmp_path / "downloads", max_bytes, said.append, said.append)
         return url.resolve(want, old, lookup)
@@ -153,6 +161,46 @@ def test_a_series_that_is_not_there(server: FaultyProxy, resolve: Resolve) -> No
     with pytest.raises(UsageError, match="of the series 2") as caught:
         resolve(f"{server.url}/d/x-{{version}}.tar", series="2")
     assert "it names 1.0" in (caught.value.reason or "")
+
+
+def test_versions_are_those_of_the_directory_itself(server: FaultyProxy, resolve: Resolve) -> None:
+    links = [
+        "x-1.1.tar",
+        f"{server.url}/d/x-1.2.tar",
+        "/d/x-1.3.tar?mirror=1#top",
+        "./x-1.4.tar",
+        "https://evil.example/d/x-1.5.tar",
+        "//evil.example/d/x-1.6.tar",
+        "../x-1.7.tar",
+        "/old/x-1.8.tar",
+        "old/x-1.9.tar",
+        "http://[/x-1.10.tar",
+    ]
+    page = "".join(f'<a href="{link}">{link.rpartition("/")[2]}</a>' for link in links)
+    server.serve_at("d/", serves(page.encode()))
+    server.serve_at("d/x-1.4.tar", serves(b"x"))
+    assert resolve(f"{server.url}/d/x-{{version}}.tar", series="1").version == "1.4"
+    # A server that lists names without links means its own.
+    server.heal()
+    server.serve_at("d/", serves(b"x-1.1.tar\nx-1.2.tar\n"))
+    server.serve_at("d/x-1.2.tar", serves(b"x"))
+    assert resolve(f"{server.url}/d/x-{{version}}.tar", series="1").version == "1.2"
+
+
+@pytest.mark.parametrize("content", [b"", b"text", gzip.compress(b"no tar"), b"\x1f\x8bno gzip", b"PK\x03\x04no zip"])
+def test_what_is_no_archive_is_found_when_it_is_locked(server: FaultyProxy, resolve: Resolve, content: bytes) -> None:
+    place = server.serve_at("x.tar.gz", serves(content))
+    with pytest.raises(UsageError, match=r"x\.tar\.gz cannot be unpacked"):
+        resolve(place, unpack=True)
+    resolve(place)
+
+
+def test_what_is_no_file_is_not_waited_for(resolve: Resolve, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(RemoteError) as caught:
+            resolve(place.as_uri())
+        assert "is no regular file" in (caught.value.reason or "")
 
 
 def test_signatures(server: FaultyProxy, resolve: Resolve, said: list[str], tmp_path: Path) -> None:

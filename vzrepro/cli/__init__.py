@@ -26,7 +26,9 @@ _VERBS = {
     "challenge": Card(
         "vzrepro.cli.challenge:challenge", "Compare what builders say they got for TARGET; build nothing."
     ),
-    "completion": Card("vzrepro.cli.completion:completion", "Print what makes a shell complete verbs, options and targets."),
+    "completion": Card(
+        "vzrepro.cli.completion:completion", "Print what makes a shell complete verbs, options and targets."
+    ),
     "diff": Card("vzrepro.cli.diff:diff", "Tell where A and B differ, and what probably made them differ."),
     "doctor": Card("vzrepro.cli.doctor:doctor", "Check Docker, QEMU, the disk, workspace, lock and caches."),
     "farm": Card("vzrepro.cli.farm:farm", "Build on other machines, or for others."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 import threading
 import weakref
 from collections.abc import Callable
@@ -106,8 +107,13 @@ def open_file(url: str, offset: int) -> Body:
     if parsed.netloc not in ("", "localhost") or not path.is_absolute() or "\0" in str(path):
         raise AttemptFailed("is not a file on this machine", again=False)
     try:
-        source = path.open("rb")
-        size = os.fstat(source.fileno()).st_size
+        # Never waits for who writes into a fifo.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(fd)
+            raise AttemptFailed("is no regular file", again=False)
+        source, size = os.fdopen(fd, "rb"), found.st_size
         start = offset if offset <= size else 0
         source.seek(start)
     except FileNotFoundError as error:

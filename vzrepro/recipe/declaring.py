@@ -259,9 +259,27 @@ def read_file(path: Path, place: str) -> bytes:
     context.reads.add(path)
     try:
         with context.trusted():
+            if path.exists() and not path.is_file():
+                raise UsageError(f"{place}: {path.relative_to(context.root)} is no file")
             return path.read_bytes()
     except OSError as error:
         raise UsageError(f"{place}: {path.relative_to(context.root)}: {error.strerror}") from error
+
+
+def require_texts(place: str, **given: object) -> None:
+    for what, value in given.items():
+        if value is not None and not isinstance(value, str):
+            numbers = isinstance(value, int | float) and not isinstance(value, bool)
+            raise UsageError(
+                f"{place}: {what} is {value!r}, which is {type(value).__name__}, not text",
+                hint=f'write it in quotes: {what}="{value}"' if numbers else None,
+            )
+
+
+def require_lists(place: str, **given: Iterable[str]) -> None:
+    for what, value in given.items():
+        if isinstance(value, str):
+            raise UsageError(f"{place}: {what} is text, not a list of texts", hint=f"{what}=[{value!r}]")
 
 
 def check_relative(name: str, place: str, what: str) -> None:

@@ -27,8 +27,20 @@ from vzrepro.base.model import (
     canonical_json,
     store_name,
 )
-from vzrepro.recipe.declaring import add, check_relative, current, download, empty, make_node, part, pinned, read_file
-from vzrepro.recipe.graph import Node, Want
+from vzrepro.recipe.declaring import (
+    add,
+    check_relative,
+    current,
+    download,
+    empty,
+    make_node,
+    part,
+    pinned,
+    read_file,
+    require_lists,
+    require_texts,
+)
+from vzrepro.recipe.graph import Node, Want, WantKind
 from vzrepro.recipe.lock import CrateSetPin, ImagePin, PinnedFile, PinnedTree, SourcePin
 
 LOCAL_IGNORED = frozenset({"__pycache__", "target", ".DS_Store", ".git"})
@@ -71,6 +83,8 @@ def build(
             raise UsageError(f"{place}: input {key!r} is {type(value).__name__}, not a recipe, source, local or text")
         if key in ("", ".", "..") or "/" in key or "\0" in key:
             raise UsageError(f"{place}: {key!r} cannot be the name of an input: it is a name below /in")
+    require_lists(place, command=command, build_only=build_only, linked=linked)
+    require_texts(place, name=name, version=version)
     if image.kind != "image":
         raise UsageError(f"{place}: image {image.target!r} is not an image")
     if not command:
@@ -141,6 +155,8 @@ def debian_image(
     """
     context = current()
     place = context.place()
+    require_texts(place, name=name, suite=suite)
+    require_lists(place, packages=packages, foreign=foreign)
     want = Want(
         "image",
         name,
@@ -178,16 +194,18 @@ def debian_image(
 
 def debian_source(name: str, *, series: str, suite: str) -> Node:
     """The upstream tarball of a Debian source package, the newest of `series` (`6.12`) when it was locked."""
-    place = current().place()
-    return _source(Want("debian-source", name, place, {"series": series, "suite": suite}))
+    return _source("debian-source", name, {"series": series, "suite": suite})
 
 
 def crate_source(name: str, *, series: str) -> Node:
     """A published crate's tarball, the newest of `series` (`0.7`) when it was locked."""
-    return _source(Want("crate-source", name, current().place(), {"series": series}))
+    return _source("crate-source", name, {"series": series})
 
 
-def _source(want: Want) -> Node:
+def _source(kind: WantKind, name: str, ask: Mapping[str, object]) -> Node:
+    place = current().place()
+    require_texts(place, name=name, **ask)
+    want = Want(kind, name, place, ask)
     pin: SourcePin | None = pinned(want, current().lock.sources.get(want.name))
     if pin is None:
         return add(empty(f"source-{want.name}", want.place))
@@ -201,8 +219,7 @@ def _source(want: Want) -> Node:
 def pypi_source(name: str, *, series: str, wheel: str | None = None) -> Node:
     """A published Python package: its source distribution, the newest of `series` (`3.7`) when it was locked; with
     `wheel`, a tag such as `py3-none-any`, the wheel of that."""
-    ask: dict[str, object] = {"series": series, "wheel": wheel}
-    return _source(Want("pypi-source", name, current().place(), ask))
+    return _source("pypi-source", name, {"series": series, "wheel": wheel})
 
 
 def url_source(
@@ -223,10 +240,21 @@ def url_source(
     """
     context = current()
     place = context.place()
+    require_texts(place, name=name, sha256=sha256, version=version, series=series, signature=signature, key=key)
     if not urls:
         raise UsageError(f"{place}: {name!r} has no URL")
     for url in (*urls, *filter(None, [signature])):
+        if not isinstance(url, str):
+            raise UsageError(
+                f"{place}: a URL of {name!r} is {type(url).__name__}, not text",
+                hint=f"several are arguments of their own: url_source({name!r}, URL, URL, …)",
+            )
         _check_url(url, place, ("http", "https", "file", "mirror"))
+        if found := re.search(r"\{[^{}]*\}?|\}", url.replace("{version}", "")):
+            raise UsageError(
+                f"{place}: {url} has {found[0]} in it, and only {{version}} stands for something",
+                hint="braces that are meant so are %7B and %7D",
+            )
         if "{version}" in url and version is None and series is None:
             raise UsageError(f"{place}: {url} has {{version}} in it", hint="give version= or series=")
     if series is not None and (sha256 is not None or version is not None or "{version}" not in urls[0]):
@@ -237,7 +265,7 @@ def url_source(
     if (signature is None) != (key is None):
         raise UsageError(f"{place}: {name!r} has only one of signature= and key=")
     try:
-        wanted = None if sha256 is None else FileHash.parse(sha256)
+        wanted = None if sha256 is None else FileHash.parse(_small_hex(sha256))
     except ValueError as error:
         raise UsageError(f"{place}: sha256 of {name!r}: {error}") from None
     if wanted is not None and signature is None:
@@ -254,12 +282,17 @@ def url_source(
         file = context.folder() / key
         digest = hashlib.sha256(read_file(file, place)).hexdigest()
         ask |= {"signature": signature, "key": file.relative_to(context.root).as_posix(), "key_sha256": digest}
-    want = Want("url-source", name, place, ask)
+    want = Want("url-source", name, place, ask, unpack)
     pin: SourcePin | None = pinned(want, context.lock.sources.get(name))
     if pin is None or not isinstance(pin.file, PinnedFile):
         return add(empty(f"source-{name}", place))
     others = tuple(url.replace("{version}", pin.version) for url in urls[1:])
     return _file_node(name, replace(pin.file, others=others), pin.version or None, unpack, place)
+
+
+def _small_hex(sha256: str) -> str:
+    """Some publish hashes in capitals; other notations have a meaning for them."""
+    return sha256.lower() if re.fullmatch("(sha256:)?[0-9A-Fa-f]{64}", sha256) else sha256
 
 
 def _file_node(name: str, file: PinnedFile, version: str | None, unpack: bool, place: str) -> Node:
@@ -280,6 +313,7 @@ def git_source(
     """
     context = current()
     place = context.place()
+    require_texts(place, name=name, url=url, rev=rev, tag=tag)
     _check_url(url, place, ("http", "https", "file", "mirror"))
     if (rev is None) == (tag is None):
         raise UsageError(f"{place}: {name!r} needs one of rev= and tag=")
@@ -307,19 +341,22 @@ def git_source(
 
 
 def _check_url(url: str, place: str, schemes: Sequence[str]) -> None:
+    secret, why = "", None
     try:
         parsed = urlsplit(url)
+        secret = str(parsed.hostname) if "@" in parsed.netloc else ""
         bad = parsed.scheme not in schemes or not url.isprintable() or " " in url
-        secret = "@" in parsed.netloc
-    except ValueError:
-        bad, secret = True, False
-    if bad:
-        raise UsageError(f"{place}: {url!r} is not a URL of {', '.join(schemes)}")
+        bad = bad or (parsed.scheme in ("http", "https") and not parsed.hostname)
+        bad = bad or parsed.port == 0  # and a ValueError for what is no port
+    except ValueError as error:
+        bad, why = True, str(error)
     if secret:
         raise UsageError(
-            f"{place}: the URL of {parsed.hostname} holds a user or password",
+            f"{place}: the URL of {secret} holds a user or password",
             hint="name the place in the configuration instead: mirrors, and mirror://NAME/PATH here",
         )
+    if bad:
+        raise UsageError(f"{place}: {url!r} is not a URL of {', '.join(schemes)}", reason=why)
 
 
 def cargo_crates(
@@ -337,6 +374,8 @@ def cargo_crates(
     """
     context = current()
     place = context.place()
+    require_texts(place, name=name)
+    require_lists(place, targets=targets, features=features)
     ask: dict[str, object] = {
         "targets": sorted(targets),
         "features": sorted(features),

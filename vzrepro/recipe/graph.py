@@ -76,13 +76,15 @@ class Node:
 class Want:
     """Something a recipe needs pinned: `vzrepro lock` resolves it, `lock --check` compares it.
 
-    `kind` says which index; `ask` is plain data whose digest is kept in the lock beside the answer.
+    `kind` says which index; `ask` is plain data whose digest is kept in the lock beside the answer. `unpack` says that
+    it is to be an archive, which is looked at, but changes no answer.
     """
 
     kind: WantKind
     name: str
     place: str
     ask: Mapping[str, object]
+    unpack: bool = False
 
     @property
     def request(self) -> str:

@@ -7,6 +7,7 @@ Which entries may become a tree `entries.checked` decides; here are the two form
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import lzma
@@ -49,26 +50,38 @@ def unpack(
     `max_bytes`, or holds what no tree can; VzreproError where the file system takes two names for one.
     """
     refuse = partial(_bad, name)
-    with archive.open("rb") as file:
-        magic = file.read(8)
-        file.seek(0)
-        whole = dest.with_name(f"{dest.name}.whole")
-        whole.mkdir()
-        try:
-            entries = _zip(file, refuse) if magic.startswith(_ZIPS) else _tar(_plain(file, magic), refuse, max_bytes)
-            write_tree(checked(entries, refuse), whole, refuse, max_bytes=max_bytes, go_on=go_on)
-        except (*_DAMAGED, RuntimeError, ValueError) as error:  # the last two are zipfile's, for what it cannot read
-            refuse(f"it is no tar or zip archive, or damaged: {error}")
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            refuse(f"it is damaged: {error}")  # said by gzip and bz2
+    whole = dest.with_name(f"{dest.name}.whole")
+    whole.mkdir()
+    with _opened(archive, refuse, max_bytes) as entries:
+        write_tree(checked(entries, refuse), whole, refuse, max_bytes=max_bytes, go_on=go_on)
     inside = list(whole.iterdir())
     if len(inside) == 1 and stat.S_ISDIR(inside[0].lstat().st_mode):
         inside[0].rename(dest)
         whole.rmdir()
     else:
         whole.rename(dest)
+
+
+def check(archive: Path, name: str) -> None:
+    """Raise UsageError unless the file begins as a tar or zip does."""
+    with _opened(archive, partial(_bad, name), MAX_UNPACKED) as entries:
+        next(entries, None)
+
+
+@contextlib.contextmanager
+def _opened(archive: Path, refuse: Callable[[str], NoReturn], max_bytes: int) -> Iterator[Iterator[ArchiveEntry]]:
+    """What is in an archive, to be read in the block; `refuse` is called for what cannot be."""
+    with archive.open("rb") as file:
+        magic = file.read(8)
+        file.seek(0)
+        try:
+            yield _zip(file, refuse) if magic.startswith(_ZIPS) else _tar(_plain(file, magic), refuse, max_bytes)
+        except (*_DAMAGED, RuntimeError, ValueError) as error:  # the last two are zipfile's, for what it cannot read
+            refuse(f"it is no tar or zip archive, or damaged: {error}")
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            refuse(f"it is damaged: {error}")  # said by gzip and bz2
 
 
 def decompress(path: Path, dest: IO[bytes], name: str, *, max_bytes: int = MAX_UNPACKED) -> None:

@@ -122,7 +122,7 @@ def _json(page: bytes, url: str) -> Iterator[_Row]:
 
 
 def _html(page: bytes, url: str) -> Iterator[_Row]:
-    parser = _Links()
+    parser = Links()
     try:
         parser.feed(page.decode(errors="replace"))
     except AssertionError as error:  # what `html.parser` raises of declarations that are none: `<![ `
@@ -139,7 +139,7 @@ def _html(page: bytes, url: str) -> Iterator[_Row]:
         yield unquote(path).rpartition("/")[2], link, sha256, yanked
 
 
-class _Links(HTMLParser):
+class Links(HTMLParser):
     """The `href` of every link, and whether the link says that its file is yanked."""
 
     def __init__(self) -> None:

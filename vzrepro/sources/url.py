@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 from vzrepro.base.errors import HashMismatch, RemoteError, UsageError
 from vzrepro.base.model import FileHash
 from vzrepro.net import shown
 from vzrepro.recipe.graph import Want
 from vzrepro.recipe.lock import PinnedFile, SourcePin
-from vzrepro.sources import archive, fetch, signature
+from vzrepro.sources import archive, fetch, signature, simple
 from vzrepro.sources.lookup import Lookup
 
 _MAX_LISTING = 16 << 20
@@ -45,6 +47,8 @@ def resolve(want: Want, old: SourcePin | None, lookup: Lookup) -> SourcePin:
             reason=error.reason if wanted else f"its hash is not known, so it must be seen once\n{error.reason}",
             hint=f'{error.hint}\nor, if you know the hash, write it into the recipe: sha256="…"',
         ) from error
+    if want.unpack:
+        archive.check(path, shown(file.url))
     if "signature" in want.ask:
         signer = _verify(want, version, file, path, lookup)
         lookup.say(f"{want.name}: signed by {signer}")
@@ -61,10 +65,15 @@ def _newest(template: str, series: str, lookup: Lookup) -> str:
     segment, _, _ = template[start:].partition("/")
     below = template[start:].count("/") + 1
     folders = [url.rsplit("/", below)[0] + "/" for url in lookup.mirrors.urls(template.replace("{version}", "0"))]
-    page = unquote(fetch.get(folders, _MAX_LISTING, cancel=lookup.cancel).decode(errors="replace"))
+    page = fetch.get(folders, _MAX_LISTING, cancel=lookup.cancel).decode(errors="replace")
     first, *rest = map(re.escape, segment.split("{version}"))
-    pattern = rf"(?<![\w.+-]){first}({_VERSION})" + r"\1".join(rest) + r"(?![\w.+-])"
-    found = {match[1] for match in re.finditer(pattern, page)}
+    pattern = rf"{first}({_VERSION})" + r"\1".join(rest)
+    links = _links(page)
+    if links:
+        names = {name for link in links if (name := _below(link, folders)) is not None}
+        found = {match[1] for name in names if (match := re.fullmatch(pattern, name))}
+    else:  # as file servers and FTP list their names
+        found = {match[1] for match in re.finditer(rf"(?<![\w.+-]){pattern}(?![\w.+-])", unquote(page))}
     fitting = [version for version in found if f"{version}.".startswith(f"{series}.")]
     if not fitting:
         there = sorted(found, key=rank)
@@ -74,6 +83,28 @@ def _newest(template: str, series: str, lookup: Lookup) -> str:
             hint="name one that is there, or version= and sha256=",
         )
     return max(fitting, key=rank)
+
+
+def _links(page: str) -> list[str]:
+    parser = simple.Links()
+    with contextlib.suppress(AssertionError):  # what `html.parser` raises of declarations that are none: `<![ `
+        parser.feed(page)
+    return [link for link, _yanked in parser.links]
+
+
+def _below(link: str, folders: Sequence[str]) -> str | None:
+    """The name, directly below one of these directories, that a link on the page of one leads to or through; None for
+    links to elsewhere."""
+    for folder in folders:
+        try:
+            here, there = urlsplit(folder), urlsplit(urljoin(folder, link))
+        except ValueError:
+            return None
+        # A directory may have been moved to https.
+        path, base = unquote(there.path), unquote(here.path)
+        if there.netloc == here.netloc and path.startswith(base) and len(path) > len(base):
+            return path[len(base) :].partition("/")[0]
+    return None
 
 
 def rank(version: str) -> tuple[int, ...]:
