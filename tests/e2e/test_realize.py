@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,8 +29,14 @@ def _actions(cli: Cli, *words: str) -> dict[str, str]:
     return {e["target"]: e["outcome"] for e in events if e["event"] == "finished" and e["action"] != "push"}
 
 
-def test_builds_and_prints_one_path(small: Cli) -> None:
-    result = small.run("realize", "high")
+def test_builds_and_prints_one_path(small: Cli, tmp_path: Path) -> None:
+    calls, client = tmp_path / "calls", tmp_path / "client"
+    client.write_text(f'#!/bin/sh\necho "$*" >> {calls}\nexec docker "$@"\n')
+    client.chmod(0o755)
+    result = replace(small, env=small.env | {"VZREPRO_DOCKER": str(client)}).run("realize", "high")
+    weights = dict(re.findall(r"vzrepro.target=(\w+) .*?(?:--cpu-shares (\d+) )?--entrypoint", calls.read_text()))
+    weighs = subprocess.run(["docker", "info", "--format", "{{.CPUShares}}"], capture_output=True, text=True, check=True)
+    assert weights == {"low": "", "high": "128" if weighs.stdout.strip() == "true" else ""}, "half as much waits for high"
     (line,) = result.stdout.splitlines()
     high = Path(line)
     assert high.parent == small.store

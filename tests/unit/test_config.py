@@ -30,6 +30,15 @@ def test_defaults(tmp_path: Path) -> None:
     assert config.build_jobs() >= 1
 
 
+def test_times_are_shared_by_the_cores_of_one_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pyproject.toml").write_text('[tool.vzrepro.times]\nkernel = [60, 800]\n"a+b" = [1, 0]\n')
+    config = _load(tmp_path, {"VZREPRO_TIMES": "kernel"})
+    for cores, jobs, kernel in ((1, 2, 860), (2, 2, 860), (16, 4, 260), (16, 1, 110)):
+        monkeypatch.setattr("vzrepro.base.config.host_cores", lambda cores=cores: cores)
+        assert config.model_copy(update={"jobs": jobs}).reference_secs() == {"kernel": kernel, "a+b": 1}
+    assert config.model_copy(update={"cores": 2, "jobs": 1}).reference_secs()["kernel"] == 460
+
+
 def test_a_teams_settings(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text('[tool.vzrepro]\ncaches = ["s3://a?x=1&y=2"]\nupload-key = "keys/team"\n')
     config = _load(tmp_path)
@@ -57,6 +66,7 @@ def test_absolute_store(tmp_path: Path) -> None:
     [
         ("nonsense = 1\n", {}, "user.toml: nonsense"),
         ("cores = -1\n", {}, "user.toml: cores"),
+        ("times = { a = [1, -1] }\n", {}, "user.toml: times.a"),
         ("cores = [", {}, "user.toml: cannot be read as TOML"),
         ("cores = " + "9" * 5000, {}, "user.toml: cannot be read as TOML"),
         ("cores = " + "[" * 5000, {}, "user.toml: cannot be read as TOML"),

@@ -70,6 +70,23 @@ def put(inventory: Inventory, content: str) -> ObjectInfo:
         return inventory.keep(scratch / "tree", info)
 
 
+def test_how_long_it_took_here_counts_more_than_elsewhere(store: LocalStore) -> None:
+    reference = {"thing": 100.0, "other": 200.0, "image-x": 50.0, "quick": 9.0}
+
+    def expected(target: str, verb: str = "build") -> float | None:
+        return Inventory(store, [], reference=reference).expected_secs(target, verb)
+
+    assert expected("other") == 200, "as long as nothing was built here"
+    assert expected("unheard-of") is None
+    assert expected("thing", "substitute") is None, "the reference is about making it"
+    store.record_history("quick", "build", 900, 1)
+    assert (expected("quick"), expected("other")) == (900, 200), "what is quick by the reference tells little"
+    store.record_history("thing", "build", 250, 1)
+    assert (expected("thing"), expected("other")) == (250, 500)
+    store.record_history("image-x", "image", 50, 1)
+    assert expected("other") == 400, "300 s for what took 150 s elsewhere"
+
+
 def test_the_table_is_whole() -> None:
     assert {doubt.value for doubt, *_ in TABLE} == set(range(1 << len(Doubt)))
 

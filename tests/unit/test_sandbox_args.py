@@ -119,6 +119,13 @@ def test_a_build_is_started_with_exactly_these_arguments(tmp_path: Path, monkeyp
     assert argv == expected
 
 
+def test_a_build_that_others_are_more_urgent_than_has_less_of_the_processors(tmp_path: Path) -> None:
+    weights = []
+    for urgency in (1.0, 0.99, 0.5, 0.0):
+        weights += options(confine.run_arguments(make_job(tmp_path, urgency=urgency), "N"), "--cpu-shares")
+    assert weights == ["994", "128", "2"], "never more than an ordinary container's, which is 1024"
+
+
 def test_only_the_scratch_directory_is_mounted(tmp_path: Path) -> None:
     store_object = tmp_path / ("0" * 32 + "-input")
     store_object.write_text("x")
@@ -333,6 +340,25 @@ def test_podman_describes_itself_differently(engine: Callable[[str], Path]) -> N
     engine(f"echo {shlex.quote(json.dumps(info))}")
     runtime = sandbox.check()
     assert (runtime.engine, runtime.cgroup_version, runtime.rootless) == ("podman", 2, True)
+
+
+@pytest.mark.parametrize("weighs", [True, False])
+def test_an_engine_says_whether_it_can_weigh_containers(engine: Callable[[str], Path], weighs: bool) -> None:
+    docker = {"ServerVersion": "1", "Driver": "x", "NCPU": 1, "MemTotal": 1, "CPUShares": weighs}
+    podman = {
+        "host": {
+            "cgroupVersion": "v2",
+            "security": {"rootless": True},
+            "cpus": 4,
+            "memTotal": 8,
+            "cgroupControllers": ["memory", "pids", *(["cpu"] if weighs else [])],
+        },
+        "store": {"graphDriverName": "overlay"},
+        "version": {"Version": "4.3.1"},
+    }
+    for info in (docker, podman):
+        engine(f"echo {shlex.quote(json.dumps(info))}")
+        assert sandbox.check().weighs == weighs
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ _REVOKED = "revoked-keys"
 _TRUSTED = "trusted-workspaces"
 
 
+_Secs = Annotated[float, Field(ge=0)]
+
+
 class Config(BaseModel):
     """All settings, with their defaults. Keys are written with dashes in files (`machine-cache`).
 
@@ -53,6 +56,9 @@ class Config(BaseModel):
     `farm` is where builds are handed to (docs/farm.md): `temporal://HOST:PORT/NAMESPACE`, or `command: …`. `farm_ca`,
     `farm_cert` with `farm_cert_key`, and `farm_token` are files for the server's TLS and the client's proof of who it
     is. A worker builds for `farm_clients` only, public keys, if any are named.
+
+    `times` says how long targets take on one core of some machine: the seconds that no further core would save, and
+    those that several share. Plans go by it for what this machine has not built yet.
 
     `required_version` (`>=0.2`) is the oldest vzrepro that understands the workspace.
 
@@ -89,6 +95,7 @@ class Config(BaseModel):
     memory_gib: Annotated[int, Field(gt=0)] | None = None
     disk_gib: Annotated[int, Field(gt=0)] = 100
     download_gib: Annotated[int, Field(gt=0)] = 2
+    times: dict[str, tuple[_Secs, _Secs]] = {}
     required_version: Annotated[str, Field(pattern=f"^{_OLDEST}$")] | None = None
 
     def build_cores(self) -> int:
@@ -96,8 +103,13 @@ class Config(BaseModel):
         return self.cores or host_cores()
 
     def build_jobs(self) -> int:
-        """Builds that run at the same time: two at least, since each has stretches that keep one core busy."""
-        return self.jobs or max(2, min(4, host_cores() // 2))
+        """Builds that run at the same time."""
+        return self.jobs or usual_jobs(host_cores())
+
+    def reference_secs(self) -> dict[str, float]:
+        """How long builds take by `times`, when as many as may run at once share this machine's cores evenly."""
+        share = max(1.0, min(self.build_cores(), host_cores() / self.build_jobs()))
+        return {target: alone + shared / share for target, (alone, shared) in self.times.items()}
 
     def memory_bytes(self, asked: int | None) -> int | None:
         """The memory limit of one build: the recipe's wish, bounded by the user's."""
@@ -254,10 +266,11 @@ def _checked(values: Mapping[str, Any], place: str) -> Mapping[str, Any]:
 
 
 def _from_environment(environ: Mapping[str, str]) -> Mapping[str, Any]:
-    """`VZREPRO_CORES=4` sets `cores`; `VZREPRO_MIRRORS` has a form of its own, which `vzrepro.sources.fetch` reads."""
+    """`VZREPRO_CORES=4` sets `cores`; `VZREPRO_MIRRORS` has a form of its own, which `vzrepro.sources.fetch` reads, and
+    `times` is in files only."""
     values: dict[str, Any] = {}
     for name, field in Config.model_fields.items():
-        if name == "mirrors":
+        if name in ("mirrors", "times"):
             continue
         variable = f"VZREPRO_{name.upper()}"
         text = environ.get(variable)
@@ -267,6 +280,12 @@ def _from_environment(environ: Mapping[str, str]) -> Mapping[str, Any]:
         values[alias] = text.split() if field.default == [] else text
         _checked({alias: values[alias]}, variable)
     return values
+
+
+def usual_jobs(cores: int) -> int:
+    """Builds that run at the same time on a machine of so many cores, unless it is told otherwise: two at least, since
+    each has stretches that keep one core busy."""
+    return max(2, min(4, cores // 2))
 
 
 def host_cores() -> int:

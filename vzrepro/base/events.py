@@ -22,7 +22,7 @@ store, where `path` has `#` and what is varied behind the store path."""
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """The plan is known. Counts of objects per action and expected totals; None where history knows nothing."""
+    """The plan is known. Counts of objects per action and expected totals; None where nothing is known."""
 
     kind: ClassVar[str] = "planned"
     actions: dict[str, int]

@@ -67,13 +67,14 @@ def realize(
 
         run = farm_run(session, place, dry_run=dry_run)
         if dry_run:
-            _print_plan(session, run.plan(nodes), place)
+            _print_plan(session, run.plan(nodes), run.jobs, place)
             return
         found = run.realize(nodes)
     elif dry_run:
         from vzrepro.recipe.plan import make_plan
 
-        _print_plan(session, make_plan(session.graph, nodes, session.inventory(substitute=substitute)))
+        plan = make_plan(session.graph, nodes, session.inventory(substitute=substitute))
+        _print_plan(session, plan, session.config.build_jobs())
         return
     else:
         found = session.realizer(substitute=substitute, keep_failed=keep_failed).realize(nodes)
@@ -84,9 +85,10 @@ def realize(
     session.remember_realized(nodes, found)
 
 
-def _print_plan(session: Session, plan: Plan, farm: str | None = None) -> None:
-    """Print what is to be done; with a `farm`, what goes there."""
+def _print_plan(session: Session, plan: Plan, jobs: int, farm: str | None = None) -> None:
+    """Print what is to be done, and how long it takes with `jobs` builds at once; with a `farm`, what goes there."""
     from vzrepro.farm.order import size_class
+    from vzrepro.realize.schedule import planned
 
     def where(step: Step) -> str:
         if farm is None or step.verb not in ("build", "image"):
@@ -107,6 +109,7 @@ def _print_plan(session: Session, plan: Plan, farm: str | None = None) -> None:
         session.console.print_text("nothing to do: all of it is in the store")
         return
     session.console.print_table(("action", "target", "download", "expected", "why"), rows)
+    session.console.report(planned(plan, jobs))
 
 
 @click.command()

@@ -248,7 +248,8 @@ class Session:
         """What plans are made of: this session's store, and its caches or those that are named instead."""
         from vzrepro.realize.inventory import Inventory
 
-        return Inventory(self.store, self.caches if caches is None else caches, substitute, self.stop)
+        chosen = self.caches if caches is None else caches
+        return Inventory(self.store, chosen, substitute, self.stop, self.config.reference_secs())
 
     def realizer(
         self,

@@ -22,9 +22,10 @@ from vzrepro.cache.writer import CacheWriter
 from vzrepro.farm.livelog import LogReader
 from vzrepro.farm.order import Order, OrderAnswer, worker_name
 from vzrepro.farm.workshop import FIXED, given
+from vzrepro.realize import schedule
 from vzrepro.realize.inventory import Inventory
 from vzrepro.realize.realizer import Realizer
-from vzrepro.realize.schedule import Gone, Schedule
+from vzrepro.realize.schedule import Gone
 from vzrepro.realize.transfer import Pusher
 from vzrepro.recipe.graph import Node
 from vzrepro.recipe.plan import Offer, Plan, Step, make_plan
@@ -97,7 +98,7 @@ class FarmRun:
         self._targets = frozenset(node.path for node in targets)
         try:
             return self.realizer.reach(
-                targets, lambda: self.plan(targets), lambda plan: Schedule(plan, self, self.jobs).run()
+                targets, lambda: self.plan(targets), lambda plan: schedule.run(plan, self, self.jobs), self.jobs
             )
         except Interrupted as error:
             raise Interrupted(error.message, hint=self.queue.farewell(self._ordered)) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,14 @@ from vzrepro.base.model import BuildKey, FileHash, ObjectInfo, StorePath
 from vzrepro.cache.narinfo import NarInfo
 from vzrepro.cache.reader import CacheReader
 from vzrepro.recipe.graph import Node
-from vzrepro.recipe.plan import Offer, objection
+from vzrepro.recipe.plan import MADE, Offer, objection
 from vzrepro.store import LocalStore
 
 _LOOK_UPS = 16
 """Questions to caches that are under way at once."""
+
+_TELLING_SECS = 10.0
+"""What takes less by the reference tells of the container engine, not of the machine's speed."""
 
 Substitute = Literal["all", "sources", "none"]
 """What may come from caches: everything · downloads only, so that all else is built · nothing."""
@@ -63,12 +66,18 @@ def counts(doubt: Doubt) -> Counts:
 
 @dataclass(slots=True)
 class Inventory:
-    """What a store has and `caches` offer, as far as `substitute` lets them. `stop` is set when asking them fails."""
+    """What a store has and `caches` offer, as far as `substitute` lets them. `stop` is set when asking them fails.
+
+    `reference` is how long builds and images take on another machine, in seconds by target, for those that this one has
+    not built yet.
+    """
 
     store: LocalStore
     caches: Sequence[CacheReader]
     substitute: Substitute = "all"
     stop: threading.Event = field(default_factory=threading.Event)
+    reference: Mapping[str, float] = field(default_factory=dict)
+    _scale: float | None = None
     _doubts: dict[StorePath, Doubt] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -139,8 +148,24 @@ class Inventory:
         return None if equal is None or not counts(self.doubts(equal.path)).equal else equal
 
     def expected_secs(self, target: str, verb: str) -> float | None:
-        """The median of the last times."""
-        return self.store.expected_secs(target, verb)
+        """The median of the last times; where there are none, the reference, as long as this machine takes for it."""
+        known = self.store.expected_secs(target, verb)
+        if known is None and verb in MADE and target in self.reference:
+            return self.reference[target] * self._slowness()
+        return known
+
+    def _slowness(self) -> float:
+        """How many times as long as by the reference the builds took that this machine has made: all of them together,
+        1 as long as there are none."""
+        if self._scale is None:
+            own, reference = 0.0, 0.0
+            for target, secs in self.reference.items():
+                known = [self.store.expected_secs(target, verb) for verb in MADE] if secs >= _TELLING_SECS else []
+                for each in known:
+                    if each is not None:
+                        own, reference = own + each, reference + secs
+            self._scale = own / reference if reference else 1.0
+        return self._scale
 
     # --- what taking from caches asks
 

@@ -12,7 +12,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vzrepro import nar, sandbox
@@ -225,12 +225,13 @@ class Maker:
 
     # --- what is made from inputs
 
-    def make(self, node: Node, inputs: Inputs, key: BuildKey) -> ObjectInfo:
-        """Build, or write a toolchain image; `key` is the build key. Raises BuildFailed, TimedOut, UsageError."""
+    def make(self, node: Node, inputs: Inputs, key: BuildKey, urgency: float = 1.0) -> ObjectInfo:
+        """Build, or write a toolchain image; `key` is the build key, `urgency` as a `sandbox.Job` has it. Raises
+        BuildFailed, TimedOut, UsageError."""
         node.check()
         with self.store.scratch(node.target, stop=self.stop) as scratch:
             if node.drv.builder == "sandbox":
-                return self._build(node, inputs, scratch, key)
+                return self._build(node, inputs, scratch, key, urgency)
             archive = scratch / "archive"
             self._write_image(node, inputs, archive)
             return self._register(node, inputs, archive, scratch, Outcome.BUILT, key=key)
@@ -290,11 +291,11 @@ class Maker:
         assert node.drv.image is not None
         return self.store.location(inputs[node.drv.image])
 
-    def _build(self, node: Node, inputs: Inputs, scratch: Path, key: BuildKey) -> ObjectInfo:
+    def _build(self, node: Node, inputs: Inputs, scratch: Path, key: BuildKey, urgency: float) -> ObjectInfo:
         if self.keep_failed:
             # Kept from the start: the command that reopens the sandbox names this directory.
             scratch = self.store.keep(scratch)
-        job = self.job(node, inputs, scratch / "sandbox")
+        job = replace(self.job(node, inputs, scratch / "sandbox"), urgency=urgency)
         job.scratch.mkdir(mode=0o700)
         self.load_image(node, inputs)
 

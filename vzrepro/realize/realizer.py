@@ -21,10 +21,10 @@ from vzrepro.base.signing import TrustedKeys
 from vzrepro.cache.narinfo import NarInfo, has_lost_trust
 from vzrepro.cache.reader import CacheReader
 from vzrepro.cache.writer import CacheWriter
-from vzrepro.realize import transfer
+from vzrepro.realize import schedule, transfer
 from vzrepro.realize.inventory import Doubt, Inventory
 from vzrepro.realize.maker import Maker
-from vzrepro.realize.schedule import Gone, Schedule
+from vzrepro.realize.schedule import Gone
 from vzrepro.realize.transfer import ProvenanceSource, nothing_stated
 from vzrepro.recipe.graph import DrvGraph, Node
 from vzrepro.recipe.plan import Plan, Step, make_plan, objection
@@ -56,6 +56,7 @@ class Realizer:
     writers: Sequence[CacheWriter] = ()
     trusted: TrustedKeys = field(default_factory=TrustedKeys)
     provenance: ProvenanceSource = nothing_stated
+    _weighs: bool = False
 
     @property
     def store(self) -> LocalStore:
@@ -85,7 +86,7 @@ class Realizer:
         Plans again when a cache breaks its promise. Raises the first step's VzreproError; everything that
         was finished until then stays in the store.
         """
-        return self.reach(targets, lambda: make_plan(self.graph, targets, self.inventory), self.execute)
+        return self.reach(targets, lambda: make_plan(self.graph, targets, self.inventory), self.execute, self._jobs)
 
     def pull(self, targets: Sequence[Node]) -> list[ObjectInfo]:
         """As `realize`, but nothing is built or downloaded from mirrors.
@@ -98,7 +99,7 @@ class Realizer:
             self._refuse_to_make(made)
             return made
 
-        return self.reach(targets, plan, self.execute)
+        return self.reach(targets, plan, self.execute, self._jobs)
 
     def repair(self, paths: Sequence[StorePath]) -> list[ObjectInfo]:
         """Replace corrupt objects by right ones, from a cache or by building them again; the old ones stay until then.
@@ -117,10 +118,15 @@ class Realizer:
         self.inventory.doubt(paths, Doubt.CORRUPT)
         return self.realize(nodes)
 
+    @property
+    def _jobs(self) -> int:
+        return self.config.build_jobs()
+
     def reach(
-        self, targets: Sequence[Node], make: Callable[[], Plan], execute: Callable[[Plan], None]
+        self, targets: Sequence[Node], make: Callable[[], Plan], execute: Callable[[Plan], None], jobs: int
     ) -> list[ObjectInfo]:
-        """Make a plan and execute it, until all targets are there: again when that raises Gone."""
+        """Make a plan and execute it, until all targets are there: again when that raises Gone. `jobs` builds run at
+        once."""
         self.store.sweep()
         # Held first, then looked at: what the plan finds then stays until it has been used.
         closure = self.graph.closure(targets)
@@ -129,7 +135,7 @@ class Realizer:
         while True:
             plan = make()
             if plan.todo():
-                self.report(events.Planned(plan.actions(), plan.download_bytes() or None, plan.expected_secs()))
+                self.report(schedule.planned(plan, jobs))
             try:
                 execute(plan)
             except Gone:
@@ -184,12 +190,12 @@ class Realizer:
         """Run all steps, inputs first. Raises the first failure after what was running has ended."""
         todo = plan.todo()
         if not any(step.verb == "build" for step in todo):
-            Schedule(plan, self, self.config.build_jobs()).run()
+            schedule.run(plan, self, self._jobs)
             return
-        sandbox.check()
+        self._weighs = sandbox.check().weighs
         sandbox.sweep()
         try:
-            Schedule(plan, self, self.config.build_jobs()).run()
+            schedule.run(plan, self, self._jobs)
         finally:
             # The engine may have been creating the container of a run that was killed just before this one began.
             with contextlib.suppress(VzreproError):
@@ -237,7 +243,7 @@ class Realizer:
                 assert step.info is not None
                 return self._copy(node, step.info)
             case _:
-                return self._make(node, inputs)
+                return self._make(node, inputs, step.urgency if self._weighs else 1.0)
 
     def _fetch(self, node: Node, there: ObjectInfo | None) -> ObjectInfo:
         """Download it; where no place gives any bytes, the same bytes from elsewhere do: those here, or in a cache.
@@ -321,7 +327,7 @@ class Realizer:
             )
             return self.inventory.keep(tree, found)
 
-    def _make(self, node: Node, inputs: Mapping[DrvHash, ObjectInfo]) -> ObjectInfo:
+    def _make(self, node: Node, inputs: Mapping[DrvHash, ObjectInfo], urgency: float) -> ObjectInfo:
         """Build or write an image, unless the very same work was done before: here, or in a cache."""
         key = node.drv.build_key({drv: inputs[drv].nar_hash for drv in node.drv.dependencies()})
         equal = self.inventory.equal(key)
@@ -330,7 +336,7 @@ class Realizer:
         for cache, info in self.inventory.equal_in_caches(key):
             with contextlib.suppress(RemoteError):
                 return self._from_cache(node, cache, info, Outcome.COPIED, key)
-        return self.maker.make(node, {drv: info.path for drv, info in inputs.items()}, key)
+        return self.maker.make(node, {drv: info.path for drv, info in inputs.items()}, key, urgency)
 
     def push(self, node: Node, info: ObjectInfo) -> None:
         """Write a new object to every cache that can be written; a failure is a warning, the object stays here."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from vzrepro.base.model import BuildKey, DrvHash, FileHash, ObjectInfo, StorePath
@@ -18,6 +18,12 @@ from vzrepro.recipe.graph import DrvGraph, Node
 Verb = Literal["have", "copy", "substitute", "fetch", "import", "image", "build"]
 """What a step does: nothing · copy an equal object under its new name · take from a cache · download · import a
 local tree · write a toolchain image · build in the sandbox."""
+
+MADE: frozenset[Verb] = frozenset({"build", "image"})
+"""What makes an object from its inputs, and so waits for them."""
+
+_UNKNOWN_SECS = 60.0
+"""What making an object is taken to last, to order the steps, when nothing is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +64,16 @@ class PlanningFacts(Protocol):
         """A valid local object that the same work gave before, under another name."""
 
     def expected_secs(self, target: str, verb: str) -> float | None:
-        """How long this took before."""
+        """How long this takes, as far as it is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What to do for one node, and why. `info` is the object that is there, or for `copy` the one to copy."""
+    """What to do for one node, and why. `info` is the object that is there, or for `copy` the one to copy.
+
+    `urgency` is how much waits for it: the expected seconds of the longest chain that begins with it, of itself and
+    what is made from it one after the other, over those of the plan's longest; 1 for what must not be late.
+    """
 
     node: Node
     verb: Verb
@@ -71,6 +81,7 @@ class Step:
     info: ObjectInfo | None = None
     download_bytes: int = 0
     expected_secs: float | None = None
+    urgency: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +102,6 @@ class Plan:
     def download_bytes(self) -> int:
         """Bytes that will be downloaded, from mirrors and caches."""
         return sum(step.download_bytes for step in self.todo())
-
-    def expected_secs(self) -> float | None:
-        """The sum of the expected times, when history knows every build and image; else None."""
-        total = 0.0
-        for step in self.todo():
-            if step.expected_secs is not None:
-                total += step.expected_secs
-            elif step.verb in ("build", "image"):
-                return None
-        return total or None
 
 
 def make_plan(graph: DrvGraph, targets: Sequence[Node], known: PlanningFacts) -> Plan:
@@ -124,7 +125,21 @@ def make_plan(graph: DrvGraph, targets: Sequence[Node], known: PlanningFacts) ->
         for dep in reversed(node.drv.dependencies()):
             if dep not in steps:
                 pending.append((graph.nodes[dep], False))
-    return Plan(tuple(targets), tuple(steps.values()))
+    return Plan(tuple(targets), _with_urgency(tuple(steps.values())))
+
+
+def _with_urgency(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The steps, inputs before what needs them, each with its urgency."""
+    longest: dict[DrvHash, float] = {}
+    behind: dict[DrvHash, float] = {}
+    for step in reversed(steps):
+        drv = step.node.drv_hash
+        unknown = _UNKNOWN_SECS if step.verb in MADE else 0.0
+        longest[drv] = behind.get(drv, 0.0) + (unknown if step.expected_secs is None else step.expected_secs)
+        for need in step.node.drv.dependencies() if step.verb in MADE else ():
+            behind[need] = max(behind.get(need, 0.0), longest[drv])
+    most = max(longest.values(), default=0.0)
+    return tuple(replace(step, urgency=longest[step.node.drv_hash] / most) for step in steps) if most else steps
 
 
 def _direct_steps(graph: DrvGraph, targets: Sequence[Node], known: PlanningFacts) -> dict[DrvHash, Step | None]:

@@ -110,7 +110,15 @@ def _confinement(job: Job) -> list[str]:
         flags += ["--memory", str(job.memory_bytes), "--memory-swap", str(job.memory_bytes)]
     if job.cores < (os.cpu_count() or 1):
         flags += ["--cpus", str(job.cores)]
+    if job.urgency < 1:
+        flags += ["--cpu-shares", str(cpu_shares(job.urgency))]
     return flags + _varied(job)
+
+
+def cpu_shares(urgency: float) -> int:
+    """The weight of a build beside others. The third power: what half as much waits for hardly delays the most urgent
+    one, and takes what that leaves."""
+    return max(2, round(1024 * urgency**3))
 
 
 def _varied(job: Job) -> list[str]:

@@ -33,7 +33,8 @@ _START_SECS = 2.0
 class Runtime:
     """The container engine that would be used: `engine` is docker or podman, sizes are in bytes.
 
-    `runtimes` are the names of its OCI runtimes; podman tells only the default one.
+    `runtimes` are the names of its OCI runtimes; podman tells only the default one. `weighs` says whether containers can
+    have uneven shares of the processors.
     """
 
     command: str
@@ -47,6 +48,7 @@ class Runtime:
     memory_bytes: int
     default_runtime: str = ""
     runtimes: tuple[str, ...] = ()
+    weighs: bool = False
 
 
 def check() -> Runtime:
@@ -88,6 +90,7 @@ def _described(info: Mapping[str, Any]) -> Runtime:
             cpus=host["cpus"],
             memory_bytes=host["memTotal"],
             default_runtime=host.get("ociRuntime", {}).get("name", ""),
+            weighs="cpu" in (host.get("cgroupControllers") or []),
         )
     return Runtime(
         command=shlex.join(command_line()),
@@ -101,6 +104,7 @@ def _described(info: Mapping[str, Any]) -> Runtime:
         memory_bytes=info["MemTotal"],
         default_runtime=info.get("DefaultRuntime", ""),
         runtimes=tuple(sorted(info.get("Runtimes") or ())),
+        weighs=bool(info.get("CPUShares")),
     )
 
 

@@ -73,7 +73,8 @@ class Job:
     (mode 0700) of a neutral name, best on the inputs' file system: its path is the only one of the host's that
     a builder can find out (in /proc/self/mountinfo). `log` is written anew. `env` is the derivation's, `cores` becomes
     VZ_CORES and the CPU limit; `memory_bytes`, `disk_bytes` (of /build and /out together) and `timeout_secs` of None
-    mean no limit. With `keep_failed` a failure's hint is the command that reopens this very sandbox. `surroundings` is
+    mean no limit. `urgency`, from 0 to 1, weighs its share of the processors while other builds want them, too; 1 is an
+    ordinary container's. With `keep_failed` a failure's hint is the command that reopens this very sandbox. `surroundings` is
     for audits.
     """
 
@@ -91,6 +92,7 @@ class Job:
     timeout_secs: float | None = None
     platform: str = "linux/amd64"
     user: tuple[int, int] = SANDBOX_USER
+    urgency: float = 1.0
     keep_failed: bool = False
     surroundings: Surroundings = Surroundings()
 

@@ -196,7 +196,7 @@ class Audit:
         expected = expected_secs(earlier)
         if expected is None:
             verb = {"sandbox": "build", "image": "image"}.get(node.drv.builder, "fetch")
-            expected = realizer.store.expected_secs(node.target, verb)
+            expected = realizer.inventory.expected_secs(node.target, verb)
         plans = tuple(self._plan(axis, node) for axis in self.request.axes) if node.drv.builder == "sandbox" else ()
         key = node.drv.build_key(inputs)
         case = Case(
