@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vzrepro.base.config import Config, find_workspace, load
+from vzrepro.base.config import Config, find_workspace, host_memory, load, usual_jobs
 from vzrepro.base.errors import UsageError
 
 
@@ -33,10 +33,17 @@ def test_defaults(tmp_path: Path) -> None:
 def test_times_are_shared_by_the_cores_of_one_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pyproject.toml").write_text('[tool.vzrepro.times]\nkernel = [60, 800]\n"a+b" = [1, 0]\n')
     config = _load(tmp_path, {"VZREPRO_TIMES": "kernel"})
-    for cores, jobs, kernel in ((1, 2, 860), (2, 2, 860), (16, 4, 260), (16, 1, 110)):
+    for cores, jobs, kernel, other in ((1, 2, 1720, 2), (2, 2, 860, 1), (16, 8, 160, 1), (16, 1, 110, 1)):
         monkeypatch.setattr("vzrepro.base.config.host_cores", lambda cores=cores: cores)
-        assert config.model_copy(update={"jobs": jobs}).reference_secs() == {"kernel": kernel, "a+b": 1}
+        assert config.model_copy(update={"jobs": jobs}).reference_secs() == {"kernel": kernel, "a+b": other}
     assert config.model_copy(update={"cores": 2, "jobs": 1}).reference_secs()["kernel"] == 460
+
+
+def test_as_many_builds_at_once_as_cores_and_memory_are_there_for() -> None:
+    gib = 1 << 30
+    assert [usual_jobs(cores, 32 * gib) for cores in (1, 2, 4, 8, 64)] == [2, 2, 4, 8, 8]
+    assert [usual_jobs(8, memory) for memory in (0, 8 * gib, 16 * gib)] == [2, 2, 4]
+    assert host_memory() > 0
 
 
 def test_a_teams_settings(tmp_path: Path) -> None:

@@ -104,12 +104,13 @@ class Config(BaseModel):
 
     def build_jobs(self) -> int:
         """Builds that run at the same time."""
-        return self.jobs or usual_jobs(host_cores())
+        return self.jobs or usual_jobs(host_cores(), host_memory())
 
     def reference_secs(self) -> dict[str, float]:
-        """How long builds take by `times`, when as many as may run at once share this machine's cores evenly."""
-        share = max(1.0, min(self.build_cores(), host_cores() / self.build_jobs()))
-        return {target: alone + shared / share for target, (alone, shared) in self.times.items()}
+        """How long builds take by `times`, when two at a time share this machine's cores evenly: more of them at once
+        hardly hold up the most urgent ones."""
+        share = min(self.build_cores(), host_cores() / min(2, self.build_jobs()))
+        return {target: alone / min(1.0, share) + shared / share for target, (alone, shared) in self.times.items()}
 
     def memory_bytes(self, asked: int | None) -> int | None:
         """The memory limit of one build: the recipe's wish, bounded by the user's."""
@@ -282,10 +283,18 @@ def _from_environment(environ: Mapping[str, str]) -> Mapping[str, Any]:
     return values
 
 
-def usual_jobs(cores: int) -> int:
-    """Builds that run at the same time on a machine of so many cores, unless it is told otherwise: two at least, since
-    each has stretches that keep one core busy."""
-    return max(2, min(4, cores // 2))
+def usual_jobs(cores: int, memory_bytes: int) -> int:
+    """Builds that run at the same time, unless it is told otherwise: two at least, since each has stretches that keep
+    one core busy, and no more than have 4 GiB each, half of what one may usually take."""
+    return max(2, min(8, cores, memory_bytes // (4 * _GIB)))
+
+
+def host_memory() -> int:
+    """Bytes of memory that the machine has; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 0
 
 
 def host_cores() -> int:

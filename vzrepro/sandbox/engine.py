@@ -33,8 +33,8 @@ _START_SECS = 2.0
 class Runtime:
     """The container engine that would be used: `engine` is docker or podman, sizes are in bytes.
 
-    `runtimes` are the names of its OCI runtimes; podman tells only the default one. `weighs` says whether containers can
-    have uneven shares of the processors.
+    `runtimes` are the names of its OCI runtimes; podman tells only the default one. `weighs` says whether containers
+    can have uneven shares of the processors.
     """
 
     command: str

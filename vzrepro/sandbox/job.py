@@ -74,8 +74,8 @@ class Job:
     a builder can find out (in /proc/self/mountinfo). `log` is written anew. `env` is the derivation's, `cores` becomes
     VZ_CORES and the CPU limit; `memory_bytes`, `disk_bytes` (of /build and /out together) and `timeout_secs` of None
     mean no limit. `urgency`, from 0 to 1, weighs its share of the processors while other builds want them, too; 1 is an
-    ordinary container's. With `keep_failed` a failure's hint is the command that reopens this very sandbox. `surroundings` is
-    for audits.
+    ordinary container's. With `keep_failed` a failure's hint is the command that reopens this very sandbox.
+    `surroundings` is for audits.
     """
 
     label: str
