@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import vzrepro.recipes
-from vzrepro.base.config import find_workspace, nearest_workspace
+from vzrepro.base.config import find_workspace, load, nearest_workspace
 from vzrepro.base.errors import UsageError
 from vzrepro.proof.audit.toolbox import TOOLS, tools_graph
 from vzrepro.recipe import lock as locks
@@ -98,6 +98,13 @@ def test_the_tools_are_those_that_this_workspace_checks() -> None:
     here = evaluate(ROOT, locks.load(ROOT / "lock.toml"), "linux/amd64")
     for name in ("audit-tools", "image-c", "image-diffoscope"):
         assert tools.find(name).drv_hash == here.find(name).drv_hash, f"copy the pins of {name} to {TOOLS}"
+
+
+def test_how_long_it_takes_is_known_of_all_that_is_made_for_the_bundles() -> None:
+    graph = evaluate(ROOT, locks.load(ROOT / "lock.toml"), "linux/amd64")
+    made = [node.target for node in graph.closure([graph.find("bundles")]) if node.drv.builder in ("sandbox", "image")]
+    times = load(ROOT, {"VZREPRO_TRUSTED_WORKSPACES": "*"}, ROOT / "none").times
+    assert set(made) <= times.keys() <= {node.target for node in graph.nodes.values()}
 
 
 def test_there_are_no_tools_for_a_platform_they_are_not_pinned_for() -> None:
