@@ -79,7 +79,9 @@ def served(tmp_path: Path) -> Iterator[tuple[int, list[str]]]:
 def test_each_guest_fetches_the_smoke_url_and_its_logs_are_shown(project: Cli, served: tuple[int, list[str]]) -> None:
     port, asked = served
     words = ["--iterations", "1", "--guest-logs", "--guest-log-command", "echo from-the-guest; exit 7"]
-    done = project.run("vm", "bench", *words, "--http-smoke-url", f"http://10.0.2.2:{port}/good", "--json")
+    done = project.run(
+        "vm", "bench", *words, "--host-loopback", "--http-smoke-url", f"http://10.0.2.2:{port}/good", "--json"
+    )
     assert asked == ["/good"]
     report = _report(done.stdout)
     assert report.bundles[0].phases["http"].count == 1
@@ -90,7 +92,9 @@ def test_each_guest_fetches_the_smoke_url_and_its_logs_are_shown(project: Cli, s
     assert 20 < len(kernel) <= 120
 
     words = ["--iterations", "1", "--guest-log-command", "echo seen anyway"]
-    done = project.run("vm", "bench", *words, "--http-smoke-url", f"http://10.0.2.2:{port}/bad", code=1)
+    done = project.run(
+        "vm", "bench", *words, "--host-loopback", "--http-smoke-url", f"http://10.0.2.2:{port}/bad", code=1
+    )
     assert asked == ["/good", "/bad"]
     assert "wget" in done.stderr and "404" in done.stderr
     assert "guest 1> seen anyway" in done.stderr
@@ -124,7 +128,7 @@ def test_the_smoke_url_is_fetched_by_what_the_image_has(
         program.chmod(0o755)
     script = 'read -r word < /etc/word; echo "$word"; echo > /etc/word'
     words = ["--iterations", "1", "--rootfs-dir", str(rootfs), "--guest-log-command", script]
-    done = project.run("vm", "bench", *words, "--http-smoke-url", f"http://10.0.2.2:{port}/good")
+    done = project.run("vm", "bench", *words, "--host-loopback", "--http-smoke-url", f"http://10.0.2.2:{port}/good")
     assert asked == ["/good"]
     assert f"guest 1> {tools[-1] if tools else 'of the host'}" in done.stderr
     assert (rootfs / "etc/word").read_text() == "of the host\n"

@@ -8,6 +8,9 @@ import re
 import shlex
 import shutil
 import signal
+import socket
+import socketserver
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +114,25 @@ def test_a_lease_gives_address_route_and_name_servers(lab: Lab) -> None:
         lab.console.wait_for("vz-init: network: eth0 has 10.0.2.15/")
         assert "default via 10.0.2.2 dev eth0" in shell(vm.agent, "ip route")
         assert "nameserver 10.0.2.3" in shell(vm.agent, "cat /etc/resolv.conf")
+
+
+@contextlib.contextmanager
+def hanging_up(name: str) -> Iterator[int]:
+    """A server that ends each connection at once: its port."""
+    with socketserver.ThreadingTCPServer((name, 0), socketserver.BaseRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def test_the_host_s_loopback_is_out_of_reach_and_its_other_addresses_are_not(lab: Lab) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # nothing is sent: it only says which address the host has
+        own = probe.getsockname()[0]
+    with hanging_up("127.0.0.1") as local, hanging_up(own) as public, lab.running() as vm:
+        lab.console.wait_for("vz-init: network: eth0 has 10.0.2.15/")
+        assert "refused" in shell(vm.agent, f"nc 10.0.2.2 {local} < /dev/null || true")
+        assert shell(vm.agent, f"nc {own} {public} < /dev/null && echo reached") == "reached\n"
 
 
 def test_shares_that_nobody_serves_are_given_up(lab: Lab, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def place(bundle: Path, programs: boot.HostPrograms, tmp_path_factory: pytest.Te
     guest = replace(
         guest,
         command_line=f"{guest.command_line} vz.mount.0=/srv/volume",
+        host_loopback=True,
         disks=(qemu.Disk(disk),),
         shares=(
             qemu.Share("rootfs", rootfs),

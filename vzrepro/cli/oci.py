@@ -18,7 +18,7 @@ import platformdirs
 from vzrepro.base.errors import UsageError
 from vzrepro.base.events import Notice
 from vzrepro.base.words import duration
-from vzrepro.cli.options import json_option, variables
+from vzrepro.cli.options import host_loopback_option, json_option, variables
 from vzrepro.cli.session import Session
 from vzrepro.cli.verbs import Verbs
 
@@ -65,6 +65,7 @@ def _options(function: F) -> F:
                 metavar="HOST:GUEST[/udp]",
                 help="Offer its port on the host's 127.0.0.1; HOST 0 is any free one.",
             ),
+            host_loopback_option,
             click.option(
                 "--memory-mib",
                 type=click.IntRange(min=8),
@@ -365,6 +366,7 @@ def _wish(
     mounts: tuple[str, ...],
     volumes: tuple[str, ...],
     publish: tuple[str, ...],
+    host_loopback: bool,
     memory_mib: int,
     cpus: float,
     pids_limit: int,
@@ -386,6 +388,7 @@ def _wish(
         volumes=tuple(shown[1]),
         publish=tuple(Publish.parse(text) for text in publish),
         limits=ContainerLimits(memory_mib, cpus, pids_limit),
+        host_loopback=host_loopback,
     )
 
 

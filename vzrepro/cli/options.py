@@ -91,6 +91,12 @@ def cache_option(function: F) -> F:
     )
 
 
+def host_loopback_option(function: F) -> F:
+    """`--host-loopback`, for what boots a guest."""
+    text = "Let the guest reach what listens at the host's loopback, as 10.0.2.2."
+    return click.option("--host-loopback", is_flag=True, help=text)(function)
+
+
 def signatures_option(function: F) -> F:
     """`--require-signatures`, which overrides the setting of that name."""
     text = "Trusted keys that must have signed what is taken."

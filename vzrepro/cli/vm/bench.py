@@ -10,7 +10,7 @@ import click
 
 from vzrepro.base.errors import UsageError, VzreproError
 from vzrepro.base.events import Notice
-from vzrepro.cli.options import json_option
+from vzrepro.cli.options import host_loopback_option, json_option
 from vzrepro.cli.session import Session
 from vzrepro.cli.vm import machine
 
@@ -27,7 +27,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--iterations", type=click.IntRange(min=1), default=10, show_default=True, help="Boots of each bundle.")
 @click.option("--timeout-secs", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True)
 @click.option("--rootfs-dir", type=_DIRECTORY, help="Boot with this root file system, shared and overlaid.")
-@click.option("--http-smoke-url", metavar="URL", help="Have each guest fetch this. The host is 10.0.2.2 to it.")
+@click.option("--http-smoke-url", metavar="URL", help="Have each guest fetch this.")
+@host_loopback_option
 @click.option("--kernel", type=_FILE, help="Boot this kernel with the initramfs of --bundle-dir.")
 @click.option("--guest-logs", is_flag=True, help="Show the end of each guest's kernel log (dmesg | tail -n 120).")
 @click.option("--guest-log-command", metavar="C", help="Show what this shell command prints in each guest.")
@@ -55,6 +56,7 @@ def bench(
     timeout_secs: float,
     rootfs_dir: Path | None,
     http_smoke_url: str | None,
+    host_loopback: bool,
     kernel: Path | None,
     guest_logs: bool,
     guest_log_command: str | None,
@@ -77,7 +79,10 @@ def bench(
     names = [bundle] if other is None else [bundle, other]
     folders, programs = machine.prepare(session, names, shares=rootfs_dir is not None)
     shares = () if rootfs_dir is None else (qemu.Share("rootfs", rootfs_dir.resolve(), read_only=True),)
-    guests = [(name, replace(boot.of_bundle(place), shares=shares)) for name, place in zip(names, folders, strict=True)]
+    guests = [
+        (name, replace(boot.of_bundle(place), shares=shares, host_loopback=host_loopback))
+        for name, place in zip(names, folders, strict=True)
+    ]
     if kernel is not None:
         guests[0] = (f"{bundle} with {kernel}", replace(guests[0][1], kernel=kernel.resolve()))
     report = benches.measure(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from vzrepro.cli.options import complete_targets, variables
+from vzrepro.cli.options import complete_targets, host_loopback_option, variables
 from vzrepro.cli.session import Session
 from vzrepro.cli.vm import machine
 
@@ -26,6 +26,7 @@ _DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--user", default="", help="The guest's user to run as, by name or number; root by default.")
 @click.option("--workdir", default="", metavar="PATH", help="The directory to start in.")
 @click.option("--rootfs-dir", type=_DIRECTORY, help="The guest's root, shared and overlaid; it does not change.")
+@host_loopback_option
 @click.option(
     "--timeout-secs",
     type=click.FloatRange(min=0, min_open=True),
@@ -45,6 +46,7 @@ def execute(
     user: str,
     workdir: str,
     rootfs_dir: Path | None,
+    host_loopback: bool,
     timeout_secs: float,
 ) -> int:
     """Boot a guest, run a command in it as if it were here, power off. The exit code is the command's.
@@ -60,7 +62,12 @@ def execute(
     guest = directory.with_mounts(machine.guest(folder), parsed)
     if rootfs_dir is not None:
         guest = replace(guest, shares=(*guest.shares, qemu.Share("rootfs", rootfs_dir, read_only=True)))
-    guest = replace(guest, cpus=cpus or guest.cpus, memory_mib=memory_mib or guest.memory_mib)
+    guest = replace(
+        guest,
+        cpus=cpus or guest.cpus,
+        memory_mib=memory_mib or guest.memory_mib,
+        host_loopback=host_loopback,
+    )
     session.console.close()
     pty = sys.stdin.isatty() and sys.stdout.isatty()
     if pty:

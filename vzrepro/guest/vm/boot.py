@@ -155,8 +155,13 @@ def running(
         seen = watch.Watch(report, on_console)
 
         def start(name: str, program: Path | str, arguments: list[str]) -> qemu.Child:
-            on_line = seen.console if name == watch.QEMU else seen.line
-            child = qemu.Child(str(program), arguments, on_line=on_line, on_end=lambda code: seen.ended(name, code))
+            child = qemu.Child(
+                str(program),
+                arguments,
+                on_line=seen.console if name == watch.QEMU else seen.line,
+                on_end=lambda code: seen.ended(name, code),
+                host_loopback=guest.host_loopback or name != watch.QEMU,
+            )
             return stack.enter_context(child)
 
         streams = dials.private_socket(directory, "vsock")

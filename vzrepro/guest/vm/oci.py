@@ -87,6 +87,7 @@ class Wish:
     volumes: tuple[Volume, ...] = ()
     publish: tuple[Publish, ...] = ()
     limits: ContainerLimits = field(default_factory=ContainerLimits)
+    host_loopback: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +284,7 @@ def _guest(wish: Wish, machine: Machine, image: Image, mounts: Sequence[Mount], 
         boot.of_bundle(machine.bundle),
         cpus=max(1, math.ceil(wish.limits.cpus)),
         memory_mib=wish.limits.memory_mib + GUEST_MEMORY_MIB,
+        host_loopback=wish.host_loopback,
         shares=(
             qemu.Share("oci-runtime-bin", tools, read_only=True),
             qemu.Share("vz-mount-0", image.root, read_only=True),

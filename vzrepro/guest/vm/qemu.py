@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from vzrepro.base.errors import VzreproError
+from vzrepro.guest.vm import loopback
 from vzrepro.guest.vm.dial import vsock_socket
 
 Accelerator = Literal["kvm", "tcg"]
@@ -64,7 +65,8 @@ class Guest:
     """What is booted: the kernel's raw `Image`, its initramfs, the kernel command line, and the machine.
 
     `extra_initramfs` are further cpio archives, unpacked over the initramfs in order. `nested` lets the guest run
-    guests of its own where the host can do that.
+    guests of its own where the host can do that. `host_loopback` lets it reach what listens at the host's loopback, as
+    10.0.2.2.
     """
 
     kernel: Path
@@ -76,6 +78,7 @@ class Guest:
     disks: tuple[Disk, ...] = ()
     extra_initramfs: tuple[Path, ...] = ()
     nested: bool = False
+    host_loopback: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +248,8 @@ class Child:
     """A child process in a session of its own (Ctrl-C reaches only us), which dies with us, however we end.
 
     `on_line` gets each line of its output, standard error included, and `on_end`, last, its exit code (negative: the
-    signal); both are called from another thread. Leaving the context ends the process.
+    signal); both are called from another thread. Unless `host_loopback`, it reaches nothing at the host's loopback
+    (`loopback.kept_from`). Leaving the context ends the process.
     """
 
     def __init__(
@@ -255,16 +259,18 @@ class Child:
         *,
         on_line: Callable[[str], object] = lambda _line: None,
         on_end: Callable[[int], object] = lambda _code: None,
+        host_loopback: bool = True,
     ) -> None:
         self.name = Path(program).name
         self._ended = threading.Event()
         if shutil.which(program) is None:
             raise VzreproError(f"{program} could not be started", reason="there is no such program")
-        # setpriv and not a preexec_fn: that one needs a fork, and gRPC's fork handlers may abort the child when calls
-        # are under way, as they are when a second guest is started. Without one Python uses vfork. Linux alone has such
-        # a signal, and guests are booted on Linux alone (`require_linux`).
-        try:
-            self._process = subprocess.Popen(
+
+        def start() -> subprocess.Popen[bytes]:
+            # setpriv and not a preexec_fn: that one needs a fork, and gRPC's fork handlers may abort the child when
+            # calls are under way, as they are when a second guest is started. Without one Python uses vfork. Linux
+            # alone has such a signal, and guests are booted on Linux alone (`require_linux`).
+            return subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", "--", program, *arguments],
                 # A pipe that stays open: at the end of its input QEMU would close the guest's console.
                 stdin=subprocess.PIPE,
@@ -272,6 +278,9 @@ class Child:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+        try:
+            self._process = start() if host_loopback else loopback.kept_from(start, on_line)
         except OSError as error:
             raise VzreproError(f"{program} could not be started", reason=str(error)) from error
 
