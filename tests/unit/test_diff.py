@@ -346,7 +346,7 @@ def test_limits_are_told_of(sides: tuple[Path, Path], tmp_path: Path) -> None:
     limits = replace(LIMITS, details=10, files=4, excerpt_bytes=200)
     found = explain(*sides, realizer=None, scratch=tmp_path, limits=limits)
     assert len(found.details) == 10
-    assert found.truncated == "10 more paths differ; 6 of 10 differing files were not looked into"
+    assert found.truncated == "10 more paths differ; not looked into: 6 of 10 differing files"
     excerpt = found.details[0].excerpt
     assert len(excerpt.encode()) < 300
     assert "-one" in excerpt

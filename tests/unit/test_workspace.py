@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,36 @@ def test_where_something_is_nothing_is_made(tmp_path: Path) -> None:
     assert "error: full is not empty, and a workspace is made in an empty directory only\n" in error
     assert "hint: name a new one: vzrepro init DIR" in error
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
-    assert "is a file" in run(tmp_path, "init", "full/mine", code=2).stderr
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    for place, told in (
+        ("full/mine", "full/mine is a file"),
+        ("full/mine/below", "full/mine is a file"),
+        ("link", "link is a link to nowhere, which is no directory"),
+        ("link/below", "link is a link to nowhere"),
+        ("loop", "loop is a link to loop"),
+    ):
+        error = run(tmp_path, "init", place, code=2).stderr
+        assert f"error: {told}" in error
+        assert "so no workspace can be made there\n  hint: name a new directory" in error
+
+
+def test_without_shared_caches_the_machines_own_is_explained(tmp_path: Path) -> None:
+    run(tmp_path, "init", "board")
+    board = tmp_path / "board"
+    said = run(board, "cache", "why-missing", "hello").stdout
+    assert re.fullmatch(r"file://\S+ has no \S+-hello-1\.0, and never saw a recipe called hello\n", said)
+    error = run(board, "cache", "why-missing", "hello", env={"VZREPRO_MACHINE_CACHE": "false"}, code=2).stderr
+    assert "no cache is configured" in error
+
+
+def test_a_pin_has_another_name_than_its_target(tmp_path: Path) -> None:
+    run(tmp_path, "init", "board")
+    assert run(tmp_path / "board", "lock", "--check").stderr.endswith("lock.toml answers 1 request\n")
+    error = run(tmp_path / "board", "lock", "--update", "image-c", code=2).stderr
+    assert "nothing called 'image-c' is pinned" in error
+    assert "reason: the pins are: c\n" in error
+    assert "vzrepro lock --update c\n" in error
 
 
 def test_for_another_platform_the_packages_are_still_to_be_pinned(tmp_path: Path) -> None:

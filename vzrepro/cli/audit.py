@@ -330,7 +330,7 @@ def _against(report: AuditReport) -> list[str]:
         rows = [each for each in report.against if each.cache == cache]
         there = sum(each.nar_hash is not None for each in rows)
         same = sum(each.agrees is True for each in rows)
-        lines.append(f"{cache} has {there} of {len(rows)} outputs, {same} of them equal to those here")
+        lines.append(f"{cache} has {there} of {words.plural(len(rows), 'output')}, {same} of them equal to those here")
     return lines
 
 

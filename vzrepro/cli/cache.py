@@ -229,14 +229,14 @@ def _by_name(row: tuple[str, ...] | Sequence[object]) -> str:
 @json_option
 @click.pass_obj
 def why_missing(session: Session, target: str, url: str | None) -> None:
-    """Explain why TARGET does not come from the cache. Tells what differs from the nearest of its name that is
-    there."""
+    """Explain why TARGET does not come from the cache, or where none is shared, from this machine's own. Tells what
+    differs from the nearest of its name that is there."""
     from vzrepro.cache.history import CacheHistory
     from vzrepro.cli.inspect import changes_document, changes_lines
     from vzrepro.recipe import plan
 
     node = session.target(target)
-    place = session.cache(session.chosen_cache(url))
+    place = session.asked_cache(url)
     reason, found = _why_missing(place, node), []
     if reason is None:
         found = plan.why(session.graph, node, CacheHistory(place.access), plan.nearest)
@@ -289,7 +289,7 @@ def verify_cache(session: Session, deep: bool, mend: bool, url: str | None) -> N
     session.console.report(
         Notice(
             "info",
-            f"{place.url}: {checked.objects} objects and {checked.entries} entries checked, "
+            f"{place.url}: {words.plural(checked.objects, 'object')} and {_entries(checked.entries)} checked, "
             f"{words.size(checked.nar_bytes)} read, {len(bad)} wrong",
         )
     )
@@ -301,9 +301,13 @@ def verify_cache(session: Session, deep: bool, mend: bool, url: str | None) -> N
         bad = [each.finding for each in done if each.action == "left" and each.finding.kind not in _HARMLESS]
     if bad:
         raise VzreproError(
-            f"{len(bad)} entries of {place.url} are not what they should be",
+            f"{place.url} has {_entries(len(bad))} that should be otherwise",
             hint="mend what can be mended: vzrepro cache verify --deep --repair",
         )
+
+
+def _entries(count: int) -> str:
+    return words.plural(count, "entry", "entries")
 
 
 def _held(session: Session, path: StorePath) -> HeldObject | None:
@@ -338,7 +342,7 @@ def root_add(session: Session, name: str, objects: tuple[str, ...], with_inputs:
     if with_inputs:
         paths += [info.path for info in _wanted(session, objects, with_inputs)]
     made = add_root(place.access.backend, name, paths)
-    session.console.report(Notice("info", f"{place.url} keeps {len(made.paths)} objects as {name}"))
+    session.console.report(Notice("info", f"{place.url} keeps {words.plural(len(made.paths), 'object')} as {name}"))
 
 
 @root.command("list")
@@ -404,8 +408,9 @@ def gc(session: Session, keep_roots: bool, older_than: str, dry_run: bool, url: 
     )
     verb = "would delete" if dry_run else "deleted"
     lines = [
-        f"{verb} {done.narinfos.count} objects: {done.deleted.count} entries, {words.size(done.deleted.size)}",
-        f"left: {done.young.count} entries too young, {words.size(done.young.size)}; {done.foreign} not ours",
+        f"{verb} {words.plural(done.narinfos.count, 'object')}: "
+        f"{_entries(done.deleted.count)}, {words.size(done.deleted.size)}",
+        f"left: {_entries(done.young.count)} too young, {words.size(done.young.size)}; {done.foreign} not ours",
         *(f"warning: {each} is kept by a root, and the cache lacks it" for each in done.missing),
     ]
     document = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from vzrepro.base import words
 from vzrepro.base.errors import UsageError
 from vzrepro.base.signing import PublicKey
 from vzrepro.cli.options import complete_targets, json_option
@@ -43,7 +44,7 @@ def challenge(
     known = Keys(own, (*session.trusted.keys, *map(PublicKey.parse, keys)), session.trusted.revoked)
     have = session.store.query_many(node.path for node in nodes)
     ours = {str(path): info for path, info in have.items()}
-    with session.long_work("check", f"{len(caches)} caches") as work:
+    with session.long_work("check", words.plural(len(caches), "cache")) as work:
         found = compared(nodes, caches, known, ours, lambda node: work.line(node.target))
     rows = [
         (
@@ -64,7 +65,8 @@ def challenge(
         if row.state is ResultState.FORGED:
             session.warn(f"{row.node}: {row.builder}, in {', '.join(row.places)}: this is nobody's result")
     counts = {"nodes": len(nodes), "different": len(found.splits), "caches": len(caches) - len(found.silent)}
-    text = f"{counts['nodes']} nodes in {counts['caches']} caches compared, {counts['different']} differ"
+    asked = f"{words.plural(counts['nodes'], 'node')} in {words.plural(counts['caches'], 'cache')}"
+    text = f"{asked} compared, different: {counts['different']}"
     document = {**counts, "splits": [each.document() for each in found.splits], "silent": dict(found.silent)}
     session.console.print_text(text, document)
     found.check(target)

@@ -85,14 +85,14 @@ def _qemu(_session: Session) -> str:
 
 
 def _workspace(session: Session) -> str:
-    return f"{session.root}, {len(session.graph.targets)} targets"
+    return f"{session.root}, {words.plural(len(session.graph.targets), 'target')}"
 
 
 def _lock(session: Session) -> str:
     count, faults = session.check_lock()
     if faults:
         raise VzreproError(faults[0], hint="run: vzrepro lock")
-    return f"{count} requests pinned"
+    return f"{words.plural(count, 'request')} pinned"
 
 
 def _store(session: Session) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -27,8 +28,10 @@ def init(session: Session, folder: Path) -> None:
     Debian release, see: vzrepro lock --update
     """
     folder = session.start / folder
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file, so no workspace can be made there", hint="name a new directory")
+    there = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), folder)
+    if os.path.lexists(there) and not there.is_dir():
+        what = f"a link to {there.readlink()}, which is no directory" if there.is_symlink() else "a file"
+        raise UsageError(f"{there} is {what}, so no workspace can be made there", hint="name a new directory")
     if folder.is_dir() and any(folder.iterdir()):
         raise UsageError(
             f"{folder} is not empty, and a workspace is made in an empty directory only",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from vzrepro.base import disk
+from vzrepro.base import disk, words
 from vzrepro.base.errors import UsageError
 from vzrepro.base.events import Notice
 from vzrepro.cli.options import complete_pins, json_option
@@ -57,4 +57,4 @@ def _check(session: Session) -> None:
     if faults:
         raise UsageError("lock.toml does not match the recipes", reason="\n    ".join(faults), hint="run: vzrepro lock")
     session.check_repeatable()
-    session.console.report(Notice("info", f"lock.toml answers all {count} requests"))
+    session.console.report(Notice("info", f"lock.toml answers {words.plural(count, 'request')}"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vzrepro.base import disk
+from vzrepro.base import disk, words
 from vzrepro.base.errors import UsageError, VzreproError
 from vzrepro.base.events import Notice, Progress, Started, working
 from vzrepro.cli.options import complete_targets, json_option
@@ -63,15 +63,16 @@ def sbom(
         session.console.print_text(text, document)
     else:
         _write(file, text)
-        session.console.report(Notice("info", f"{file}: {len(bill.components)} components"))
+        session.console.report(Notice("info", f"{file}: {words.plural(len(bill.components), 'component')}"))
     return None
 
 
 def _warn(session: Session, bill: Bill) -> None:
     if bill.unread:
         session.warn(
-            f"{len(bill.unread)} of {len(bill.components)} components have no licence because nobody has looked into "
-            f"them yet, and build dependencies of crates count as contained: vzrepro sbom --learn {bill.target.name}"
+            f"{len(bill.unread)} of {words.plural(len(bill.components), 'component')} without a licence, since nobody "
+            "has looked there yet, and build dependencies of crates count as contained: vzrepro sbom --learn "
+            f"{bill.target.name}"
         )
 
 
@@ -101,10 +102,12 @@ def _learn(session: Session, names: tuple[str, ...]) -> None:
     text = facts.render(learned.facts)
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
         _write(file, text)
-    session.console.report(Notice("info", f"{facts.FILE}: {len(learned.facts)} files, {learned.read} of them new"))
+    session.console.report(
+        Notice("info", f"{facts.FILE}: {words.plural(len(learned.facts), 'file')}, {learned.read} of them new")
+    )
     if learned.absent:
         raise VzreproError(
-            f"{len(learned.absent)} downloads are not in the store, so they could not be read",
+            words.plural(len(learned.absent), "download is", "downloads are") + " not in the store, so not read",
             reason=", ".join(learned.absent),
             hint=f"vzrepro realize {' '.join(learned.absent)} && vzrepro sbom --learn {' '.join(names)}".rstrip(),
         )

@@ -226,6 +226,13 @@ class Session:
             )
         ]
 
+    def asked_cache(self, url: str | None) -> CacheReader:
+        """The cache to explain: the one that `chosen_cache` says; where none is shared, the machine's own."""
+        shared = url is not None or self.config.caches or self.push_to is not None
+        if not shared and self._machine_caches:
+            return self._machine_caches[0].reader
+        return self.cache(self.chosen_cache(url))
+
     @contextmanager
     def long_work(self, action: Action, path: str) -> Iterator[LongWork]:
         """Show the block as work on the cache at `path`."""

@@ -166,7 +166,10 @@ def gc(session: Session, dry_run: bool, keep_days: float | None) -> None:
     }
     verb = "would delete" if dry_run else "deleted"
     kept = ", ".join(f"{count} {reason}" for reason, count in sorted(report.kept.items()))
-    lines = [*map(str, report.deleted), f"{verb} {len(report.deleted)} objects, {words.size(report.freed)}"]
+    lines = [
+        *map(str, report.deleted),
+        f"{verb} {words.plural(len(report.deleted), 'object')}, {words.size(report.freed)}",
+    ]
     if audits.files:
-        lines.append(f"{verb} {len(audits.files)} files of old audits, {words.size(audits.freed)}")
+        lines.append(f"{verb} {words.plural(len(audits.files), 'file')} of old audits, {words.size(audits.freed)}")
     session.console.print_text("\n".join([*lines, f"kept: {kept}"] if kept else lines), document)

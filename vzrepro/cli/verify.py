@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from vzrepro.base import disk
+from vzrepro.base import disk, words
 from vzrepro.base.errors import UsageError, VzreproError
 from vzrepro.base.events import Notice
 from vzrepro.base.model import DrvHash, StorePath
@@ -89,7 +89,7 @@ def verify_output(
     else:
         caches = [session.cache(url) for url in urls] if urls else session.shared_caches
         for drv_hash in ask_about:
-            with session.long_work("check", f"{len(caches)} caches"):
+            with session.long_work("check", words.plural(len(caches), "cache")):
                 there = gather(drv_hash, Shelf(session.store), caches, failed)
             found += [FoundEnvelope(place, envelope) for envelope, places in there.items() for place in places]
     now = dt.datetime.now(dt.UTC)

@@ -119,8 +119,15 @@ class Pinner:
     def _check_names(self, wants: Iterable[Want]) -> None:
         names = {want.name for want in wants}
         for name in self.update or ():
-            if name not in names:
-                raise UsageError(f"nothing called {name!r} is pinned", hint=f"the pins are: {', '.join(sorted(names))}")
+            if name in names:
+                continue
+            # Targets are called after their pins.
+            pin = name.partition("-")[2]
+            raise UsageError(
+                f"nothing called {name!r} is pinned",
+                reason=f"the pins are: {', '.join(sorted(names)) or 'none, so nothing can be moved'}",
+                hint=f"the pin behind that target: vzrepro lock --update {pin}" if pin in names else None,
+            )
 
     def _each(
         self,

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 from vzrepro.base.errors import RemoteError
 from vzrepro.base.model import FileHash
+from vzrepro.base.words import plural
 from vzrepro.cache.backend import (
     CACHE_INFO,
     NARS,
@@ -377,7 +378,7 @@ class S3Backend:
         if failed:
             first = failed[0]
             raise RemoteError(
-                f"{self.url} has not deleted {len(failed)} of {len(keys)} entries",
+                f"{self.url} has not deleted {len(failed)} of {plural(len(keys), 'entry', 'entries')}",
                 reason=f"{tag(first, 'Key')}: {tag(first, 'Code')} {tag(first, 'Message')}".rstrip(),
                 hint="check what the credentials may do in the bucket",
             )

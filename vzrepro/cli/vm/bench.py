@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vzrepro.base import words
 from vzrepro.base.errors import UsageError, VzreproError
 from vzrepro.base.events import Notice
 from vzrepro.cli.options import host_loopback_option, json_option
@@ -105,7 +106,7 @@ def bench(
     session.console.print_text(_table(report), report.model_dump(mode="json"))
     if report.failures():
         raise VzreproError(
-            f"{report.failures()} of {len(report.boots)} boots failed",
+            f"{report.failures()} of {words.plural(len(report.boots), 'boot')} failed",
             reason=next(one.error for one in report.boots if one.error is not None),
             hint="more of the guest: --serial-log-dir, --guest-logs; more time: --timeout-secs",
         )

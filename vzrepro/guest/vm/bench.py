@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vzrepro.base import events
 from vzrepro.base.errors import VzreproError
+from vzrepro.base.words import plural
 from vzrepro.guest.vm import boot, qemu
 from vzrepro.guest.vm.agent import AgentClient
 
@@ -154,7 +155,7 @@ def measure(
     A boot that fails is counted, not raised; what makes every boot impossible (no QEMU) raises VzreproError.
     """
     started = dt.datetime.now(dt.UTC)
-    host = f"{os.cpu_count()} cores ({platform.machine()}), load {os.getloadavg()[0]:.1f} before the run"
+    host = f"{plural(os.cpu_count() or 1, 'core')} ({platform.machine()}), load {os.getloadavg()[0]:.1f} before the run"
     host += f", {qemu.accelerator(qemu.find_qemu())}"
     labelled = list(zip(_LABELS, guests, strict=False))
     boots: list[Boot] = []

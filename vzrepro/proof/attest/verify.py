@@ -168,7 +168,7 @@ def verify(asked: VerifyRequest, ballots: Ballots, policy: Policy, now: dt.datet
     if not judged:
         error = Untrusted(
             f"nobody who may vote has signed that they built {asked.name}",
-            reason=f"{len(ballots.refused)} statements were found that do not count" if ballots.refused else None,
+            reason=f"statements that were found and do not count: {len(ballots.refused)}" if ballots.refused else None,
             hint="name a directory with statements (--offline DIR), or a cache that has some (--against URL)",
         )
         return VerificationResult(asked, nar_hash, ballots, error=error)

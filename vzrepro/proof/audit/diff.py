@@ -17,6 +17,7 @@ from typing import Any
 from vzrepro.base import disk, events
 from vzrepro.base.errors import Interrupted, VzreproError
 from vzrepro.base.model import canonical_json
+from vzrepro.base.words import plural
 from vzrepro.proof.audit import compare, inside
 from vzrepro.proof.audit.diffoscope import LIMITS, SAME, ComparisonLimits, Look, look
 from vzrepro.proof.audit.guess import FileContext, guesses
@@ -71,11 +72,13 @@ def explain(
         placed = [(each.path, place) for each in told for place in _told(each, own, seen)]
         reasons = [*trouble]
         if more:
-            reasons.append(f"{more} more path{'s differ' if more > 1 else ' differs'}")
+            reasons.append(plural(more, "more path differs", "more paths differ"))
         if len(contents) > len(pairs):
-            reasons.append(f"{len(contents) - len(pairs)} of {len(contents)} differing files were not looked into")
+            reasons.append(
+                f"not looked into: {len(contents) - len(pairs)} of {plural(len(contents), 'differing file')}"
+            )
         if len(placed) > limits.details:
-            reasons.append(f"{len(placed) - limits.details} more places differ")
+            reasons.append(plural(len(placed) - limits.details, "more place differs", "more places differ"))
         details = [_detail(path, place, limits.excerpt_bytes) for path, place in placed[: limits.details]]
         causes = guesses([(_named(path), place) for path, place in placed], context)
         return _explanation(seen.tool if seen is not None else "bytes", details, causes, "; ".join(reasons) or None)

@@ -21,6 +21,7 @@ from vzrepro import nar, sandbox
 from vzrepro.base import events
 from vzrepro.base.errors import HashMismatch, Interrupted, VzreproError
 from vzrepro.base.model import BuildKey, ObjectInfo, StorePath
+from vzrepro.base.words import plural
 from vzrepro.proof.audit import blame
 from vzrepro.proof.audit.axes import Axis
 from vzrepro.proof.audit.blame import AxisPlan, Case, Ending, Experiment, Judgement
@@ -181,8 +182,8 @@ class Audit:
         if missing:
             names = ", ".join(sorted(needed[path].target for path in missing)[:5])
             message = (
-                f"{len(missing)} of {len(needed)} objects are not in the store and are realized first, which is no "
-                f"part of the audit: {names}{' …' if len(missing) > 5 else ''}"
+                f"{len(missing)} of {plural(len(needed), 'object')} must be realized first, which is no part of the "
+                f"audit: {names}{' …' if len(missing) > 5 else ''}"
             )
             realizer.report(events.Notice("info", message))
         realizer.realize(list(needed.values()))
