@@ -324,6 +324,24 @@ def test_the_engines_complaints(
         assert caught.value.hint is not None and hint in caught.value.hint
 
 
+def test_a_daemon_that_never_answers(engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_names, "_ANSWER_SECS", 0.1)
+    engine("exec sleep 1000")
+    for attempt in (sandbox.check, sandbox.sweep, lambda: sandbox.has_image(IMAGE)):
+        with pytest.raises(VzreproError, match="daemon does not answer") as caught:
+            attempt()
+        assert "0 s" in (caught.value.reason or "")
+
+
+def test_a_removal_that_is_not_answered_is_asked_for_again(
+    tmp_path: Path, engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_names, "_REMOVE_SECS", 4.0)
+    calls = engine(f"[ $1 != rm ] || [ -e {tmp_path}/asked ] || {{ : > {tmp_path}/asked; exec sleep 1000; }}")
+    sandbox.run(make_job(tmp_path), on_line=lambda _: None)
+    assert sum(line.startswith("rm ") for line in calls.read_text().splitlines()) == 2
+
+
 def test_no_client_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VZREPRO_DOCKER", "no-such-client-anywhere")
     with pytest.raises(VzreproError, match="no Docker client") as caught:

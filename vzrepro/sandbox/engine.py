@@ -15,8 +15,10 @@ import secrets
 import shlex
 import socket
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +28,8 @@ from vzrepro.base.errors import VzreproError
 _IMAGE_ID = re.compile(r"(?:sha256:)?[0-9a-f]{64}")
 _CONTAINER = re.compile(r"vzrepro-(?P<boot>[0-9a-f]+)-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]+")
 _REMOVE_SECS = 60.0
+_ANSWER_SECS = 120.0
+UNLIMITED = threading.TIMEOUT_MAX
 _START_SECS = 2.0
 
 
@@ -125,7 +129,8 @@ def image_file(image_id: str, path: str) -> bytes | None:
     Asked once per process: an image id stands for its content.
     """
     name = new_name()
-    docker("create", "--name", name, "--label", f"vzrepro.host={host_name()}", "--pull", "never", image_id, "true")
+    label = f"vzrepro.host={host_name()}"
+    docker("create", "--name", name, "--label", label, "--pull", "never", image_id, "true", limit_secs=UNLIMITED)
     try:
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "file"
@@ -148,7 +153,7 @@ def load_image(archive: Path, image_id: str) -> None:
         raise ValueError(f"{image_id!r} is not an image id")
     if has_image(image_id):
         return
-    _, out, _ = docker("load", "--input", str(archive))
+    _, out, _ = docker("load", "--input", str(archive), limit_secs=UNLIMITED)
     if not has_image(image_id):
         raise VzreproError(
             f"the image in {archive} did not load as {image_id}",
@@ -208,21 +213,49 @@ def wait(client: Any) -> int:
     return 0
 
 
-def docker(*arguments: str, checked: bool = True) -> tuple[int, str, str]:
-    """Run the client to its end: exit code, stdout, stderr. Raises VzreproError for a failure when `checked`."""
+def docker(*arguments: str, checked: bool = True, limit_secs: float | None = None) -> tuple[int, str, str]:
+    """Run the client to its end: exit code, stdout, stderr. Raises VzreproError for a failure when `checked`.
+
+    A client that has not ended after `limit_secs` (two minutes) is ended: a daemon may take a request and never answer
+    it. `UNLIMITED` is for what takes as long as there are bytes.
+    """
+    limit_secs = _ANSWER_SECS if limit_secs is None else limit_secs
     with (
         tempfile.TemporaryFile() as out,
         tempfile.TemporaryFile() as err,
         Path(os.devnull).open("rb") as nothing,
     ):
-        code = wait(start(list(arguments), nothing, out, err))
+        client = start(list(arguments), nothing, out, err)
+        with _ended_after(limit_secs, client) as late:
+            code = wait(client)
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
+    if late.is_set():
+        texts[1] += f"the Docker daemon does not answer: `{arguments[0]}` had not ended after {limit_secs:.0f} s"
     if checked and code != 0:
         raise trouble(texts[1])
     return code, texts[0], texts[1]
+
+
+@contextmanager
+def _ended_after(limit_secs: float, client: Any) -> Iterator[threading.Event]:
+    """While this is open, kill the client's processes when its time is over; the event tells that it was so."""
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        with suppress(ProcessLookupError):
+            client.kill_group()
+
+    timer = threading.Timer(limit_secs, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
 
 
 def trouble(complaint: str) -> VzreproError:
@@ -235,6 +268,12 @@ def trouble(complaint: str) -> VzreproError:
             "Docker may not be used by this user",
             reason=text,
             hint="join its group, then log in again: sudo usermod -aG docker $USER && newgrp docker",
+        )
+    if "daemon does not answer" in lower:
+        return VzreproError(
+            "the Docker daemon does not answer",
+            reason=text,
+            hint="see whether it is busy: docker ps   and in its log; it may have to be started again",
         )
     if "cannot connect" in lower or "connection refused" in lower or "is the docker daemon running" in lower:
         return VzreproError(
@@ -272,7 +311,10 @@ def remove(name: str, client: Any | None) -> None:
     while True:
         try:
             running = client is not None and client.is_alive()
-            code, _, err = docker("rm", "--force", "--volumes", name, checked=False)
+            left = began + _REMOVE_SECS - time.monotonic()
+            code, _, err = docker(
+                "rm", "--force", "--volumes", name, checked=False, limit_secs=max(left / 2, _START_SECS)
+            )
             gone = code == 0 or re.search(r"no such container|no container with", err, re.IGNORECASE)
             if gone and not running and time.monotonic() >= settled:
                 break

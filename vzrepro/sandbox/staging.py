@@ -168,5 +168,5 @@ def _remove(job: Job, directory: Path, go_on: Callable[[], None] = lambda: None)
         uid, gid = job.user
         flags = ["--rm", "--pull", "never", "--network", "none", "--cap-drop", "ALL", "--user", f"{uid}:{gid}"]
         flags += ["--mount", bind(directory, "/build"), "--entrypoint", "chmod"]
-        engine.docker("run", *flags, job.image, "-R", "a+rwX,-t", "/build", checked=False)
+        engine.docker("run", *flags, job.image, "-R", "a+rwX,-t", "/build", checked=False, limit_secs=engine.UNLIMITED)
         disk.remove_tree(directory, go_on)
