@@ -11,13 +11,14 @@ SLACK_KIB = 16_384
 """How much an agent may grow that holds a bounded amount of output."""
 
 
-def test_a_thousand_commands_at_once(agent: Side) -> None:
+def test_many_commands_at_once(agent: Side) -> None:
     """All of them are under way before the first may end: each waits to be told its exit code, and then prints much,
-    which nobody reads until all have been told."""
+    which nobody reads until all have been told. An emulated guest starts few processes a second: a quarter there."""
+    many = 1000 if agent.name == "host" else 250
     script = "read code; echo $code; head -c 100000 /dev/zero; exit $code"
-    commands = [agent.shell(script) for _ in range(1000)]
+    commands = [agent.shell(script) for _ in range(many)]
     ids = {command.started().exec_id for command in commands}
-    assert len(ids) == 1000
+    assert len(ids) == many
     agent.client.ping(LIMIT_SECS)
     for number, command in enumerate(commands):
         line = f"{number % 256}\n".encode()
