@@ -59,12 +59,12 @@ class Played:
     place: Path
     workers: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
-    def start(self, name: str, jobs: int = 4) -> subprocess.Popen[str]:
+    def start(self, name: str, jobs: int = 4, said: str = "takes orders") -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "tests.farm_stub", self.server.url, name, str(self.place / "begun"), str(jobs)]
         with (self.place / name).open("w") as out:
             process = subprocess.Popen(command, cwd=PROJECT, stdout=out, stderr=out, text=True)
         until = time.monotonic() + 60
-        while "takes orders" not in (self.place / name).read_text():
+        while said not in (self.place / name).read_text():
             assert process.poll() is None and time.monotonic() < until, (self.place / name).read_text()
             time.sleep(0.05)
         self.workers[name] = process
@@ -224,6 +224,47 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
             FarmServer.of(url, Config())
 
 
+def test_a_worker_waits_for_a_server(played: Played, tmp_path: Path) -> None:
+    with servers.refusing() as port:
+        early = replace(played, server=TemporalServer(tmp_path, port), place=tmp_path, workers={})
+        process = early.start("early", said="waits for a server: no Temporal server")
+    try:
+        with servers.forwarding(port, played.server.port):
+            early.until(lambda: "early takes orders" in (tmp_path / "early").read_text())
+            process.terminate()
+            assert process.wait(30) == 0
+        process = early.start("in-vain", said="waits for a server")
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_server_is_told_what_is_urgent(played: Played) -> None:
+    """A build's activity has its workflow's priority. The server gives out nearly by that: it keeps what waits in several
+    parts, and in each of them the most urgent first."""
+    urgencies = {0.05: 5, 1.0: 1, 0.5: 3}
+    wanted = [replace(order(f"ok-{urgency}"), platform="linux/urgent") for urgency in urgencies]
+
+    async def ask() -> list[int]:
+        stop, watches = threading.Event(), [Watch() for _ in wanted]
+        orders = [
+            asyncio.ensure_future(played.client._placed(each, watch, stop, urgency))
+            for each, watch, urgency in zip(wanted, watches, urgencies, strict=True)
+        ]
+        while not all(any("no worker for linux/urgent" in why for why in watch.waited) for watch in watches):
+            await asyncio.sleep(0.1)
+        handles = [played.client.client.get_workflow_handle(each.id) for each in wanted]
+        described = [(await handle.describe()).raw_description for handle in handles]
+        stop.set()
+        await asyncio.gather(*orders, return_exceptions=True)
+        return [each.workflow_execution_info.priority.priority_key for each in described]
+
+    assert played.client.run(ask()) == list(urgencies.values())
+    assert [played.client.cancel(each.id) for each in wanted] == [[]] * len(wanted)
+
+
 # --- a hostile queue
 
 
@@ -302,7 +343,7 @@ def test_a_client_believes_no_strange_answer(played: Played, what: str) -> None:
     async def ask() -> OrderAnswer:
         client = played.client.client
         async with Worker(client, task_queue=build_queue("linux/strange", "small"), activities=[answer]):
-            return await played.client._placed(wanted, Watch(), threading.Event())
+            return await played.client._placed(wanted, Watch(), threading.Event(), 1.0)
 
     with pytest.raises((RemoteError, VzreproError)) as caught:
         played.client.run(ask())
@@ -320,7 +361,7 @@ def test_what_a_hostile_queue_says_of_a_failure_is_bounded(played: Played) -> No
     async def ask() -> OrderAnswer:
         client = played.client.client
         async with Worker(client, task_queue=build_queue("linux/strange", "small"), activities=[fail]):
-            return await played.client._placed(wanted, Watch(), threading.Event())
+            return await played.client._placed(wanted, Watch(), threading.Event(), 1.0)
 
     with pytest.raises(VzreproError) as caught:
         played.client.run(ask())

@@ -41,8 +41,8 @@ class CommandQueue:
         values = {"drv": order.drv.hex, "platform": order.platform, "size": order.size, "name": order.name}
         return re.sub(r"\{(\w+)\}", lambda match: shlex.quote(values[match[1]]), self._template)
 
-    def place(self, order: Order, watcher: Watcher, stop: threading.Event) -> None:
-        """Run it to its end. What it prints is shown as the build's log."""
+    def place(self, order: Order, watcher: Watcher, stop: threading.Event, urgency: float = 1.0) -> None:
+        """Run it to its end. What it prints is shown as the build's log. What is urgent is not its affair."""
         command = self.command(order)
         watcher.works("command", "builds")
         with subprocess.Popen(

@@ -53,9 +53,11 @@ class Watcher(Protocol):
 class Queue(Protocol):
     """Carries orders to workers."""
 
-    def place(self, order: Order, watcher: Watcher, stop: threading.Event) -> OrderAnswer | None:
-        """Have it built, and wait; None where nobody answers but by the cache. Raises how the build failed; Interrupted
-        when `stop` is set."""
+    def place(
+        self, order: Order, watcher: Watcher, stop: threading.Event, urgency: float = 1.0
+    ) -> OrderAnswer | None:
+        """Have it built, and wait; None where nobody answers but by the cache. Of orders that wait, the most urgent one
+        (`plan.Step`) is to be taken first. Raises how the build failed; Interrupted when `stop` is set."""
 
     def farewell(self, orders: Sequence[Order]) -> str | None:
         """What becomes of these orders now that nobody waits for them, and what can be done about it."""
@@ -121,7 +123,7 @@ class FarmRun:
             # Another cache has it: it comes here, and goes to the shared one when a worker needs it.
             return self.realizer.perform(step, {})
         if step.verb != "substitute":
-            known = self._order(node, inputs)
+            known = self._order(node, inputs, step.urgency)
             if node.path not in self._targets:
                 return _as_object(known)
         return self.realizer.perform(Step(node, "substitute", "a target of the run"), {})
@@ -129,7 +131,7 @@ class FarmRun:
     def push(self, node: Node, info: ObjectInfo) -> None:
         """Nothing: what workers need was pushed before they were asked, and what they build they push."""
 
-    def _order(self, node: Node, inputs: Mapping[DrvHash, ObjectInfo]) -> NarInfo:
+    def _order(self, node: Node, inputs: Mapping[DrvHash, ObjectInfo], urgency: float) -> NarInfo:
         key = node.drv.build_key({drv: inputs[drv].nar_hash for drv in node.drv.dependencies()})
         for each in self.realizer.graph.inputs(node):
             self._share(each, inputs[each.drv_hash])
@@ -142,7 +144,7 @@ class FarmRun:
         with following(self.realizer.report, self.cache, node) as display:
             with self._lock:
                 self._ordered.append(order)
-            answer = self.queue.place(order, display, self.stop)
+            answer = self.queue.place(order, display, self.stop, urgency)
             with self._lock:
                 self._ordered.remove(order)
             found = self.cache.reader.ask(node.path)

@@ -24,7 +24,7 @@ from temporalio.client import (
     WorkflowUpdateFailedError,
     WorkflowUpdateRPCTimeoutOrCancelledError,
 )
-from temporalio.common import WorkflowIDConflictPolicy, WorkflowIDReusePolicy
+from temporalio.common import Priority, WorkflowIDConflictPolicy, WorkflowIDReusePolicy
 from temporalio.exceptions import ActivityError, ApplicationError, CancelledError
 from temporalio.exceptions import TimeoutError as ActivityTimeout
 from temporalio.service import RPCError, RPCStatusCode
@@ -105,15 +105,15 @@ class FarmClient:
 
     # --- orders
 
-    def place(self, order: Order, watcher: Watcher, stop: threading.Event) -> OrderAnswer:
+    def place(self, order: Order, watcher: Watcher, stop: threading.Event, urgency: float = 1.0) -> OrderAnswer:
         """Have it built, by whomever, and follow it to its end (`run.Queue`)."""
-        return self.run(self._placed(order, watcher, stop))
+        return self.run(self._placed(order, watcher, stop, urgency))
 
     def follow(self, wanted: str, watcher: Watcher, stop: threading.Event) -> OrderAnswer:
         """Follow a build that somebody has ordered."""
         return self.run(self._followed(self.client.get_workflow_handle(wanted), watcher, stop, None))
 
-    async def _placed(self, order: Order, watcher: Watcher, stop: threading.Event) -> OrderAnswer:
+    async def _placed(self, order: Order, watcher: Watcher, stop: threading.Event, urgency: float) -> OrderAnswer:
         until = time.monotonic() + _SERVER_SECS
         while True:
             try:
@@ -127,6 +127,7 @@ class FarmClient:
                     start_signal="wait",
                     start_signal_args=[self._who],
                     static_summary=f"{order.name} for {order.platform} ({order.size})",
+                    priority=Priority(priority_key=priority_of(urgency)),
                 )
                 return await self._followed(self.client.get_workflow_handle(order.id), watcher, stop, order)
             except RPCError as error:
@@ -289,6 +290,11 @@ class FarmClient:
             raise UsageError(
                 f"no worker {worker} answers", hint="see who is there with: vzrepro farm status"
             ) from error
+
+
+def priority_of(urgency: float) -> int:
+    """The server's priority for what is so urgent: 1 is taken first, 5 last."""
+    return min(5, 1 + int(5 * (1 - urgency)))
 
 
 async def _settled() -> None:

@@ -59,14 +59,11 @@ class FarmServer:
         """What a person calls it."""
         return f"temporal://{self.host}/{self.namespace}"
 
-    async def connect(self, identity: str, metrics: str | None = None) -> Client:
-        """Connect, under a name that the server shows. With `metrics`, `HOST:PORT`, Prometheus finds the SDK's there.
+    async def connect(self, identity: str, runtime: Runtime | None = None) -> Client:
+        """Connect, under a name that the server shows; with `runtime`, by that (`sdk_runtime`).
 
         Raises RemoteError when the server cannot be reached or does not let us in, UsageError for an unreadable file.
         """
-        logging.getLogger("temporalio").setLevel(logging.CRITICAL)  # failures are told of where they are dealt with
-        quiet = LoggingConfig(TelemetryFilter(core_level="ERROR", other_level="ERROR"))
-        prometheus = None if metrics is None else PrometheusConfig(bind_address=metrics)
         secure = any((self.ca, self.cert, self.token))
         tls = TLSConfig(_read(self.ca), client_cert=_read(self.cert), client_private_key=_read(self.cert_key))
         token = _read(self.token)
@@ -77,7 +74,7 @@ class FarmServer:
                 identity=identity,
                 tls=tls if secure else None,
                 api_key=None if token is None else token.decode(errors="replace").strip(),
-                runtime=Runtime(telemetry=TelemetryConfig(logging=quiet, metrics=prometheus)),
+                runtime=runtime or sdk_runtime(),
             )
         except (RuntimeError, RPCError, ValueError) as error:
             raise RemoteError(
@@ -85,6 +82,18 @@ class FarmServer:
                 reason=str(error)[:500],
                 hint="start one for a small team: temporal server start-dev --db-filename farm.db   (docs/farm.md)",
             ) from error
+
+
+def sdk_runtime(metrics: str | None = None) -> Runtime:
+    """What the SDK works in. With `metrics`, `HOST:PORT`, Prometheus finds its figures there. Raises UsageError when
+    they cannot be served there."""
+    logging.getLogger("temporalio").setLevel(logging.CRITICAL)  # failures are told of where they are dealt with
+    quiet = LoggingConfig(TelemetryFilter(core_level="ERROR", other_level="ERROR"))
+    prometheus = None if metrics is None else PrometheusConfig(bind_address=metrics)
+    try:
+        return Runtime(telemetry=TelemetryConfig(logging=quiet, metrics=prometheus))
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"no metrics can be served at {metrics}", reason=str(error)[:500]) from error
 
 
 def leave(code: int) -> NoReturn:

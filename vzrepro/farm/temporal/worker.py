@@ -18,14 +18,15 @@ from temporalio.client import Client
 from temporalio.exceptions import ApplicationError
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
-from vzrepro.base.errors import Interrupted, VzreproError
+from vzrepro.base.errors import Interrupted, RemoteError, VzreproError
 from vzrepro.farm.order import Order, OrderAnswer, SizeClass, failure_document, kind_of
-from vzrepro.farm.temporal.server import BUILD, DRAIN, WORKFLOWS, FarmServer, build_queue, worker_queue
+from vzrepro.farm.temporal.server import BUILD, DRAIN, WORKFLOWS, FarmServer, build_queue, sdk_runtime, worker_queue
 from vzrepro.farm.temporal.workflow import BuildWorkflow, DrainWorkflow
 from vzrepro.farm.workshop import Attempt
 
 _BEAT_SECS = 1.0
 _WAIT_SECS = 5.0  # an order that does not fit goes back to the queue after that: another worker may be free
+_LONGEST_PAUSE_SECS = 60.0  # between looks for a server
 _TROUBLE_SECS = 30.0  # a machine that cannot build takes nothing for so long, else it would soon have failed them all
 _FOR_EVER = timedelta(days=365)
 
@@ -60,10 +61,12 @@ class FarmWorker:
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
-        client = await self.server.connect(self.name, self.metrics)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
+        client = await self._connected()
+        if client is None:
+            return
         with ThreadPoolExecutor(max(self.jobs, 1) * len(self.platforms) * len(self.sizes)) as pool:
             self._pool = pool
             async with contextlib.AsyncExitStack() as stack:
@@ -72,6 +75,22 @@ class FarmWorker:
                 self.say(f"{self.name} takes orders from {self.server.url}")
                 await self._drained.wait()
                 self.say(f"{self.name} takes nothing more" + (", and finishes what it has" if self._running else ""))
+
+    async def _connected(self) -> Client | None:
+        """The connection, as soon as there is a server; None when the worker is to end before that."""
+        runtime = sdk_runtime(self.metrics)
+        pause, said = _WAIT_SECS, ""
+        while not self._drained.is_set():
+            try:
+                return await self.server.connect(self.name, runtime)
+            except RemoteError as error:
+                if error.in_a_line != said:
+                    said = error.in_a_line
+                    self.say(f"{self.name} waits for a server: {said}")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECS)
+        return None
 
     def _workers(self, client: Client) -> list[Worker]:
         """In the order in which they are entered; they are left the other way round, so that what is said about a
