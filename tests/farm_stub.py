@@ -9,6 +9,7 @@ stopped), `oom…` (small ones run out of memory), `remote…` (the cache fails,
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import signal
@@ -23,6 +24,11 @@ from vzrepro.farm.order import SIZES, Order, OrderAnswer
 from vzrepro.farm.temporal.server import FarmServer, leave
 from vzrepro.farm.temporal.worker import FarmWorker
 from vzrepro.farm.workshop import Attempt
+
+
+def key_id(name: str) -> str:
+    """The id of the key that a worker of this name would have."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def main() -> None:
@@ -58,7 +64,15 @@ def main() -> None:
 
     server = FarmServer.of(url, Config())
     worker = FarmWorker(
-        server, name, ["linux/amd64"], SIZES, jobs, build, healthy, say=lambda line: print(line, flush=True)
+        server,
+        name,
+        ["linux/amd64"],
+        SIZES,
+        jobs,
+        build,
+        healthy,
+        key_id=key_id(name),
+        say=lambda line: print(line, flush=True),
     )
     worker.serve()
     leave(0)

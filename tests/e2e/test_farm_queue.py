@@ -20,6 +20,7 @@ from temporalio.exceptions import ApplicationError
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from tests import servers
+from tests.farm_stub import key_id
 from tests.farms import TemporalServer
 from vzrepro.base.config import Config
 from vzrepro.base.errors import BuildFailed, Interrupted, RemoteError, UsageError, VzreproError
@@ -206,6 +207,19 @@ def test_a_machine_in_trouble_leaves_orders_to_others(played: Played) -> None:
     played.start("one")
 
 
+def test_what_another_builder_is_to_build_is_left_to_it(played: Played) -> None:
+    wanted = replace(order("ok-again"), turn=2, apart_from=(key_id("one"),))
+    watch = Watch()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(place, played, wanted, watch)
+        played.until(lambda: ("one", "leaves it to another builder") in watch.worked)
+        process = played.start("four")
+        assert answer.result(60).worker == "four"
+    assert played.begun(wanted) == ["small four"]
+    process.terminate()
+    assert process.wait(30) == 0
+
+
 def test_draining_finishes_what_runs(played: Played) -> None:
     process = played.start("three")
     assert played.client.drain("three") == []
@@ -242,8 +256,8 @@ def test_a_worker_waits_for_a_server(played: Played, tmp_path: Path) -> None:
 
 
 def test_the_server_is_told_what_is_urgent(played: Played) -> None:
-    """A build's activity has its workflow's priority. The server gives out nearly by that: it keeps what waits in several
-    parts, and in each of them the most urgent first."""
+    """A build's activity has its workflow's priority. The server gives out nearly by that: it keeps what waits in
+    several parts, and in each of them the most urgent first."""
     urgencies = {0.05: 5, 1.0: 1, 0.5: 3}
     wanted = [replace(order(f"ok-{urgency}"), platform="linux/urgent") for urgency in urgencies]
 
@@ -323,9 +337,9 @@ def test_a_worker_refuses_what_is_no_order(played: Played) -> None:
 
 ANSWERS: dict[str, Any] = {
     "nothing": None,
-    "another format": {"format": 2},
-    "no path": {"format": 1, "path": "/etc/passwd", "nar_hash": "c" * 64, "worker": "one", "outcome": "built"},
-    "a flood": {"format": 1, "path": "x" * 1_500_000, "nar_hash": "c" * 64, "worker": "one", "outcome": "built"},
+    "another format": {"format": 1},
+    "no path": {"format": 2, "path": "/etc/passwd", "nar_hash": "c" * 64, "worker": "one", "outcome": "built"},
+    "a flood": {"format": 2, "path": "x" * 1_500_000, "nar_hash": "c" * 64, "worker": "one", "outcome": "built"},
 }
 
 

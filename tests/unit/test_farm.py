@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +28,7 @@ from vzrepro.base.errors import (
 from vzrepro.base.model import BuildKey, DrvHash, NarHash, store_path
 from vzrepro.base.signing import SigningKey, TrustedKeys
 from vzrepro.farm.command import CommandQueue
-from vzrepro.farm.order import KINDS, Order, OrderAnswer, failure_document, failure_of, kind_of
+from vzrepro.farm.order import KINDS, MAX_BUILDERS, Order, OrderAnswer, failure_document, failure_of, kind_of
 from vzrepro.farm.retries import LOST, again
 from vzrepro.farm.run import following_build
 
@@ -47,7 +48,8 @@ json_values = st.recursive(
 
 
 def test_an_order_and_its_answer_travel_in_less_than_a_kib() -> None:
-    signed = ORDER.signed(SigningKey.generate("somebody-at-a-long-name-1"))
+    keys = tuple(f"{number:016x}" for number in range(MAX_BUILDERS))
+    signed = replace(ORDER, turn=MAX_BUILDERS, apart_from=keys).signed(SigningKey.generate("somebody-at-a-long-name-1"))
     for document in (signed.document(), ANSWER.document()):
         assert len(json.dumps(document)) < 1024
     assert Order.parse(json.loads(json.dumps(signed.document()))) == signed
@@ -56,13 +58,21 @@ def test_an_order_and_its_answer_travel_in_less_than_a_kib() -> None:
 
 def test_one_build_key_is_one_build() -> None:
     assert ORDER.id == f"kernel-6.12-{'b' * 64}"
+    assert replace(ORDER, turn=2, apart_from=("0" * 16,)).id == f"{ORDER.id}-2", "each of several is one"
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2},
+        {"format": 1},
         {"format": None},
+        {"turn": -1},
+        {"turn": True},
+        {"turn": 1000},
+        {"apart_from": None},
+        {"apart_from": ["one-1"]},
+        {"apart_from": [7]},
+        {"apart_from": ["0" * 16] * 9},
         {"drv": "a" * 63},
         {"drv": ["a"] * 64},
         {"key": None},
@@ -113,6 +123,7 @@ def test_an_order_is_signed_by_its_client() -> None:
         (signed, other),
         (Order.parse({**signed.document(), "drv": "d" * 64}), key),
         (Order.parse({**signed.document(), "memory_bytes": 1 << 50}), key),
+        (Order.parse({**signed.document(), "turn": 1}), key),
     ):
         with pytest.raises(Untrusted):
             order.check_client(TrustedKeys([trusted.public]))

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from vzrepro.base.signing import TrustedKeys
     from vzrepro.cache.writer import CacheWriter
     from vzrepro.farm.order import Order, OrderAnswer
-    from vzrepro.farm.run import FarmRun, Queue
+    from vzrepro.farm.run import Count, FarmRun, Queue
     from vzrepro.farm.temporal.client import FarmClient
     from vzrepro.farm.temporal.server import FarmServer
     from vzrepro.farm.workshop import Attempt, Workshop
+    from vzrepro.recipe.graph import Node
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,13 +51,39 @@ def on_option(function: F) -> F:
 # --- for realize ------------------------------------------------------------------------------------------------------
 
 
-def farm_run(session: Session, place: str, *, dry_run: bool = False) -> FarmRun:
-    """A run whose builds go to the farm at `place`. With `dry_run`, nobody is connected to."""
+def farm_run(session: Session, place: str, *, builders: int = 1, dry_run: bool = False) -> FarmRun:
+    """A run whose builds go to the farm at `place`, each to so many builders. With `dry_run`, nobody is connected to.
+    """
     from vzrepro.farm.run import JOBS, FarmRun
 
     cache = _shared_cache(session)
+    if builders > 1 and place.startswith(_COMMAND):
+        raise UsageError("--builders needs a farm on Temporal", reason="a command does not say who has built it")
+    count = counting(session.trusted, cache, builders) if builders > 1 else None
     queue = _NoQueue() if dry_run else _queue(session, place)
-    return FarmRun(session.realizer(), cache, queue, session.upload_key, session.config.jobs or JOBS)
+    return FarmRun(session.realizer(), cache, queue, session.upload_key, session.config.jobs or JOBS, count)
+
+
+def counting(trusted: TrustedKeys, cache: CacheWriter, builders: int) -> Count:
+    """Counts the votes that the cache has, of which so many must agree: each trusted key is a builder. Raises
+    UsageError when there are fewer."""
+    from vzrepro.farm.run import Standing
+    from vzrepro.proof.attest.ballots import FoundEnvelope, read
+    from vzrepro.proof.attest.policy import Policy
+    from vzrepro.proof.attest.votes import count, unanimous
+
+    policy = Policy.of_keys(trusted.keys, revoked=trusted.revoked, threshold=builders)
+
+    def standing(node: Node) -> Standing:
+        found = [FoundEnvelope(cache.url, data) for data in cache.reader.attestations(node.drv_hash)]
+        tally = count(read(found, policy).votes, policy, node.target, node.drv_hash)
+        agreed = unanimous(tally)
+        if agreed is None:
+            return Standing(None, 0, ())
+        keys = sorted({vote.key.id for votes in agreed.voters.values() for vote in votes})
+        return Standing(agreed.nar_hash if tally.enough else None, len(agreed.voters), tuple(keys))
+
+    return standing
 
 
 def _queue(session: Session, place: str) -> Queue:
@@ -214,6 +241,7 @@ def worker(
         build=build,
         healthy=healthy,
         memory_bytes=runtime.memory_bytes,
+        key_id=session.upload_key.public.id if session.upload_key is not None else "",
         metrics=metrics,
         say=lambda line: session.console.report(Notice("info", line)),
     )

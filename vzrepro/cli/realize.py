@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 @click.option("--cores", type=click.IntRange(1), help="Cores one build may use.")
 @click.option("--keep-failed", is_flag=True, help="Keep /build of a failed build and print how to enter it.")
 @click.option("--on", metavar="URL", help="Have it built by the farm at URL (docs/farm.md); `here`: on this machine.")
+@click.option(
+    "--builders",
+    type=click.IntRange(1, 8),
+    default=1,
+    show_default=True,
+    help="With a farm: workers with different keys that must get the same.",
+)
 @click.option("--no-substitute", is_flag=True, help="Take nothing from caches: build everything that is not here.")
 @click.option("--sources-from-cache", is_flag=True, help="With --no-substitute: downloads may come from caches.")
 @signatures_option
@@ -40,6 +47,7 @@ def realize(
     cores: int | None,
     keep_failed: bool,
     on: str | None,
+    builders: int,
     no_substitute: bool,
     sources_from_cache: bool,
     require_signatures: int | None,
@@ -62,10 +70,14 @@ def realize(
             reason=f"{place} builds, and what it gives comes through the cache",
             hint="add: --on here",
         )
+    if builders > 1 and place is None:
+        raise UsageError(
+            "--builders needs a farm", reason="this machine is one builder", hint="name one: --on temporal://…"
+        )
     if place is not None:
         from vzrepro.cli.farm import farm_run
 
-        run = farm_run(session, place, dry_run=dry_run)
+        run = farm_run(session, place, builders=builders, dry_run=dry_run)
         if dry_run:
             _print_plan(session, run.plan(nodes), run.jobs, place)
             return

@@ -5,7 +5,7 @@ failure's: of 16 KiB), read as what a stranger wrote.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -34,7 +34,10 @@ SIZES: tuple[SizeClass, ...] = ("small", "large")
 PLATFORMS = ("linux/amd64", "linux/arm64")
 """The platforms whose queues are looked at when nobody names one."""
 
-FORMAT = 1
+MAX_BUILDERS = 8
+"""How many may have to build one thing."""
+
+FORMAT = 2
 """Version of the documents; another one is refused."""
 
 _LARGE_SECS = 3600
@@ -42,6 +45,7 @@ _LARGE_BYTES = 8 << 30
 _LONGEST_SECS = 24 * 3600
 _PLATFORM = re.compile(r"[a-z0-9]{1,16}/[a-z0-9_]{1,16}")
 _WORKER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_KEY_ID = re.compile(r"[0-9a-f]{16}")
 _SIGNATURE = re.compile(r"[!-9;-~]{1,128}:[A-Za-z0-9+/]{86}==")
 _LINE, _TEXT = 1000, 7000  # characters of a failure's message and hint, and of its reason
 
@@ -69,6 +73,10 @@ class Order:
 
     `name`, `platform` are the derivation's own, for people and for placing it; the limits are the recipe's (seconds,
     bytes), None where it has none. `signature` is the client's.
+
+    `turn` is 0 where it does not matter who builds it, or whether anybody does. Where several are to get the same, it
+    counts them from 1: it is built whatever is there, by a worker that has none of the keys `apart_from`
+    (`PublicKey.id`).
     """
 
     drv: DrvHash
@@ -79,10 +87,12 @@ class Order:
     timeout_secs: int | None = None
     memory_bytes: int | None = None
     disk_bytes: int | None = None
+    turn: int = 0
+    apart_from: tuple[str, ...] = ()
     signature: str | None = None
 
     @classmethod
-    def of(cls, node: Node, key: BuildKey) -> Order:
+    def of(cls, node: Node, key: BuildKey, *, turn: int = 0, apart_from: Sequence[str] = ()) -> Order:
         """The order for a node whose inputs are known."""
         return cls(
             drv=node.drv_hash,
@@ -93,6 +103,8 @@ class Order:
             timeout_secs=node.timeout_secs,
             memory_bytes=node.memory_bytes,
             disk_bytes=node.disk_bytes,
+            turn=turn,
+            apart_from=tuple(apart_from),
         )
 
     @classmethod
@@ -111,6 +123,13 @@ class Order:
             if document["size"] not in SIZES or not _PLATFORM.fullmatch(document["platform"]):
                 raise ValueError("size or platform is unknown")
             limits = {name: _limit(document[name]) for name in ("timeout_secs", "memory_bytes", "disk_bytes")}
+            turn, apart_from = document["turn"], document["apart_from"]
+            if type(turn) is not int or not 0 <= turn <= MAX_BUILDERS:
+                raise ValueError("its turn is none")
+            if not isinstance(apart_from, list) or len(apart_from) > MAX_BUILDERS:
+                raise ValueError("it names too many keys")
+            if not all(_KEY_ID.fullmatch(each) for each in apart_from):
+                raise ValueError("it names what is no key")
             signature = document["signature"]
             if signature is not None and not _SIGNATURE.fullmatch(signature):
                 raise ValueError("its signature is none")
@@ -120,6 +139,8 @@ class Order:
                 name=check_name(document["name"]),
                 platform=document["platform"],
                 size=document["size"],
+                turn=turn,
+                apart_from=tuple(apart_from),
                 signature=signature,
                 **limits,
             )
@@ -138,13 +159,15 @@ class Order:
             "timeout_secs": self.timeout_secs,
             "memory_bytes": self.memory_bytes,
             "disk_bytes": self.disk_bytes,
+            "turn": self.turn,
+            "apart_from": list(self.apart_from),
             "signature": self.signature,
         }
 
     @property
     def id(self) -> str:
-        """What makes two orders one build: the build key, behind a name that people read."""
-        return f"{self.name}-{self.key}"
+        """What makes two orders one build: the build key behind a name that people read, and which of several it is."""
+        return f"{self.name}-{self.key}" + (f"-{self.turn}" if self.turn else "")
 
     @property
     def longest_secs(self) -> int:

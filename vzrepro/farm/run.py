@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from vzrepro.base import events
-from vzrepro.base.errors import BuildFailed, Interrupted, RemoteError, TimedOut, UsageError, VzreproError
-from vzrepro.base.model import BuildKey, DrvHash, FileHash, ObjectInfo, StorePath, canonical_json, store_path
+from vzrepro.base.errors import (
+    BuildFailed,
+    Interrupted,
+    NotDeterministic,
+    RemoteError,
+    TimedOut,
+    Untrusted,
+    UsageError,
+    VzreproError,
+)
+from vzrepro.base.model import BuildKey, DrvHash, FileHash, NarHash, ObjectInfo, StorePath, canonical_json, store_path
 from vzrepro.base.signing import SigningKey
 from vzrepro.cache.narinfo import NarInfo
 from vzrepro.cache.writer import CacheWriter
@@ -66,16 +75,32 @@ class Queue(Protocol):
         """Nothing more is ordered."""
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What builders have signed of one node: the `result` that as many have got as must, None until then; how many
+    `voters` there are, and the ids of the `keys` that are theirs."""
+
+    result: NarHash | None
+    voters: int
+    keys: tuple[str, ...]
+
+
+Count = Callable[[Node], Standing]
+"""Counts what is signed of a node. Raises NotDeterministic when two have got different results, RemoteError."""
+
+
 @dataclass(slots=True)
 class FarmRun:
     """A run like the `realizer`'s, but what it would build goes through `queue`; `cache` is the one that clients and
-    workers share, `jobs` how many orders are out at once. With a `signer`, orders are signed."""
+    workers share, `jobs` how many orders are out at once. With a `signer`, orders are signed. With a `count`, several
+    builders must have got the same of everything that is built, one after the other."""
 
     realizer: Realizer
     cache: CacheWriter
     queue: Queue
     signer: SigningKey | None = None
     jobs: int = JOBS
+    count: Count | None = None
     _targets: frozenset[StorePath] = frozenset()
     _shared: set[StorePath] = field(default_factory=set)
     _ordered: list[Order] = field(default_factory=list)
@@ -89,6 +114,7 @@ class FarmRun:
     def plan(self, targets: Sequence[Node]) -> Plan:
         """What is to be done; `build` and `image` are done by workers."""
         here = self.realizer.inventory.have([node.path for node in targets])
+        here = {node.path: here[node.path] for node in targets if node.path in here and self._is_agreed(node)}
         missing = [node for node in targets if node.path not in here]
         plan = make_plan(self.realizer.graph, missing, _Facts(self, frozenset(node.path for node in missing)))
         have = [Step(node, "have", "it is in the store", here[node.path]) for node in targets if node.path in here]
@@ -126,27 +152,34 @@ class FarmRun:
             known = self._order(node, inputs, step.urgency)
             if node.path not in self._targets:
                 return _as_object(known)
-        return self.realizer.perform(Step(node, "substitute", "a target of the run"), {})
+        info = self.realizer.perform(Step(node, "substitute", "a target of the run"), {})
+        if self.count is not None and node.drv.builder not in FIXED and info.nar_hash != self.count(node).result:
+            raise NotDeterministic(
+                f"{node.target} is here with other bytes than its builders have signed",
+                reason=f"here: {info.nar_hash.nix}",
+                hint=f"vzrepro challenge {node.target}",
+            )
+        return info
 
     def push(self, node: Node, info: ObjectInfo) -> None:
         """Nothing: what workers need was pushed before they were asked, and what they build they push."""
+
+    def _is_agreed(self, node: Node) -> bool:
+        """Whether as many builders have got the same of it as must; of what a derivation pins, none need."""
+        return self.count is None or node.drv.builder in FIXED or self.count(node).result is not None
 
     def _order(self, node: Node, inputs: Mapping[DrvHash, ObjectInfo], urgency: float) -> NarInfo:
         key = node.drv.build_key({drv: inputs[drv].nar_hash for drv in node.drv.dependencies()})
         for each in self.realizer.graph.inputs(node):
             self._share(each, inputs[each.drv_hash])
         self.cache.put_derivation(node.drv_hash, canonical_json(node.drv.document()))
-        order = Order.of(node, key)
-        if self.signer is not None:
-            order = order.signed(self.signer)
         if self.stop.is_set():
             raise Interrupted(f"interrupted before {node.target} was ordered")
         with following(self.realizer.report, self.cache, node) as display:
-            with self._lock:
-                self._ordered.append(order)
-            answer = self.queue.place(order, display, self.stop, urgency)
-            with self._lock:
-                self._ordered.remove(order)
+            if self.count is None:
+                answer = self._place(Order.of(node, key), display, urgency)
+            else:
+                answer = self._place_with_several(node, key, display, urgency, self.count)
             found = self.cache.reader.ask(node.path)
             if found is None:
                 raise RemoteError(
@@ -159,6 +192,37 @@ class FarmRun:
                 self.realizer.report(events.Notice("warning", message))
             display.done(found.nar_size, answer)
             return found
+
+    def _place(self, order: Order, display: Display, urgency: float) -> OrderAnswer | None:
+        if self.signer is not None:
+            order = order.signed(self.signer)
+        with self._lock:
+            self._ordered.append(order)
+        answer = self.queue.place(order, display, self.stop, urgency)
+        with self._lock:
+            self._ordered.remove(order)
+        return answer
+
+    def _place_with_several(
+        self, node: Node, key: BuildKey, display: Display, urgency: float, count: Count
+    ) -> OrderAnswer | None:
+        """Have it built by one builder after the other until enough have got the same."""
+        answer: OrderAnswer | None = None
+        standing = count(node)
+        while standing.result is None:
+            before = standing
+            order = Order.of(node, key, turn=before.voters + 1, apart_from=before.keys)
+            answer = self._place(order, display, urgency)
+            display.answered(answer)
+            display.goes_on()
+            standing = count(node)
+            if standing.voters <= before.voters:
+                raise Untrusted(
+                    f"{node.target} was built, but no builder that counts has signed it in addition",
+                    reason=f"{answer.worker if answer else 'whoever built it'} has none of this machine's trusted-keys",
+                    hint="name the public keys of all workers in trusted-keys",
+                )
+        return answer
 
     def _share(self, node: Node, info: ObjectInfo) -> None:
         """Have what a worker needs for this input in the cache: its derivation and, of what that pins, the object."""
@@ -196,6 +260,7 @@ class _Facts:
     def offers(self, nodes: Sequence[Node]) -> Mapping[StorePath, Offer]:
         inventory = self.run.realizer.inventory
         shared = Inventory(inventory.store, [self.run.cache.reader], "all", self.run.stop)
+        nodes = [node for node in nodes if self.run._is_agreed(node)]
         here = [node for node in nodes if node.path in self.targets or node.drv.builder in FIXED]
         # What is built must be where workers find it.
         return {**inventory.offers(here), **shared.offers([node for node in nodes if node not in here])}
@@ -220,6 +285,7 @@ class Display:
         self._log = LogReader(cache.access, drv, path.name)
         self._worker = ""
         self._waits = ""
+        self._went_on = False
         self._begun = time.monotonic()
         self._lines = 0
         self.failed = False
@@ -244,6 +310,16 @@ class Display:
         if phase != "builds":
             self.line(f"({worker} {phase})", counts=False)
 
+    def answered(self, answer: OrderAnswer | None) -> None:
+        """A worker is done, perhaps so quickly that nobody has looked meanwhile."""
+        if answer is not None and not self._worker:
+            self.works(answer.worker, "builds")
+
+    def goes_on(self) -> None:
+        """The next worker that does something does not take its predecessor's place."""
+        self._worker = self._waits = ""
+        self._went_on = True
+
     def log(self, stream: str, pieces: int) -> None:
         """Show what is new in the live log."""
         for text in self._log.live(stream, pieces):
@@ -257,8 +333,8 @@ class Display:
     def done(self, nar_size: int | None, answer: OrderAnswer | None) -> None:
         """It is in the cache."""
         outcome = "built" if answer is None else answer.outcome
-        if answer is not None and not self._worker:
-            self.works(answer.worker, "builds")  # so quickly that nobody has looked meanwhile
+        if not self._went_on:
+            self.answered(answer)
         if outcome == "built" and answer is not None:
             for text in self._log.rest(failed=False):
                 self.line(text)

@@ -23,7 +23,16 @@ from vzrepro.base.errors import (
     UsageError,
     VzreproError,
 )
-from vzrepro.base.model import UNPACK_FORMAT, BuildKey, Derivation, DrvHash, ObjectInfo, Outcome, store_path
+from vzrepro.base.model import (
+    UNPACK_FORMAT,
+    BuildKey,
+    Derivation,
+    DrvHash,
+    ObjectInfo,
+    Outcome,
+    canonical_json,
+    store_path,
+)
 from vzrepro.base.signing import TrustedKeys
 from vzrepro.cache.layout import MAX_DERIVATION
 from vzrepro.cache.push import PushOutcome
@@ -51,6 +60,15 @@ def given(node: Node) -> Node:
         return node
     archive = Derivation(name=node.drv.name, builder="fetch", content=node.drv.content)
     return replace(node, drv=archive, drv_hash=archive.drv_hash(), path=store_path(archive.drv_hash(), archive.name))
+
+
+def _forget(inventory: Inventory, node: Node, key: BuildKey) -> None:
+    """Have the node built, although it or what the same work gave is here or in a cache: only who has built it may say
+    what comes out."""
+    inventory.substitute = "sources"
+    for there in (inventory.store.query(node.path), inventory.store.by_build_key(key)):
+        if there is not None:
+            inventory.doubt([there.path], Doubt.DISTRUSTED)
 
 
 @dataclass(slots=True)
@@ -124,14 +142,19 @@ class Workshop:
             for each in needed:
                 attempt.phase = f"takes {each.path.name}"
                 inputs[each.drv_hash] = self._input(realizer, each)
+                # Provenance names what a build was made from.
+                self.store.put_derivation(each.drv_hash, each.target, canonical_json(each.drv.document()))
             key = node.drv.build_key({each: info.nar_hash for each, info in inputs.items()})
             if order is not None and key != order.key:
                 raise Untrusted(
                     "the order's build key is not that of its inputs", reason=f"{self.name} has hashed them"
                 )
-            offered = self.cache.reader.query(node.path)
+            again = order is not None and order.turn > 0
+            offered = None if again else self.cache.reader.query(node.path)
             if offered is not None and offered.build_key == key:
                 return OrderAnswer(node.path, offered.nar_hash, self.name, Outcome.SUBSTITUTED.value)
+            if again:
+                _forget(realizer.inventory, node, key)
             try:
                 info = self._made(realizer, node, inputs, attempt)
             except VzreproError:

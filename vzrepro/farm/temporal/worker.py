@@ -38,7 +38,8 @@ OrderBuild = Callable[[Order, Attempt], OrderAnswer]
 class FarmWorker:
     """Serves the queues of `platforms` and `sizes`: `jobs` builds at once, whose memory limits together are at most
     `memory_bytes`. `healthy` raises when this machine cannot build at all; asked when a build fails by something that
-    was not its own fault. `say` is told, a line each, of what happens."""
+    was not its own fault. `key_id` is that of its key: what another one is to build it leaves alone. `say` is told, a
+    line each, of what happens."""
 
     server: FarmServer
     name: str
@@ -48,6 +49,7 @@ class FarmWorker:
     build: OrderBuild
     healthy: Callable[[], object] = lambda: None
     memory_bytes: int | None = None
+    key_id: str = ""
     metrics: str | None = None
     say: Callable[[str], None] = lambda _line: None
     _running: dict[str, tuple[Order, Attempt]] = field(default_factory=dict)
@@ -150,8 +152,10 @@ class FarmWorker:
     async def _built(self, order: Order) -> dict[str, Any]:
         token = activity.info().task_token.hex()
         until = time.monotonic() + _WAIT_SECS
-        while not self._fits(order):
-            activity.heartbeat({"worker": self.name, "phase": "waits for what it builds"})
+        mine = self.key_id not in order.apart_from
+        while not (mine and self._fits(order)):
+            phase = "waits for what it builds" if mine else "leaves it to another builder"
+            activity.heartbeat({"worker": self.name, "phase": phase})
             self._freed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._freed.wait(), 1.0)

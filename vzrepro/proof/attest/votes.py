@@ -145,6 +145,17 @@ def count(votes: Iterable[Vote], policy: Policy, target: str, drv_hash: DrvHash)
     return Tally(target, drv_hash, policy.votes_for(target), tuple(standings), tuple(void))
 
 
+def unanimous(tally: Tally) -> ResultStanding | None:
+    """The one result that there is; None when nobody has voted. Raises NotDeterministic when there are several."""
+    if len(tally.standings) > 1 or tally.void:
+        raise NotDeterministic(
+            f"{tally.target} came out differently",
+            reason="\n".join(_results(tally)),
+            hint=f"find out why: vzrepro challenge {tally.target}, vzrepro audit {tally.target}",
+        )
+    return tally.standings[0] if tally.standings else None
+
+
 def decide(tally: Tally, policy: Policy, now: dt.datetime) -> Decision:
     """The result that holds.
 
@@ -160,12 +171,7 @@ def decide(tally: Tally, policy: Policy, now: dt.datetime) -> Decision:
     holding = [each for each in concerned if each.holds(now)]
     if len(holding) == 1:
         return Decision(stood[holding[0].accept], holding[0])
-    lines = [_told(each) for each in tally.standings]
-    lines += [
-        f"{each.operator} has got {len(each.results)} results, so its votes are void: "
-        + ", ".join(result.hex[:SHORT] for result in each.results)
-        for each in tally.void
-    ]
+    lines = _results(tally)
     if holding:
         lines.append("the policy has exceptions for several of these, so none of them holds")
     expired = [each for each in concerned if not each.holds(now)]
@@ -188,6 +194,15 @@ def decide(tally: Tally, policy: Policy, now: dt.datetime) -> Decision:
         reason="\n".join(lines) or "nobody who may vote has signed that it built this",
         hint=f"have another operator build it and push its statement: vzrepro realize {tally.target} --no-substitute",
     )
+
+
+def _results(tally: Tally) -> list[str]:
+    """A line for each result, and for each operator that has got several."""
+    return [_told(each) for each in tally.standings] + [
+        f"{each.operator} has got {len(each.results)} results, so its votes are void: "
+        + ", ".join(result.hex[:SHORT] for result in each.results)
+        for each in tally.void
+    ]
 
 
 def _told(standing: ResultStanding) -> str:
