@@ -47,9 +47,7 @@ def test_a_missing_engine_is_told_with_what_to_type(small: Cli) -> None:
 
 
 @pytest.mark.skipif(
-    os.geteuid() != 0
-    or shutil.which("dockerd") is None
-    or "\toverlay\n" not in Path("/proc/filesystems").read_text(),
+    os.geteuid() != 0 or shutil.which("dockerd") is None or "\toverlay\n" not in Path("/proc/filesystems").read_text(),
     reason="only root can start a Docker daemon, and the kernel must have overlayfs",
 )
 def test_a_second_daemon_is_started_as_the_page_says() -> None:

@@ -29,12 +29,12 @@ CONTENT = b"the same bytes"
 SHA256 = FileHash(hashlib.sha256(CONTENT).hexdigest())
 
 
-def thing(*places: Path) -> Node:
+def thing(*places: Path, name: str = "thing", env: dict[str, str] | None = None) -> Node:
     """A download with one hash, from these places."""
     urls = [place.as_uri() for place in places]
-    drv = Derivation("thing", "fetch", content={"": SHA256})
+    drv = Derivation(name, "fetch", content={"": SHA256}, env=env or {})
     files = {"": PinnedFile(urls[0], SHA256, None, tuple(urls[1:]))}
-    path = store_path(drv.drv_hash(), "thing")
+    path = store_path(drv.drv_hash(), name)
     return Node("source-thing", "source", "recipes/x.py:1", "", drv, drv.drv_hash(), path, files=files)
 
 
@@ -111,6 +111,26 @@ def test_another_place_beside_the_one_that_is_gone(
     node = thing(old, tmp_path / "mirror")
     (info,) = realizer(store, node, seen, cache).realize([node])
     assert info.outcome is Outcome.SUBSTITUTED
+
+
+def test_from_the_store_under_another_files_name(
+    store: LocalStore, seen: list[events.Event], old: Path, tmp_path: Path
+) -> None:
+    first = thing(old)
+    realizer(store, first, seen).realize([first])
+    node = thing(tmp_path / "new", name="thing-1.0.tar")
+    (info,) = realizer(store, node, seen).realize([node])
+    assert (info.outcome, info.path, store.location(info.path).read_bytes()) == (Outcome.COPIED, node.path, CONTENT)
+    assert "source-thing is taken by its hash from this store" in warnings(seen)[0]
+    assert origins(store, info, node, first) == [False, True]
+    # What is unpacked is no file, and a damaged object is no source.
+    other = thing(tmp_path / "new", name="tree", env={"unpack": "1"})
+    for asked, damaged in ((other, False), (thing(tmp_path / "new", name="third"), True)):
+        run = realizer(store, asked, seen)
+        if damaged:
+            run.inventory.doubt([first.path, node.path], Doubt.CORRUPT)
+        with pytest.raises(RemoteError, match="no place has"):
+            run.realize([asked])
 
 
 @pytest.mark.parametrize("case", ["untrusted", "not asked", "lost", "no cache"])

@@ -7,6 +7,7 @@ elsewhere.
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from vzrepro import sandbox
 from vzrepro.base import events
 from vzrepro.base.config import Config
 from vzrepro.base.errors import HashMismatch, Interrupted, RemoteError, UsageError, VzreproError
-from vzrepro.base.model import BuildKey, DrvHash, ObjectInfo, Outcome, StorePath, canonical_json
+from vzrepro.base.model import BuildKey, DrvHash, ObjectInfo, Outcome, StorePath, canonical_json, store_path
 from vzrepro.base.signing import TrustedKeys
 from vzrepro.cache.narinfo import NarInfo, has_lost_trust
 from vzrepro.cache.reader import CacheReader
@@ -264,7 +265,15 @@ class Realizer:
             return found
 
     def _by_content(self, node: Node) -> tuple[ObjectInfo | None, str]:
-        """A download as a cache has it, from wherever it came there, and which cache that was."""
+        """A download as it is here under the name of another URL's file, or in a cache from wherever it came there; and
+        where that was."""
+        own = node.drv.document()
+        for drv_hash, canonical, _seen in self.store.derivations_named(node.target):
+            earlier = json.loads(canonical)
+            if all(earlier[key] == own[key] for key in ("builder", "content", "env")):
+                path = store_path(drv_hash, earlier["name"])
+                with contextlib.suppress(KeyError, Gone):
+                    return self._copy(node, self.inventory.have([path])[path]), "this store"
         for cache, info in self.inventory.by_content(node):
             with contextlib.suppress(RemoteError):
                 return self._from_cache(node, cache, info, Outcome.SUBSTITUTED), cache.url
