@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,10 +19,16 @@ import pytest
 from tests import servers
 from tests.e2e.conftest import PROJECT, Cli, containers
 from tests.farms import FarmMachine, TemporalServer
+from vzrepro.base.config import Config
+from vzrepro.base.errors import Interrupted
+from vzrepro.base.model import BuildKey, DrvHash
 from vzrepro.base.signing import SigningKey
 from vzrepro.cache.narinfo import NarInfo
 from vzrepro.cache.places import open_backend
 from vzrepro.cache.remote import Patience
+from vzrepro.farm.order import Order
+from vzrepro.farm.temporal.client import FarmClient
+from vzrepro.farm.temporal.server import FarmServer
 
 RECIPE = """
 from recipes.toolchain import TOOLS_IMAGE
@@ -118,6 +125,29 @@ def test_a_worker_builds_and_the_client_takes_its_target_only(farm: Farm, one: F
     narinfo = (farm.cache / f"{str(result['path'])[11:43]}.narinfo").read_text()
     assert "Sig: one-1:" in narinfo
     assert "alice" not in narinfo
+
+
+def test_a_worker_leaves_to_others_what_its_key_has_signed(farm: Farm, one: FarmMachine) -> None:
+    key = BuildKey.of(b"again")
+    order = Order(DrvHash.of(b"again"), key, "again", "linux/amd64", turn=2, apart_from=(farm.keys["one"].public.id,))
+    stop = threading.Event()
+
+    class Watch:
+        def waits(self, why: str) -> None: ...
+
+        def works(self, worker: str, phase: str) -> None:
+            if (worker, phase) == ("one", "leaves it to another builder"):
+                stop.set()
+
+        def log(self, stream: str, pieces: int) -> None: ...
+
+        def line(self, text: str) -> None: ...
+
+    with FarmClient(FarmServer.of(farm.server.url, Config())) as client:
+        with pytest.raises(Interrupted):
+            client.place(order, Watch(), stop)
+        assert client.cancel(order.id) == []
+    assert "again: begins" not in one.said
 
 
 def container_of(machine: FarmMachine) -> list[str]:
