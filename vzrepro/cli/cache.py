@@ -229,7 +229,7 @@ def _by_name(row: tuple[str, ...] | Sequence[object]) -> str:
 @json_option
 @click.pass_obj
 def why_missing(session: Session, target: str, url: str | None) -> None:
-    """Explain why TARGET does not come from the cache, or where none is shared, from this machine's own. Tells what
+    """Explain why TARGET does not come from the cache. Where none is shared, that is this machine's own. Tells what
     differs from the nearest of its name that is there."""
     from vzrepro.cache.history import CacheHistory
     from vzrepro.cli.inspect import changes_document, changes_lines
