@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.attestations import put
 from tests.contract.memory import MemoryBackend
 from tests.debs import deb, file
 from vzrepro.base import events
@@ -186,6 +187,15 @@ def test_a_difference_stops_everything(team: Team) -> None:
         team.run()
     assert "cccccccccccc by three-1" in (caught.value.reason or "")
     assert "by one-1, two-1" in (caught.value.reason or "")
+
+
+def test_other_bytes_than_they_have_agreed_on_are_not_given_out(team: Team) -> None:
+    """They have signed the same, and what the client has is something else."""
+    _, _, image = _graph()
+    with team.store("client") as store:
+        put(store, image.drv, {"": b"something else"})
+    with pytest.raises(NotDeterministic, match="image-c has other bytes than its builders have signed"):
+        team.run()
 
 
 def test_who_is_not_trusted_does_not_count(team: Team) -> None:

@@ -17,7 +17,7 @@ import pytest
 from tests import PATIENCE_SECS
 from vzrepro.base.errors import BuildFailed
 from vzrepro.base.model import BuildKey, Derivation, DrvHash, FileHash, NarHash, ObjectInfo, StorePath, store_path
-from vzrepro.realize.schedule import Schedule, StepState, expected_secs, run, take
+from vzrepro.realize.schedule import Schedule, StepState, expected_secs, planned, run, take
 from vzrepro.recipe.graph import DrvGraph, Node
 from vzrepro.recipe.plan import Offer, Plan, Step, make_plan
 
@@ -127,6 +127,7 @@ def test_a_plan_takes_as_long_as_its_schedule() -> None:
     assert expected_secs(plan_of(needs, a=10, b=7, c=1), 1) == 18, "how long downloads take is not known before"
     assert expected_secs(plan_of(needs, S=2, a=10, c=1), 1) is None
     assert expected_secs(plan_of({}), 1) is None
+    assert (planned(plan, 2).expected_secs, planned(plan, None).expected_secs) == (13, None), "a farm's size is unknown"
 
 
 class Performing:

@@ -79,7 +79,7 @@ def realize(
 
         run = farm_run(session, place, builders=builders, dry_run=dry_run)
         if dry_run:
-            _print_plan(session, run.plan(nodes), run.jobs, place)
+            _print_plan(session, run.plan(nodes), None, place)
             return
         found = run.realize(nodes)
     elif dry_run:
@@ -97,7 +97,7 @@ def realize(
     session.remember_realized(nodes, found)
 
 
-def _print_plan(session: Session, plan: Plan, jobs: int, farm: str | None = None) -> None:
+def _print_plan(session: Session, plan: Plan, jobs: int | None, farm: str | None = None) -> None:
     """Print what is to be done, and how long it takes with `jobs` builds at once; with a `farm`, what goes there."""
     from vzrepro.farm.order import size_class
     from vzrepro.realize.schedule import planned

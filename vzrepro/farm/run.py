@@ -126,7 +126,7 @@ class FarmRun:
         self._targets = frozenset(node.path for node in targets)
         try:
             return self.realizer.reach(
-                targets, lambda: self.plan(targets), lambda plan: schedule.run(plan, self, self.jobs), self.jobs
+                targets, lambda: self.plan(targets), lambda plan: schedule.run(plan, self, self.jobs), None
             )
         except Interrupted as error:
             raise Interrupted(error.message, hint=self.queue.farewell(self._ordered)) from error
@@ -136,7 +136,20 @@ class FarmRun:
     # --- one step
 
     def perform(self, step: Step, inputs: Mapping[DrvHash, ObjectInfo]) -> ObjectInfo:
-        """Do what one step says (`schedule.StepWork`): what is no target stays in the cache, and is only looked up."""
+        """Do what one step says (`schedule.StepWork`): what is no target stays in the cache, and is only looked up.
+
+        Raises NotDeterministic for other bytes than several builders have agreed on, where they must.
+        """
+        info, node = self._performed(step, inputs), step.node
+        if self.count is not None and node.drv.builder not in FIXED and info.nar_hash != self.count(node).result:
+            raise NotDeterministic(
+                f"{node.target} has other bytes than its builders have signed",
+                reason=f"it has NAR {info.nar_hash.nix}",
+                hint=f"vzrepro challenge {node.target}",
+            )
+        return info
+
+    def _performed(self, step: Step, inputs: Mapping[DrvHash, ObjectInfo]) -> ObjectInfo:
         node = step.node
         if step.verb in ("import", "fetch"):
             return self.realizer.perform(step, inputs)
@@ -152,14 +165,7 @@ class FarmRun:
             known = self._order(node, inputs, step.urgency)
             if node.path not in self._targets:
                 return _as_object(known)
-        info = self.realizer.perform(Step(node, "substitute", "a target of the run"), {})
-        if self.count is not None and node.drv.builder not in FIXED and info.nar_hash != self.count(node).result:
-            raise NotDeterministic(
-                f"{node.target} is here with other bytes than its builders have signed",
-                reason=f"here: {info.nar_hash.nix}",
-                hint=f"vzrepro challenge {node.target}",
-            )
-        return info
+        return self.realizer.perform(Step(node, "substitute", "a target of the run"), {})
 
     def push(self, node: Node, info: ObjectInfo) -> None:
         """Nothing: what workers need was pushed before they were asked, and what they build they push."""

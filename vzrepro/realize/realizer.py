@@ -124,10 +124,10 @@ class Realizer:
         return self.config.build_jobs()
 
     def reach(
-        self, targets: Sequence[Node], make: Callable[[], Plan], execute: Callable[[Plan], None], jobs: int
+        self, targets: Sequence[Node], make: Callable[[], Plan], execute: Callable[[Plan], None], jobs: int | None
     ) -> list[ObjectInfo]:
         """Make a plan and execute it, until all targets are there: again when that raises Gone. `jobs` builds run at
-        once."""
+        once, None where nobody knows."""
         self.store.sweep()
         # Held first, then looked at: what the plan finds then stays until it has been used.
         closure = self.graph.closure(targets)

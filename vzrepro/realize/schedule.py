@@ -147,9 +147,10 @@ def expected_secs(plan: Plan, jobs: int) -> float | None:
         schedule.move(drv, StepState.DONE)
 
 
-def planned(plan: Plan, jobs: int) -> Planned:
-    """What is told of a plan before it is run with `jobs` builds at once."""
-    return Planned(plan.actions(), plan.download_bytes() or None, expected_secs(plan, jobs))
+def planned(plan: Plan, jobs: int | None) -> Planned:
+    """What is told of a plan before it is run with `jobs` builds at once, None where nobody knows how many."""
+    expected = None if jobs is None else expected_secs(plan, jobs)
+    return Planned(plan.actions(), plan.download_bytes() or None, expected)
 
 
 def run(plan: Plan, work: StepWork, jobs: int) -> None:
