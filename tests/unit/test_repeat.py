@@ -72,7 +72,7 @@ def test_a_pure_workspace_passes(
     (root / "elsewhere/note").write_text("a note\n")
     folder = root / "recipes/a"
     (folder / "through").symlink_to("../../elsewhere")
-    (folder / "link").symlink_to("nowhere")
+    (folder / "link").symlink_to("./nowhere")
     (folder / "tree/empty").mkdir(parents=True)
     (folder / "tree/tool").write_text("a tool\n")
     (folder / "tree/tool").chmod(0o700)

@@ -182,6 +182,11 @@ def copy_file(source: Path, target: Path) -> None:
             raise OSError(errno.EIO, "it became shorter while it was copied", str(source))
 
 
+def copy_link(source: Path, target: Path) -> None:
+    """Make the symbolic link `target` that says what `source` does."""
+    target.symlink_to(os.readlink(source))  # noqa: PTH115 - a Path would leave out `./` and doubled slashes
+
+
 def _share_blocks(reader: int, writer: int, size: int) -> int:
     """Copy as many of the first `size` bytes as the kernel can by itself; returns how many."""
     done = 0

@@ -66,7 +66,7 @@ class Maker:
                 if isinstance(content, bytes):
                     target.write_bytes(content)
                 elif content.is_symlink():
-                    target.symlink_to(content.readlink())
+                    disk.copy_link(content, target)
                 else:
                     target.write_bytes(content.read_bytes())
                     target.chmod(0o755 if content.stat().st_mode & 0o100 else 0o644)
@@ -384,7 +384,7 @@ def _take_file(node: Node, name: str, found: Path, target: Path) -> None:
     # A link above it would lead elsewhere.
     plain = not any((found / each).is_symlink() for each in source.relative_to(found).parents if name)
     if plain and local and source.is_symlink():
-        target.symlink_to(source.readlink())
+        disk.copy_link(source, target)
     elif plain and not source.is_symlink() and source.is_file():
         disk.copy_file(source, target)
         target.chmod(0o755 if local and source.stat().st_mode & 0o100 else 0o644)

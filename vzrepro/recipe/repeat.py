@@ -121,9 +121,8 @@ def copy_files(paths: Iterable[Path], root: Path, place: Path) -> None:
         copy = place / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink():
-            target = path.readlink()
-            copy.symlink_to(target)
-            pending.append(Path(os.path.normpath(path.parent / target)))
+            disk.copy_link(path, copy)
+            pending.append(Path(os.path.normpath(path.parent / path.readlink())))
         elif path.is_dir():
             copy.mkdir(exist_ok=True)
         elif path.is_file():
