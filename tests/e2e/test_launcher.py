@@ -119,6 +119,23 @@ def test_missing_programs_are_named_and_nothing_is_done(clone: Path, bare_path: 
     assert done.stderr.startswith("error: missing on this machine: docker\n  hint: ")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="hides this machine's daemon, which needs root")
+@pytest.mark.parametrize(
+    ("context", "error"), [("far", "no Python 3.11 or later"), ("default", "missing on this machine: docker")]
+)
+def test_a_daemon_that_a_context_leads_to_is_not_looked_for_here(
+    clone: Path, bare_path: str, context: str, error: str
+) -> None:
+    docker = Path(bare_path) / "docker"
+    docker.write_text(f'#!/bin/sh\n[ "$1" = context ] && echo {context}\n')
+    docker.chmod(0o755)
+    script = 'mount -t tmpfs tmpfs /run && PATH=$1 exec "$2" shell busybox'
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", bare_path, clone / "run"]
+    environ = {**os.environ, "VZREPRO_DOCKER": "", "DOCKER_HOST": "", "DOCKER_CONTEXT": ""}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.stderr.startswith(f"error: {error}"), done.stderr
+
+
 def test_the_fast_tests_need_no_programs(clone: Path, bare_path: str) -> None:
     every = run(clone, "test", PATH=bare_path, VZREPRO_DOCKER="")
     assert "docker qemu git cpio nix chromium" in every.stderr.splitlines()[0]
