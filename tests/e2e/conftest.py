@@ -9,16 +9,22 @@ import signal
 import subprocess
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests import PATIENCE_SECS, trixie
+from tests import PATIENCE_SECS, engines, trixie
 from tests.commands import Commands
 from tests.containers import Oci
+from tests.e2e import sandboxes
+from vzrepro import sandbox
+from vzrepro.base import disk
 from vzrepro.guest.vm.boot import HostPrograms
+from vzrepro.sources.image import image_id
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -123,6 +129,77 @@ def oci(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Oci:
 def image() -> str:
     """An image with a shell, coreutils, busybox and nginx."""
     return str(trixie.service_image())
+
+
+@pytest.fixture(scope="session")
+def far_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Docker daemon that sees neither this checkout nor what tests write."""
+    if (why := engines.why_not()) is not None:
+        pytest.skip(why)
+    with engines.far_daemon([PROJECT, tmp_path_factory.getbasetemp(), Path("/var/tmp")]) as address:
+        yield address
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How sandboxes come to their directories: `mounts`, unless the test asks for `volume`, of an engine far away."""
+    wanted = str(getattr(request, "param", "mounts"))
+    if wanted == "volume":
+        monkeypatch.setenv("DOCKER_HOST", request.getfixturevalue("far_engine"))
+    return wanted
+
+
+@pytest.fixture(scope="session")
+def tools_archive(project: Cli) -> Path:
+    """The tools image, as the store has it."""
+    return project.realize("image-tools")[0]
+
+
+@pytest.fixture
+def tools_image(tools_archive: Path, way: str) -> str:
+    """The id of the tools image, loaded."""
+    identity = str(image_id(tools_archive))
+    sandbox.load_image(tools_archive, identity)
+    return identity
+
+
+@pytest.fixture(scope="session")
+def scratches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where jobs have their scratch directories: as in a store, so that the engine is asked once what it sees of it."""
+    place = tmp_path_factory.mktemp("jobs") / disk.PRIVATE
+    place.mkdir()
+    return place
+
+
+@pytest.fixture
+def new_job(tmp_path: Path, scratches: Path, tools_image: str, way: str) -> Iterator[Callable[..., sandbox.Job]]:
+    """Makes a Job running a shell script, with a label of its own; whatever it leaves behind fails the test."""
+    made: list[sandbox.Job] = []
+
+    def make(script: str, **changes: Any) -> sandbox.Job:
+        label = f"test-{uuid.uuid4().hex[:12]}"
+        scratch = scratches / label
+        scratch.mkdir(mode=0o700)
+        fields: dict[str, Any] = {
+            "label": label,
+            "image": tools_image,
+            "command": ("sh", "-c", script),
+            "scratch": scratch,
+            "log": tmp_path / f"{label}.log",
+            "source_date_epoch": sandboxes.EPOCH,
+            "cores": 2,
+        }
+        job = sandbox.Job(**(fields | changes))
+        made.append(job)
+        return job
+
+    yield make
+    left = {job.label: sandboxes.containers(job.label) for job in made}
+    for names in left.values():
+        if names:
+            subprocess.run(["docker", "rm", "--force", "--volumes", *names], check=True, capture_output=True)
+    assert not any(left.values())
+    assert way == "mounts" or sandboxes.volumes() == []
 
 
 @pytest.fixture

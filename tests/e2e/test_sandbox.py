@@ -19,91 +19,22 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import PATIENCE_SECS
-from tests.e2e.conftest import Cli
+from tests.e2e.sandboxes import EPOCH, containers, output, store_object
 from vzrepro import sandbox
 from vzrepro.base.errors import BuildFailed, Interrupted, TimedOut, VzreproError
 from vzrepro.sandbox import engine
-from vzrepro.sources import image
 
 STORE_PATH = re.compile(rb"[0-9a-df-np-sv-z]{32}-")
-EPOCH = 1767225600
 
-
-@pytest.fixture(scope="session")
-def tiny_image(project: Cli) -> tuple[str, Path]:
-    archive = project.realize("image-tools")[0]
-    return str(image.image_id(archive)), archive
-
-
-@pytest.fixture
-def tools_image(tiny_image: tuple[str, Path]) -> str:
-    """The id of the tools image, loaded."""
-    identity, archive = tiny_image
-    sandbox.load_image(archive, identity)
-    return identity
-
-
-@pytest.fixture
-def new_job(tmp_path: Path, tools_image: str) -> Iterator[Callable[..., sandbox.Job]]:
-    """Makes a Job running a shell script, with a label of its own; whatever it leaves behind fails the test."""
-    made: list[sandbox.Job] = []
-
-    def make(script: str, **changes: Any) -> sandbox.Job:
-        label = f"test-{uuid.uuid4().hex[:12]}"
-        scratch = tmp_path / label
-        scratch.mkdir(mode=0o700)
-        fields: dict[str, Any] = {
-            "label": label,
-            "image": tools_image,
-            "command": ("sh", "-c", script),
-            "scratch": scratch,
-            "log": tmp_path / f"{label}.log",
-            "source_date_epoch": EPOCH,
-            "cores": 2,
-        }
-        job = sandbox.Job(**(fields | changes))
-        made.append(job)
-        return job
-
-    yield make
-    left = {job.label: containers(job.label) for job in made}
-    for names in left.values():
-        if names:
-            subprocess.run(["docker", "rm", "--force", *names], check=True, capture_output=True)
-    assert not any(left.values())
-
-
-def containers(label: str) -> list[str]:
-    return subprocess.run(
-        ["docker", "ps", "--all", "--filter", f"label=vzrepro.target={label}", "--format", "{{.Names}}"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.split()
-
-
-def output(job: sandbox.Job) -> list[str]:
-    """Run the job and return its lines."""
-    lines: list[str] = []
-    sandbox.run(job, on_line=lines.append)
-    return lines
-
-
-def store_object(tmp_path: Path) -> Path:
-    """A directory under the name of a store path, as the store writes it: modes 0444 and 0555."""
-    path = tmp_path / "store" / f"{'0123456789abcdfghijklmnpqrsvwxyz'}-input-1.0"
-    path.mkdir(parents=True)
-    (path / "file").write_text("content\n")
-    (path / "file").chmod(0o444)
-    path.chmod(0o555)
-    return path
+both = pytest.mark.parametrize("way", ["mounts", "volume"], indirect=True)
+"""The promises that could be kept in one way to the sandbox's directories and broken in the other."""
 
 
 def test_environment_is_exact(
@@ -130,6 +61,7 @@ def test_environment_is_exact(
     assert b"HOSTNAME" not in first_process.log.read_bytes()
 
 
+@both
 def test_who_and_where(new_job: Callable[..., sandbox.Job]) -> None:
     names = "uname -n; cat /proc/sys/kernel/domainname /etc/hostname"
     assert output(new_job(f"id -u; id -g; id -G; pwd; umask; {names}; ls -A /build /out")) == [
@@ -138,10 +70,12 @@ def test_who_and_where(new_job: Callable[..., sandbox.Job]) -> None:
     ]
 
 
+@both
 def test_name_resolution_files_are_constant(new_job: Callable[..., sandbox.Job]) -> None:
     assert output(new_job("cat /etc/hosts /etc/resolv.conf")) == ["127.0.0.1\tlocalhost", "::1\tlocalhost"]
 
 
+@both
 def test_no_store_path_is_visible(new_job: Callable[..., sandbox.Job], tmp_path: Path) -> None:
     path = store_object(tmp_path)
     job = new_job(
@@ -156,6 +90,7 @@ def test_no_store_path_is_visible(new_job: Callable[..., sandbox.Job], tmp_path:
     assert STORE_PATH.search(bytes(path)), "the pattern must recognise what it looks for"
 
 
+@both
 def test_no_container_id_is_visible(new_job: Callable[..., sandbox.Job]) -> None:
     seen: list[str] = []
 
@@ -200,6 +135,7 @@ def test_no_capability_and_no_way_to_get_one(new_job: Callable[..., sandbox.Job]
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
 
 
+@both
 def test_nothing_else_can_be_written(new_job: Callable[..., sandbox.Job], tmp_path: Path) -> None:
     path = store_object(tmp_path)
     script = """
@@ -228,6 +164,7 @@ def test_nothing_else_can_be_written(new_job: Callable[..., sandbox.Job], tmp_pa
     assert (path / "file").read_text() == "content\n"
 
 
+@both
 def test_writable_mounts_are_the_three(new_job: Callable[..., sandbox.Job]) -> None:
     mounts = [line.split() for line in output(new_job("cat /proc/self/mounts"))]
     kernel = {"proc", "devpts"}  # of processes; of terminals
@@ -456,6 +393,7 @@ def test_a_command_that_does_not_exist(new_job: Callable[..., sandbox.Job]) -> N
     assert caught.value.reason is not None and "no-such-program" in caught.value.reason
 
 
+@both
 def test_an_image_that_is_not_there(new_job: Callable[..., sandbox.Job]) -> None:
     image = "sha256:" + "0123456789abcdef" * 4
     assert not sandbox.has_image(image)
@@ -482,6 +420,7 @@ def test_memory_limit(new_job: Callable[..., sandbox.Job]) -> None:
     assert containers(job.label) == []
 
 
+@both
 def test_an_exception_of_the_caller_ends_the_build(new_job: Callable[..., sandbox.Job]) -> None:
     job = new_job("echo line; sleep 600")
 
@@ -493,6 +432,7 @@ def test_an_exception_of_the_caller_ends_the_build(new_job: Callable[..., sandbo
     assert containers(job.label) == []
 
 
+@both
 def test_stop_from_another_thread(new_job: Callable[..., sandbox.Job]) -> None:
     job = new_job("echo line; sleep 600")
     stop = threading.Event()
@@ -559,6 +499,7 @@ def test_signals_end_the_container(new_job: Callable[..., sandbox.Job], signals:
     assert containers(job.label) == []
 
 
+@both
 def test_sweep_removes_what_a_killed_process_left(
     new_job: Callable[..., sandbox.Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -579,6 +520,7 @@ def test_sweep_removes_what_a_killed_process_left(
     child.wait()
 
 
+@both
 def test_shell_opens_the_same_sandbox(new_job: Callable[..., sandbox.Job], tmp_path: Path) -> None:
     job = new_job("make it so", inputs={"tree": store_object(tmp_path)}, env={"RECIPE": "r"})
     sandbox.prepare(job)
@@ -600,13 +542,15 @@ def test_shell_opens_the_same_sandbox(new_job: Callable[..., sandbox.Job], tmp_p
     os.close(master)
     assert b"@1000 /build 0022 r 2 content@" in seen
     assert b"make it so" in seen, "the shell shows the command it stands in for"
+    sandbox.discard(job)
 
 
+@both
 def test_a_host_user_who_is_not_root(tmp_path: Path, tools_image: str) -> None:
     """Another uid than root's and the sandbox's reads the result and removes everything, even after a kill."""
-    sock = Path("/var/run/docker.sock")
-    if os.geteuid() != 0 or not sock.exists() or "DOCKER_HOST" in os.environ:
-        pytest.skip("needs root, to become someone else, and the local Docker socket")
+    sock = Path(os.environ.get("DOCKER_HOST", "/var/run/docker.sock").removeprefix("unix://"))
+    if os.geteuid() != 0 or not sock.is_socket():
+        pytest.skip("needs root, to become someone else, and a local Docker socket")
     home = Path("/var/tmp") / f"vzrepro-test-{uuid.uuid4().hex}"
     home.mkdir(mode=0o700)
     os.chown(home, 54321, sock.stat().st_gid)

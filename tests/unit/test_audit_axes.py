@@ -21,6 +21,7 @@ from vzrepro.proof.audit import observed
 from vzrepro.proof.audit.axes import AXES
 from vzrepro.proof.audit.changes import World, baseline
 from vzrepro.sandbox.confine import run_arguments
+from vzrepro.sandbox.staging import Mounts
 
 IMAGE = "sha256:" + "ab" * 32
 RUNTIME = sandbox.Runtime("docker", "docker", "28", "28", 2, "overlay2", False, 4, 16 << 30, "runc", ("crun", "runc"))
@@ -403,7 +404,7 @@ def test_surroundings_are_staged_and_removed(new_job: Callable[..., sandbox.Job]
     job = baseline(new_job(), world)
     for name in ("host-name", "file-system", "directory-order", "input-topology", "kernel-version", "locale"):
         job = varied(name, job, world)
-    sandbox.prepare(job)
+    Mounts(job).fill(lambda: None)
     assert world.scratch_shm is not None and job.build.is_relative_to(world.scratch_shm)
     assert job.build.parent.stat().st_mode & 0o7777 == 0o700
     assert sorted(path.name for path in (job.staged / "tree").iterdir()) == list("abcdefgh")
@@ -419,7 +420,7 @@ def test_the_profile_of_an_audit_permits_one_personality_more(
     new_job: Callable[..., sandbox.Job], world: World
 ) -> None:
     job = varied("address-layout", varied("kernel-version", baseline(new_job(), world), world), world)
-    sandbox.prepare(job)
+    Mounts(job).fill(lambda: None)
     ours = json.loads(Path(sandbox.__file__).with_name("seccomp.json").read_text())
     theirs = json.loads((job.scratch / "seccomp.json").read_text())
     *rules, added = theirs.pop("syscalls")
@@ -447,6 +448,6 @@ def test_inputs_are_made_in_an_order_of_the_seed(
     orders = []
     for seed in (1, 1, 2):
         made.clear()
-        sandbox.prepare(new_job(surroundings=sandbox.Surroundings(order=seed)))
+        Mounts(new_job(surroundings=sandbox.Surroundings(order=seed))).fill(lambda: None)
         orders.append(list(made))
     assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2]) == list("abcdefgh")

@@ -14,7 +14,7 @@ import pytest
 from tests.folding import IGNORED, fold
 from tests.unit.test_nar import Tree, archive
 from tests.unit.test_rootfs import docker_archive, entry, tar
-from vzrepro import nar, sandbox
+from vzrepro import nar
 from vzrepro.base import disk
 from vzrepro.base.config import Config
 from vzrepro.base.errors import VzreproError
@@ -102,7 +102,7 @@ def test_nothing_is_built_where_case_is_ignored(monkeypatch: pytest.MonkeyPatch,
     with monkeypatch.context() as context:
         fold(context, place, "case")
         with pytest.raises(VzreproError, match="cannot hold a build"):
-            sandbox.prepare(job)
+            staging.Mounts(job).fill(lambda: None)
     assert list(place.iterdir()) == []
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from vzrepro import sandbox
 from vzrepro.base.errors import BuildFailed, Interrupted, TimedOut, VzreproError
-from vzrepro.sandbox import running
+from vzrepro.sandbox import running, staging
 from vzrepro.sandbox.log import Log
 
 
@@ -114,8 +114,8 @@ def test_nothing_is_counted_while_the_disk_has_lost_too_little(
         return 0
 
     monkeypatch.setattr(running.time, "monotonic", lambda: now)
-    monkeypatch.setattr(running, "_free", lambda _: free)
-    monkeypatch.setattr(running.disk, "usage", usage)
+    monkeypatch.setattr(staging, "_free", lambda _: free)
+    monkeypatch.setattr(staging.disk, "usage", usage)
     limits = running.RunLimits(job, None)
     limits.check_disk()
     assert counted == 2, "/build and /out"

@@ -122,8 +122,11 @@ def run(
         session.warn(message)
 
     started = _now()
+    with session.store.scratch("engine") as scratch:
+        sharing = sandbox.sharing_of(scratch, runtime)
     with memory_directory() as in_memory:
-        world = World(runtime, tools_place, session.config.build_cores(), in_memory)
+        unmounted = None if sharing.mounts else sharing.reason
+        world = World(runtime, tools_place, session.config.build_cores(), in_memory, unmounted)
         rebuilder = Rebuilder(realizer, world, axes)
         found = Audit(request, rebuilder, records, signing.public.id, explain, signer.sign).run()
     around = Around(

@@ -6,7 +6,9 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 
@@ -35,6 +37,7 @@ def doctor(session: Session) -> None:
         ("python", _python),
         ("host", _host),
         ("container engine", _engine),
+        ("files of builds", _files),
         ("qemu", _qemu),
         ("workspace", _workspace),
         ("lock", _lock),
@@ -75,6 +78,16 @@ def _engine(_session: Session) -> str:
     )
 
 
+def _files(session: Session) -> str:
+    place = _existing(session.config.store)
+    if not os.access(place, os.W_OK):
+        return "not tried: the store cannot be written"
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=place) as directory:
+        found = sandbox.find_out(Path(directory), sandbox.check())
+    how = "mounted by the engine" if found.mounts else "sent to the engine and fetched (docs/sandbox.md)"
+    return f"{how}: {found.reason}"
+
+
 def _qemu(_session: Session) -> str:
     if platform.system() != "Linux":
         return "not used on this host"
@@ -97,7 +110,7 @@ def _lock(session: Session) -> str:
 
 def _store(session: Session) -> str:
     place = session.config.store
-    existing = next(folder for folder in (place, *place.parents) if folder.exists())
+    existing = _existing(place)
     writable = os.access(existing, os.W_OK)
     if writable and disk.same_name(existing, "a", "A"):
         raise VzreproError(
@@ -112,6 +125,11 @@ def _store(session: Session) -> str:
         )
     forms = ", takes two Unicode forms of a name for one" if writable and disk.same_name(existing, *_FORMS) else ""
     return f"{place}, {words.size(free)} free{forms}"
+
+
+def _existing(place: Path) -> Path:
+    """The directory itself, or the nearest one above it that exists."""
+    return next(folder for folder in (place, *place.parents) if folder.exists())
 
 
 def _caches(session: Session) -> str:

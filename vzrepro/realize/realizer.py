@@ -193,8 +193,14 @@ class Realizer:
         if not any(step.verb == "build" for step in todo):
             schedule.run(plan, self, self._jobs)
             return
-        self._weighs = sandbox.check().weighs
+        runtime = sandbox.check()
+        self._weighs = runtime.weighs
         sandbox.sweep()
+        with self.store.scratch("engine") as scratch:
+            sharing = sandbox.sharing_of(scratch, runtime)
+        if not sharing.mounts:
+            message = f"inputs of builds are sent to the container engine, outputs fetched: {sharing.reason}"
+            self.report(events.Notice("info", message))
         try:
             schedule.run(plan, self, self._jobs)
         finally:

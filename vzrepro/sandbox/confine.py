@@ -6,10 +6,11 @@ import csv
 import io
 import os
 import shlex
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from vzrepro.sandbox import engine
 from vzrepro.sandbox.job import OPEN_FILES_LIMIT, PIDS_LIMIT, TMP_SIZE, Job
+from vzrepro.sandbox.places import places, volume_of
 
 SECCOMP = Path(__file__).with_name("seccomp.json")
 
@@ -35,8 +36,8 @@ _COPY_OUT = (
     'cd /out; set --; for f in * .[!.]* ..?*; do if [ -e "$f" ] || [ -L "$f" ]; then set -- "$@" "$f"; fi; done; '
     f'if [ $# -gt 0 ]; then cp -a -- "$@" {_OUT_OF_HOST} || status=$?; fi; '
 )
-# When vzrepro is not root, what the sandbox's user made must be left readable and removable for the host's user; that
-# chmod complains about /build and /out themselves, which are not the sandbox's user's.
+# When vzrepro is not root, what the sandbox's user made must be left readable and removable for the host's user, unless
+# it is in a volume; that chmod complains about /build and /out themselves, which are not the sandbox's user's.
 _SHARE = "chmod -R a+rwX /build /out 2>/dev/null; "
 _SHELL = (
     'printf "sandbox of %s; its command is:\\n    %s\\n" "$1" "$2"; shift 2; '
@@ -47,7 +48,7 @@ _SHELL = (
 def run_arguments(job: Job, name: str) -> list[str]:
     """The engine's arguments that build the job in a container called `name`."""
     variables = [f"{key}={value}" for key, value in job.environment.items()]
-    after = _SHARE if os.geteuid() != 0 else ""
+    after = _SHARE if os.geteuid() != 0 and volume_of(job) is None else ""
     if job.surroundings.in_memory:
         after += _COPY_OUT
     return [
@@ -64,7 +65,7 @@ def run_arguments(job: Job, name: str) -> list[str]:
 def shell_command(job: Job) -> list[str]:
     """The argv that opens an interactive shell in the job's sandbox: same mounts, limits and environment.
 
-    The scratch directory must have been filled (`prepare`, or a failed `run` with `keep_failed`).
+    The sandbox's directories must have been filled (`prepare`, or a failed `run` with `keep_failed`).
     """
     variables = [f"{name}={value}" for name, value in {"TERM": "xterm", **job.environment}.items()]
     # No owner label: this container belongs to whoever types the command, and `sweep` must leave it alone.
@@ -84,6 +85,7 @@ def _confinement(job: Job) -> list[str]:
     """The flags of the contract, the same for a build and for a shell."""
     uid, gid = job.user
     around = job.surroundings
+    found = places(job)
     flags = [
         *("--pull", "never", "--platform", job.platform),
         *("--network", "none", "--hostname", around.hostname, "--ipc", "private", "--cgroupns", "private"),
@@ -99,12 +101,12 @@ def _confinement(job: Job) -> list[str]:
         for path in ("/build", "/out"):
             # runc before 1.2 gives it the mode of the image's own directory, so it must be the user's.
             flags += ["--tmpfs", f"{path}:rw,exec,nosuid,nodev,mode=777,uid={uid},gid={gid}"]
-        flags += ["--mount", bind(job.out, _OUT_OF_HOST)]
+        flags += ["--mount", bind(found.out, _OUT_OF_HOST)]
     else:
-        flags += ["--mount", bind(job.build, "/build"), "--mount", bind(job.out, "/out")]
-    flags += ["--mount", bind(job.staged, "/in", readonly=True)]
+        flags += ["--mount", bind(found.build, "/build"), "--mount", bind(found.out, "/out")]
+    flags += ["--mount", bind(found.inputs, "/in", readonly=True)]
     for name in ETC:
-        flags += ["--mount", bind(job.scratch / "etc" / name, f"/etc/{name}", readonly=True)]
+        flags += ["--mount", bind(found.etc / name, f"/etc/{name}", readonly=True)]
     if job.memory_bytes is not None:
         # Swap counted in: a build that swaps would take hours instead of failing with a clear message.
         flags += ["--memory", str(job.memory_bytes), "--memory-swap", str(job.memory_bytes)]
@@ -132,9 +134,9 @@ def _varied(job: Job) -> list[str]:
     if around.runtime is not None:
         flags += ["--runtime", around.runtime]
     if around.workdir != "/build":
-        flags += ["--mount", bind(job.build, around.workdir)]
-    for path, source in mounted_files(job).items():
-        flags += ["--mount", bind(source, path, readonly=True)]
+        flags += ["--mount", bind(places(job).build, around.workdir)]
+    for index, path in enumerate(around.files):
+        flags += ["--mount", bind(places(job).files / str(index), path, readonly=True)]
     return flags
 
 
@@ -143,14 +145,10 @@ def seccomp_profile(job: Job) -> Path:
     return job.scratch / "seccomp.json" if job.surroundings.personality else SECCOMP
 
 
-def mounted_files(job: Job) -> dict[str, Path]:
-    """Path in the sandbox → where `prepare` puts what is mounted there; the names tell nothing."""
-    return {path: job.scratch / "files" / str(index) for index, path in enumerate(job.surroundings.files)}
-
-
-def bind(source: Path, target: str, *, readonly: bool = False) -> str:
+def bind(source: PurePath, target: str, *, readonly: bool = False) -> str:
     """The value of --mount for a bind mount: one CSV record, so a comma or quote in a path is quoted as CSV does it."""
     record = io.StringIO()
-    fields = ["type=bind", f"src={source.absolute()}", f"dst={target}", *(["readonly"] if readonly else [])]
+    found = source.absolute() if isinstance(source, Path) else source
+    fields = ["type=bind", f"src={found}", f"dst={target}", *(["readonly"] if readonly else [])]
     csv.writer(record, lineterminator="").writerow(fields)
     return record.getvalue()

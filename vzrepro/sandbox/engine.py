@@ -27,9 +27,14 @@ from vzrepro.base.errors import VzreproError
 
 _IMAGE_ID = re.compile(r"(?:sha256:)?[0-9a-f]{64}")
 _CONTAINER = re.compile(r"vzrepro-(?P<boot>[0-9a-f]+)-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]+")
+_UNREACHABLE = re.compile(
+    r"cannot connect|connection refused|is the docker daemon running|error during connect", re.IGNORECASE
+)
+_LOST = re.compile(r"unexpected eof|connection reset|broken pipe|closed network connection|: eof$", re.IGNORECASE)
 _REMOVE_SECS = 60.0
 _ANSWER_SECS = 120.0
 UNLIMITED = threading.TIMEOUT_MAX
+_UNREACHABLE_SECS = 5.0
 _START_SECS = 2.0
 
 
@@ -38,7 +43,8 @@ class Runtime:
     """The container engine that would be used: `engine` is docker or podman, sizes are in bytes.
 
     `runtimes` are the names of its OCI runtimes; podman tells only the default one. `weighs` says whether containers
-    can have uneven shares of the processors.
+    can have uneven shares of the processors. `identity` is the same for the same engine, and fit for a file name;
+    `kernel` is the release of the kernel that it runs on, empty if it does not tell.
     """
 
     command: str
@@ -53,6 +59,8 @@ class Runtime:
     default_runtime: str = ""
     runtimes: tuple[str, ...] = ()
     weighs: bool = False
+    identity: str = ""
+    kernel: str = ""
 
 
 def check() -> Runtime:
@@ -95,6 +103,8 @@ def _described(info: Mapping[str, Any]) -> Runtime:
             memory_bytes=host["memTotal"],
             default_runtime=host.get("ociRuntime", {}).get("name", ""),
             weighs="cpu" in (host.get("cgroupControllers") or []),
+            identity=_identity(host.get("hostname"), info["store"].get("graphRoot")),
+            kernel=str(host.get("kernel", "")),
         )
     return Runtime(
         command=shlex.join(command_line()),
@@ -109,7 +119,19 @@ def _described(info: Mapping[str, Any]) -> Runtime:
         default_runtime=info.get("DefaultRuntime", ""),
         runtimes=tuple(sorted(info.get("Runtimes") or ())),
         weighs=bool(info.get("CPUShares")),
+        identity=_identity(info.get("ID"), info.get("Name"), info.get("DockerRootDir")),
+        kernel=str(info.get("KernelVersion") or ""),
     )
+
+
+def _identity(*told: object) -> str:
+    # Daemons of one host may have one id, by way of /etc/docker/key.json; one daemon may be had by several addresses.
+    return hashlib.sha256(repr([command_line(), selected(), told]).encode()).hexdigest()[:16]
+
+
+def selected() -> tuple[str | None, ...]:
+    """What says which engine is meant."""
+    return tuple(os.environ.get(name) for name in ("VZREPRO_DOCKER", "DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG"))
 
 
 def has_image(image_id: str) -> bool:
@@ -117,9 +139,14 @@ def has_image(image_id: str) -> bool:
     code, out, err = docker("image", "inspect", "--format", "{{.Id}}", image_id, checked=False)
     if code == 0:
         return _bare(out.strip()) == _bare(image_id)
-    if re.search(r"no such (image|object)|image not known", err, re.IGNORECASE):
+    if lacks_image(err):
         return False
     raise trouble(err)
+
+
+def lacks_image(complaint: str) -> bool:
+    """Whether the engine complains that it has no such image."""
+    return re.search(r"no such (image|object)|image not known", complaint, re.IGNORECASE) is not None
 
 
 @functools.lru_cache(maxsize=64)
@@ -171,7 +198,7 @@ def sweep() -> list[str]:
     _, out, _ = docker("ps", "--all", "--filter", f"label=vzrepro.host={host_name()}", "--format", "{{.Names}}")
     orphans = [name for name in out.split() if _orphaned(name)]
     if orphans:
-        docker("rm", "--force", *orphans, checked=False)  # another sweep may be removing the same ones
+        docker("rm", "--force", "--volumes", *orphans, checked=False)  # another sweep may be removing the same ones
     return orphans
 
 
@@ -275,12 +302,13 @@ def trouble(complaint: str) -> VzreproError:
             reason=text,
             hint="see whether it is busy: docker ps   and in its log; it may have to be started again",
         )
-    if "cannot connect" in lower or "connection refused" in lower or "is the docker daemon running" in lower:
-        return VzreproError(
-            "the Docker daemon does not answer",
-            reason=text,
-            hint="start it with: sudo systemctl start docker   (without systemd: sudo service docker start)",
-        )
+    if unreachable(text):
+        start = "start it with: sudo systemctl start docker   (without systemd: sudo service docker start)"
+        if elsewhere := next((name for name in ("DOCKER_HOST", "DOCKER_CONTEXT") if os.environ.get(name)), None):
+            start = f"{elsewhere} is {os.environ[elsewhere]}; see what this says: {engine} version"
+            if "ssh" in lower:
+                start += "   (ssh must not ask for a password: use a key and an agent)"
+        return VzreproError("the Docker daemon does not answer", reason=text, hint=start)
     if "no such image" in lower or "image not known" in lower:
         return VzreproError(
             "the toolchain image vanished from Docker",
@@ -289,7 +317,18 @@ def trouble(complaint: str) -> VzreproError:
         )
     if "no space left on device" in lower:
         return VzreproError("the disk is full", reason=text, hint=f"free some of Docker's space: {engine} system prune")
+    if _LOST.search(text):
+        return VzreproError(
+            "the connection to the container engine was lost",
+            reason=text,
+            hint="run the same command again: what was being built there is removed first",
+        )
     return VzreproError("the container engine failed", reason=text, hint="look closer with: vzrepro doctor")
+
+
+def unreachable(complaint: str) -> bool:
+    """Whether the client complains that it cannot get at the daemon."""
+    return _UNREACHABLE.search(complaint) is not None
 
 
 def state(name: str) -> dict[str, Any] | None:
@@ -318,19 +357,26 @@ def remove(name: str, client: Any | None) -> None:
             gone = code == 0 or re.search(r"no such container|no container with", err, re.IGNORECASE)
             if gone and not running and time.monotonic() >= settled:
                 break
+            if unreachable(err) and not running and time.monotonic() > began + _UNREACHABLE_SECS:
+                raise trouble(err)
             if time.monotonic() > began + _REMOVE_SECS:
                 if running and client is not None:
                     client.kill_group()
                 raise VzreproError(
                     f"the container {name} could not be removed",
                     reason=err.strip() or None,
-                    hint=f"remove it with: {shlex.join([*command_line(), 'rm', '--force', name])}",
+                    hint=f"remove it with: {remove_command(name)}",
                 )
             time.sleep(0.05)
         except KeyboardInterrupt as error:
             interrupted = error
     if interrupted is not None:
         raise interrupted
+
+
+def remove_command(name: str) -> str:
+    """What to type to be rid of a container and its volume."""
+    return shlex.join([*command_line(), "rm", "--force", "--volumes", name])
 
 
 def new_name() -> str:
@@ -363,6 +409,11 @@ def _started(pid: int) -> int | None:
         return 0
     state, *fields = stat[stat.rindex(")") + 2 :].split()
     return None if state in "ZX" else int(fields[18])
+
+
+def boot_name() -> str:
+    """A name for this host, pid namespace and boot."""
+    return f"{host_name()}-{_boot()}"
 
 
 @functools.cache

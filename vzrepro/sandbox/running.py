@@ -20,20 +20,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vzrepro.base import disk
 from vzrepro.base.errors import BuildFailed, Interrupted, OutOfMemory, TimedOut, VzreproError
-from vzrepro.sandbox import engine
+from vzrepro.sandbox import engine, sharing, ways
 from vzrepro.sandbox.confine import run_arguments, shell_command
 from vzrepro.sandbox.job import LINE_LIMIT, TAIL_LINES, Job
 from vzrepro.sandbox.log import Log
-from vzrepro.sandbox.staging import prepare
+from vzrepro.sandbox.places import volume_of
+from vzrepro.sandbox.staging import Mounts
+from vzrepro.sandbox.ways import Way
 
 _LOOK_SECS = 1.0
 _LOOK_ANYWAY_SECS = 30.0
 
 
 def run(job: Job, *, on_line: Callable[[str], None], stop: threading.Event | None = None) -> RunLimits:
-    """Build: prepare the scratch directory, run the command in a fresh container, remove that, return.
+    """Build: fill the sandbox's directories, run the command in a fresh container, remove that, return.
 
     Output, stdout and stderr in the order written, goes to `job.log` as it comes and line by line to `on_line` (called
     in this thread; text that is not UTF-8 is shown with replacement characters, long lines are cut). The result is in
@@ -45,12 +46,30 @@ def run(job: Job, *, on_line: Callable[[str], None], stop: threading.Event | Non
     Raises BuildFailed, TimedOut, Interrupted (`stop` or KeyboardInterrupt), or VzreproError when the container
     engine itself does not work.
     """
+    way: Way | None = None
+    ended = False
+    try:
+        way = ways.way(job)
+        way.fill(RunLimits(job, stop, way).check)
+        limits = RunLimits(job, stop, way)
+        _build(job, limits, on_line)
+        limits.check_disk(at_end=True)
+        way.take(limits.check)
+        ended = True
+        return limits
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted while {job.label} was being built") from error
+    finally:
+        if way is not None:
+            way.end(keep=job.keep_failed and not ended)
+
+
+def _build(job: Job, limits: RunLimits, on_line: Callable[[str], None]) -> None:
+    """Run the command in its container, which is gone afterwards. Raises what `run` raises, and KeyboardInterrupt."""
     name = engine.new_name()
     client = None
     read_end, write_end = os.pipe()
     try:
-        prepare(job)
-        limits = RunLimits(job, stop)
         with (
             Log(job.log) as log,
             tempfile.TemporaryFile() as complaints,
@@ -69,10 +88,6 @@ def run(job: Job, *, on_line: Callable[[str], None], stop: threading.Event | Non
                 engine.remove(name, client)
             if exit_code != 0:
                 raise _failure(job, state, complaint, output.tail)
-            limits.check_disk(at_end=True)
-            return limits
-    except KeyboardInterrupt as error:
-        raise Interrupted(f"interrupted while {job.label} was being built") from error
     finally:
         _close(write_end)
         _close(read_end)
@@ -82,10 +97,11 @@ class RunLimits:
     """When a build has to end: its time is over, it has taken too much of the disk, or it is not wanted any more.
 
     They hold from the command's start until its result has been read. `tail` are the log's last lines, which an error
-    repeats.
+    repeats. `way` counts what is taken of the disk.
     """
 
-    def __init__(self, job: Job, stop: threading.Event | None) -> None:
+    def __init__(self, job: Job, stop: threading.Event | None, way: Way | None = None) -> None:
+        self._way = Mounts(job) if way is None else way
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._job = job
         self._stop = stop
@@ -123,14 +139,11 @@ class RunLimits:
         now = time.monotonic()
         if limit is None or (now < self._next_look and not at_end):
             return
-        places = [self._job.build, self._job.out]
-        free = sum({place.stat().st_dev: _free(place) for place in places}.values())
+        free = self._way.free(self.check)
         if free > self._enough_free and now < self._look_anyway:
             self._next_look = now + _LOOK_SECS
             return
-        used = 0
-        for place in places:
-            used += disk.usage(place, limit - used, self.check)
+        used = self._way.used(limit, self.check)
         if used > limit:
             self._too_much("takes more than", "what it has in /build and /out")
         took = time.monotonic() - now
@@ -145,11 +158,6 @@ class RunLimits:
             reason=_log_excerpt(self._job, self.tail),
             hint="raise the recipe's disk_gib, or disk-gib in your configuration (VZREPRO_DISK_GIB)",
         )
-
-
-def _free(place: Path) -> int:
-    status = os.statvfs(place)
-    return status.f_bfree * status.f_frsize
 
 
 class _Output:
@@ -206,6 +214,13 @@ def _follow(read_end: int, output: _Output, limits: RunLimits) -> None:
 
 def _failure(job: Job, state: Mapping[str, Any] | None, complaint: str, tail: deque[str]) -> VzreproError:
     """The error for a container whose client ended with a non-zero code."""
+    if sharing.mount_failed(complaint):
+        sharing.forget(job.scratch)
+        return VzreproError(
+            "the container engine does not see this machine's files any more",
+            reason=complaint,
+            hint="run the same command again: then they are sent to it",
+        )
     if state is None or state.get("Error") or state.get("Status") != "exited":
         return engine.trouble(complaint or f"the container of {job.label} ended without a result")
     code = int(state["ExitCode"])
@@ -239,7 +254,10 @@ def _log_excerpt(job: Job, tail: deque[str]) -> str:
 
 def _reopen(job: Job) -> str:
     if job.keep_failed:
-        return f"/build is kept in {job.build}; reopen the sandbox with:\n    {shlex.join(shell_command(job))}"
+        note = volume_of(job)
+        where = job.build if note is None else f"the volume of the container {note.container}"
+        more = "" if note is None else f"remove it with: {engine.remove_command(note.container)}; "
+        return f"/build is kept in {where}; {more}reopen the sandbox with:\n    {shlex.join(shell_command(job))}"
     return f"vzrepro shell {shlex.quote(job.label)}   (or keep /build as it is: --keep-failed)"
 
 

@@ -37,13 +37,14 @@ _GIB = 1 << 30
 @dataclass(frozen=True, slots=True)
 class World:
     """What the axes may use: the container engine, the directory of `audit-tools` (None: not there), the cores of one
-    build, a private directory on a file system in memory (None: the host has none), and a time of day (seconds)
-    before any of the builds."""
+    build, a private directory on a file system in memory (None: the host has none), why the engine does not mount the
+    host's files (None: it does), and a time of day (seconds) before any of the builds."""
 
     runtime: sandbox.Runtime
     tools: Path | None
     cores: int
     scratch_shm: Path | None
+    unmounted: str | None = None
     started: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -122,12 +123,15 @@ def set_by_recipe(name: str) -> Callable[[World, Job], str | None]:
 
 
 def no_memory_directory(world: World, _job: Job) -> str | None:
+    if world.unmounted is not None:
+        return f"the container engine mounts no directory of this host: {world.unmounted}"
     return None if world.scratch_shm is not None else "this host has no file system in memory (/dev/shm)"
 
 
 def no_order(world: World, job: Job) -> str | None:
-    if world.scratch_shm is None:
-        return no_memory_directory(world, job)
+    if (missing := no_memory_directory(world, job)) is not None:
+        return missing
+    assert world.scratch_shm is not None
     several, size = len(job.inputs) > 1, 0
     for source in job.inputs.values():
         for parent, folders, files in os.walk(source):
