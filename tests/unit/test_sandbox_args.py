@@ -47,6 +47,8 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], P
     its arguments."""
     calls = tmp_path / "calls"
     monkeypatch.setattr(ways, "sharing_of", lambda _: sandbox.Sharing(True, "it sees this machine's files"))
+    for name in ("DOCKER_HOST", "DOCKER_CONTEXT"):
+        monkeypatch.delenv(name, raising=False)
 
     def install(body: str) -> Path:
         script = tmp_path / "fake-docker"
@@ -313,6 +315,7 @@ def test_an_unwritable_log_is_an_error_of_its_own(tmp_path: Path, engine: Callab
         ),
         ("docker: Error response from daemon: No such image: sha256:1", "image vanished", "again"),
         ("write /x: no space left on device", "disk is full", "prune"),
+        ("unexpected EOF", "connection to the container engine was lost", "same command again"),
         ("something else", "container engine failed", "vzrepro doctor"),
     ],
 )
@@ -346,6 +349,21 @@ def test_a_removal_that_is_not_answered_is_asked_for_again(
     calls = engine(f"[ $1 != rm ] || [ -e {tmp_path}/asked ] || {{ : > {tmp_path}/asked; exec sleep 1000; }}")
     sandbox.run(make_job(tmp_path), on_line=lambda _: None)
     assert sum(line.startswith("rm ") for line in calls.read_text().splitlines()) == 2
+
+
+def test_a_daemon_elsewhere_is_named_in_the_hint(
+    engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine("echo 'error during connect: command [ssh builder] has exited with exit status 255' >&2; exit 1")
+    monkeypatch.setenv("DOCKER_HOST", "ssh://builder")
+    with pytest.raises(VzreproError, match="does not answer") as caught:
+        sandbox.check()
+    assert "DOCKER_HOST is ssh://builder" in str(caught.value.hint) and "password" in str(caught.value.hint)
+    monkeypatch.delenv("DOCKER_HOST")
+    monkeypatch.setenv("DOCKER_CONTEXT", "far")
+    with pytest.raises(VzreproError, match="does not answer") as caught:
+        sandbox.check()
+    assert "DOCKER_CONTEXT is far" in str(caught.value.hint)
 
 
 def test_no_client_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
