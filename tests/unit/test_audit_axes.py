@@ -269,6 +269,10 @@ def test_what_a_host_cannot_do(
     assert {axis.name for axis in AXES if axis.unavailable(plain, job)} == {
         *("file-system", "directory-order", "runtime"),
     }
+    far = replace(world, unmounted="it does not see this machine's files")
+    why = {axis.name: axis.unavailable(far, job) for axis in AXES if axis.unavailable(far, job)}
+    told = "the container engine mounts no directory of this host: it does not see this machine's files"
+    assert why == dict.fromkeys(("file-system", "directory-order"), told)
     reason = BY_NAME["runtime"].unavailable(plain, job) or ""
     assert "no other OCI runtime than runc" in reason and "apt-get install crun" in reason and "kill -HUP" in reason
     del image["/bin/bash"]

@@ -66,16 +66,12 @@ class Volume:
 
     def free(self, go_on: Callable[[], None]) -> int:
         """Bytes that the engine's disk has left."""
-        [line] = self._ask("free", go_on)
-        blocks, size = line.split()
-        return int(blocks) * int(size)
+        blocks, size = self._numbers("free", 2, go_on)
+        return blocks * size
 
     def used(self, _enough: int, go_on: Callable[[], None]) -> int:
         """Bytes in /build and /out, each thing being one of 4 KiB at least."""
-        answers = [line.split()[0] for line in self._ask("used", go_on)]
-        if len(answers) != 4 or not all(answer.isdecimal() for answer in answers):
-            raise self._unable("does not say what a build has taken of the disk")
-        sizes = [int(answer) for answer in answers]
+        sizes = self._numbers("used", 4, go_on)
         return max(sum(sizes[:2]), _ENTRY_BYTES * sum(sizes[2:]))
 
     def take(self, check: Callable[[int], None]) -> None:
@@ -147,6 +143,16 @@ class Volume:
                 raise self._lost()
             self._rest += chunk
 
+    def _numbers(self, word: str, count: int, go_on: Callable[[], None]) -> list[int]:
+        answers = [each for line in self._ask(word, go_on) for each in line.split() if each.isdecimal()]
+        if len(answers) != count:
+            raise VzreproError(
+                f"the image of {self.job.label} does not say what a build takes of the disk",
+                reason=_text(self._complaints) or None,
+                hint="have GNU coreutils in it: the container engine mounts nothing from here (docs/sandbox.md)",
+            )
+        return [int(each) for each in answers]
+
     def _hang_up(self) -> None:
         """Let the keeper end."""
         for fd in (self._words, self._answers):
@@ -157,13 +163,6 @@ class Volume:
     def _lost(self) -> VzreproError:
         engine.wait(self._client)
         return engine.trouble(_text(self._complaints))
-
-    def _unable(self, what: str) -> VzreproError:
-        return VzreproError(
-            f"the image of {self.job.label} {what}",
-            reason=_text(self._complaints) or None,
-            hint="have GNU coreutils in it: the container engine does not see this machine's files (docs/sandbox.md)",
-        )
 
     # --- archives
 
