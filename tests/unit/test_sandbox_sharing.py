@@ -111,6 +111,16 @@ def test_another_kernel_needs_no_look(engine: Callable[..., Path], scratch: Path
     assert calls.read_text().count("\n") == 1
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_podman_sees_what_its_client_sees(engine: Callable[..., Path], scratch: Path, remote: bool) -> None:
+    calls = engine(SEES)
+    host = {"cgroupVersion": "v2", "security": {"rootless": True}, "cpus": 4, "memTotal": 8, "serviceIsRemote": remote}
+    podman = {"host": host, "store": {"graphDriverName": "overlay"}, "version": {"Version": "4.3.1"}}
+    calls.with_name("info").write_text(json.dumps(podman))
+    assert sandbox.sharing_of(scratch).mounts
+    assert ("create" in calls.read_text()) == remote
+
+
 def test_a_disk_that_ignores_case(engine: Callable[..., Path], scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine(SEES)
     monkeypatch.setattr(disk, "same_name", lambda *_: True)

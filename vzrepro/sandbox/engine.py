@@ -44,7 +44,8 @@ class Runtime:
 
     `runtimes` are the names of its OCI runtimes; podman tells only the default one. `weighs` says whether containers
     can have uneven shares of the processors. `identity` is the same for the same engine, and fit for a file name;
-    `kernel` is the release of the kernel that it runs on, empty if it does not tell.
+    `kernel` is the release of the kernel that it runs on, empty if it does not tell; `daemonless` says that containers
+    are children of the client, as podman's are where it is no remote one.
     """
 
     command: str
@@ -61,6 +62,7 @@ class Runtime:
     weighs: bool = False
     identity: str = ""
     kernel: str = ""
+    daemonless: bool = False
 
 
 def check() -> Runtime:
@@ -105,6 +107,7 @@ def _described(info: Mapping[str, Any]) -> Runtime:
             weighs="cpu" in (host.get("cgroupControllers") or []),
             identity=_identity(host.get("hostname"), info["store"].get("graphRoot")),
             kernel=str(host.get("kernel", "")),
+            daemonless=not host.get("serviceIsRemote", False),
         )
     return Runtime(
         command=shlex.join(command_line()),

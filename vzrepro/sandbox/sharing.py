@@ -71,6 +71,8 @@ def find_out(directory: Path, runtime: engine.Runtime) -> Sharing:
         return Sharing(False, f"it runs on another kernel, so what it sees of files here is a slow share: {other}")
     if disk.same_name(directory, "a", "A"):
         return Sharing(False, f"the disk of {directory} ignores the case of names")
+    if runtime.daemonless:
+        return Sharing(True, "it sees what its client sees")
     return _looked_for(directory)
 
 
