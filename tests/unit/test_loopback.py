@@ -158,7 +158,9 @@ def outcome(code: bytes, architecture: int, call: int, arguments: Sequence[int] 
         elif operation == 0x06:
             return int(value)
         else:
-            at += if_true if {0x15: word == value, 0x35: word >= value}[operation] else if_false
+            at += (
+                if_true if {0x15: word == value, 0x35: word >= value, 0x45: bool(word & value)}[operation] else if_false
+            )
 
 
 @pytest.mark.parametrize(
@@ -166,8 +168,9 @@ def outcome(code: bytes, architecture: int, call: int, arguments: Sequence[int] 
 )
 def test_a_filter_knows_its_machine_s_calls(machine: str, architecture: int, sendto: int) -> None:
     rules = [
-        seccomp.Rule("fork", seccomp.refuse()),  # which arm64 does not have
-        seccomp.Rule("sendto", seccomp.ASK, unless_null=4),
+        seccomp.Rule("time", seccomp.refuse()),  # which arm64 does not have
+        seccomp.Rule("openat", seccomp.refuse(), if_any=(2, 0o101)),
+        seccomp.Rule("sendto", seccomp.ASK, if_any=(4, (1 << 64) - 1)),
         seccomp.Rule("seccomp", seccomp.refuse(errno.EACCES)),
     ]
     code = seccomp.program(rules, machine)
@@ -176,7 +179,13 @@ def test_a_filter_knows_its_machine_s_calls(machine: str, architecture: int, sen
     for name in (1, 1 << 32, 1 << 63):
         assert outcome(code, architecture, sendto, (9, 9, 9, 9, name, 9)) == seccomp.ASK
     assert outcome(code, architecture, {"x86_64": 317, "aarch64": 277}[machine]) == seccomp.refuse(errno.EACCES)
-    assert outcome(code, architecture, 57) == (seccomp.refuse() if machine == "x86_64" else allow)
+    assert outcome(code, architecture, 201) == (seccomp.refuse() if machine == "x86_64" else allow)
+    opening = {"x86_64": 257, "aarch64": 56}[machine]
+    assert outcome(code, architecture, opening, (1, 1, 0o2000000, 1, 1, 1)) == allow
+    assert outcome(code, architecture, opening, (0, 0, 0o2000101, 0, 0, 0)) == seccomp.refuse()
+    assert outcome(seccomp.program(rules, machine, seccomp.refuse(errno.EIO)), architecture, 0) == seccomp.refuse(
+        errno.EIO
+    )
     assert outcome(code, architecture, 0) == allow
     assert outcome(code, architecture, sendto | 0x4000_0000) == missing  # the x32 calls of amd64
     assert outcome(code, 0x4000_0003, sendto) == missing  # i386

@@ -39,6 +39,7 @@ def doctor(session: Session) -> None:
         ("container engine", _engine),
         ("files of builds", _files),
         ("qemu", _qemu),
+        ("evaluation", _evaluation),
         ("workspace", _workspace),
         ("lock", _lock),
         ("store", _store),
@@ -95,6 +96,12 @@ def _qemu(_session: Session) -> str:
     if found is None:
         raise VzreproError("qemu-system-aarch64 is not installed", hint="apt-get install qemu-system-arm")
     return found
+
+
+def _evaluation(_session: Session) -> str:
+    from vzrepro.recipe import confined
+
+    return confined.describe()
 
 
 def _workspace(session: Session) -> str:

@@ -55,7 +55,7 @@ def _pin(folder: Path) -> bool:
     from vzrepro.base import config
     from vzrepro.proof.audit.toolbox import TOOLS
     from vzrepro.recipe import lock as locks
-    from vzrepro.recipe.evaluate import evaluate
+    from vzrepro.recipe.confined import evaluate
     from vzrepro.recipe.lock.writing import render
 
     platform = config.load(folder).platform

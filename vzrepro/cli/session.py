@@ -105,7 +105,7 @@ class Session:
     @cached_property
     def graph(self) -> DrvGraph:
         """The evaluated recipes."""
-        from vzrepro.recipe.evaluate import evaluate
+        from vzrepro.recipe.confined import evaluate
 
         return evaluate(self.root, self.lock, self.config.platform)
 
@@ -334,7 +334,7 @@ class Session:
     def check_lock(self) -> tuple[int, list[str]]:
         """How many pins the recipes ask for, and what is wrong with the lock, a line each. Offline."""
         from vzrepro.realize import pin
-        from vzrepro.recipe.evaluate import evaluate
+        from vzrepro.recipe.confined import evaluate
 
         wants = evaluate(self.root, self.lock, self.config.platform, lenient=True).wants
         return len(wants), pin.check(wants, self.lock, self.config.platform)

@@ -17,7 +17,7 @@ from typing import TypeVar
 from vzrepro.base import events
 from vzrepro.base.errors import Interrupted, RemoteError, UsageError, VzreproError
 from vzrepro.base.model import FileHash
-from vzrepro.recipe.evaluate import evaluate
+from vzrepro.recipe.confined import evaluate
 from vzrepro.recipe.graph import Want, WantKind
 from vzrepro.recipe.lock import CratePin, CrateSetPin, DebPin, ImagePin, Lock, PinnedFile, PinnedTree, SourcePin
 from vzrepro.sources import crates, debian, fetch, git, lookup, pypi, url

@@ -2,8 +2,8 @@
 
 Recipe modules import only other recipes, `vzrepro` and a list of pure standard modules (a clock or the environment is
 out of plain reach), and an audit hook (`sys.addaudithook`) refuses sockets, processes and foreign files whatever way
-they are reached. docs/recipes.md says what that guarantees, and `repeat` finds more. The files that were read are kept:
-the evaluation cache of `vzrepro.noop` depends on exactly them.
+they are reached. docs/recipes.md says what that guarantees; `confined` has the kernel guarantee it, and `repeat` finds
+more. The files that were read are kept: the evaluation cache of `vzrepro.noop` depends on exactly them.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ a copy of the files that the first one read.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -22,7 +21,7 @@ import vzrepro
 from vzrepro.base import disk
 from vzrepro.base.errors import UsageError, VzreproError
 from vzrepro.recipe import lock as locks
-from vzrepro.recipe.evaluate import PURE_MODULES, evaluate
+from vzrepro.recipe.confined import evaluate, load_modules
 from vzrepro.recipe.graph import DrvGraph
 from vzrepro.recipe.plan import FieldChange, diff
 
@@ -181,8 +180,7 @@ def main() -> None:
     """The child process: evaluate, and write what came of it."""
     folder, root, lock_file, platform, answer = sys.argv[1:]
     lock = locks.load(Path(lock_file))
-    for name in (*PURE_MODULES, "vzrepro.recipes"):
-        importlib.import_module(name)  # while Python's own files can surely be read
+    load_modules()  # while Python's own files can surely be read
     with Path(answer).open("w") as file:
         _be_nobody(Path(folder))
         found: Told | str

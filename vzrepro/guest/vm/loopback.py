@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
-from vzrepro.base import seccomp
+from vzrepro.base import seccomp, syscalls
 from vzrepro.base.errors import VzreproError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -30,7 +30,7 @@ Start = Callable[[], "subprocess.Popen[bytes]"]
 
 _RULES = (
     seccomp.Rule("connect", seccomp.ASK),
-    seccomp.Rule("sendto", seccomp.ASK, unless_null=4),
+    seccomp.Rule("sendto", seccomp.ASK, if_any=(4, (1 << 64) - 1)),
     seccomp.Rule("sendmsg", seccomp.ASK),
     seccomp.Rule("sendmmsg", seccomp.ASK),
 )
@@ -150,12 +150,12 @@ class _Memory:
 
 def _names(memory: _Memory, pid: int, call: int, arguments: list[int]) -> Iterator[bytes]:
     """The addresses (`sockaddr`) that a call of the process `pid` names."""
-    if call == seccomp.number("connect"):
+    if call == syscalls.number("connect"):
         yield memory.read(pid, arguments[1], min(arguments[2], _NAME_BYTES))
-    elif call == seccomp.number("sendto"):
+    elif call == syscalls.number("sendto"):
         yield memory.read(pid, arguments[4], min(arguments[5], _NAME_BYTES))
     else:
-        several = call == seccomp.number("sendmmsg")
+        several = call == syscalls.number("sendmmsg")
         for each in range(min(arguments[2], _MOST_MESSAGES) if several else 1):
             name, length = _MESSAGE.unpack(memory.read(pid, arguments[1] + each * _IN_VECTOR_BYTES, _MESSAGE.size))
             if name:

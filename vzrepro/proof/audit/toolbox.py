@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vzrepro.base.errors import UsageError
 from vzrepro.recipe import lock as locks
-from vzrepro.recipe.evaluate import evaluate
+from vzrepro.recipe.confined import evaluate
 from vzrepro.recipe.graph import DrvGraph
 
 TOOLS = Path(__file__).with_name("tools")
