@@ -1,4 +1,5 @@
-"""A download whose places are gone is taken by its hash: from the store, or from a cache that has it from elsewhere."""
+"""A download whose places cannot be asked is taken by its hash: from the store, or from a cache that has it from
+elsewhere."""
 
 from __future__ import annotations
 
@@ -69,6 +70,13 @@ def old(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def new(tmp_path: Path) -> Path:
+    """A place that cannot be asked: it is below a file."""
+    (tmp_path / "server").touch()
+    return tmp_path / "server" / "new"
+
+
+@pytest.fixture
 def cache(tmp_path: Path, old: Path) -> CacheReader:
     """A cache to which somebody has pushed what the old place gave."""
     writer = new_cache(MemoryBackend(), TrustedKeys([KEY.public]), KEY)
@@ -84,18 +92,19 @@ def origins(store: LocalStore, info: ObjectInfo, *nodes: Node) -> list[bool]:
 
 
 def test_from_a_cache_until_the_place_is_there(
-    store: LocalStore, seen: list[events.Event], cache: CacheReader, old: Path, tmp_path: Path
+    store: LocalStore, seen: list[events.Event], cache: CacheReader, old: Path, new: Path
 ) -> None:
-    new = tmp_path / "new"
     node = thing(new)
     for outcome, where in ((Outcome.SUBSTITUTED, cache.url), (Outcome.SUBSTITUTED, "this store")):
         (info,) = realizer(store, node, seen, cache).realize([node])
         assert (info.outcome, store.location(info.path).read_bytes()) == (outcome, CONTENT)
         (said,) = warnings(seen)
         assert f"source-thing is taken by its hash from {where}" in said
-        assert f"no place has {new.as_uri()}" in said
+        assert new.as_uri() in said
         assert origins(store, info, node, thing(old)) == [False, True]
     # What the place gives once it is there, counts: other bytes are an error, these are remembered.
+    new.parent.unlink()
+    new.parent.mkdir()
     new.write_bytes(b"other bytes")
     with pytest.raises(HashMismatch):
         realizer(store, node, seen, cache).realize([node])
@@ -104,40 +113,54 @@ def test_from_a_cache_until_the_place_is_there(
     assert (warnings(seen), origins(store, info, node)) == ([], [True])
 
 
-def test_another_place_beside_the_one_that_is_gone(
+def test_a_url_that_nobody_has_is_an_error(
     store: LocalStore, seen: list[events.Event], cache: CacheReader, old: Path, tmp_path: Path
 ) -> None:
-    old.unlink()
-    node = thing(old, tmp_path / "mirror")
-    (info,) = realizer(store, node, seen, cache).realize([node])
+    node = thing(tmp_path / "mistyped")
+    with pytest.raises(RemoteError, match="no place has") as caught:
+        realizer(store, node, seen, cache).realize([node])
+    assert "a file of this hash is in a cache, from other URLs" in (caught.value.hint or "")
+    realizer(store, thing(old), seen).realize([thing(old)])
+    with pytest.raises(RemoteError, match="no place has") as caught:
+        realizer(store, node, seen).realize([node])
+    assert "a file of this hash is here, from other URLs" in (caught.value.hint or "")
+
+
+def test_a_place_that_has_no_such_file_counts_beside_one_that_cannot_be_asked(
+    store: LocalStore, seen: list[events.Event], cache: CacheReader, new: Path, tmp_path: Path
+) -> None:
+    (info,) = realizer(store, thing(new, new.with_name("mirror")), seen, cache).realize([thing(new)])
     assert info.outcome is Outcome.SUBSTITUTED
+    node = thing(new, tmp_path / "mistyped")
+    with pytest.raises(RemoteError, match="cannot download"):
+        realizer(store, node, seen, cache).realize([node])
 
 
 def test_from_the_store_under_another_files_name(
-    store: LocalStore, seen: list[events.Event], old: Path, tmp_path: Path
+    store: LocalStore, seen: list[events.Event], old: Path, new: Path
 ) -> None:
     first = thing(old)
     realizer(store, first, seen).realize([first])
-    node = thing(tmp_path / "new", name="thing-1.0.tar")
+    node = thing(new, name="thing-1.0.tar")
     (info,) = realizer(store, node, seen).realize([node])
     assert (info.outcome, info.path, store.location(info.path).read_bytes()) == (Outcome.COPIED, node.path, CONTENT)
     assert "source-thing is taken by its hash from this store" in warnings(seen)[0]
     assert origins(store, info, node, first) == [False, True]
     # What is unpacked is no file, and a damaged object is no source.
-    other = thing(tmp_path / "new", name="tree", env={"unpack": "1"})
-    for asked, damaged in ((other, False), (thing(tmp_path / "new", name="third"), True)):
+    other = thing(new, name="tree", env={"unpack": "1"})
+    for asked, damaged in ((other, False), (thing(new, name="third"), True)):
         run = realizer(store, asked, seen)
         if damaged:
             run.inventory.doubt([first.path, node.path], Doubt.CORRUPT)
-        with pytest.raises(RemoteError, match="no place has"):
+        with pytest.raises(RemoteError, match="cannot download"):
             run.realize([asked])
 
 
 @pytest.mark.parametrize("case", ["untrusted", "not asked", "lost", "no cache"])
 def test_nothing_is_trusted_that_was_not(
-    store: LocalStore, seen: list[events.Event], cache: CacheReader, tmp_path: Path, case: str
+    store: LocalStore, seen: list[events.Event], cache: CacheReader, new: Path, case: str
 ) -> None:
-    node = thing(tmp_path / "new")
+    node = thing(new)
     if case == "untrusted":
         stranger = SigningKey.generate("stranger-1").public
         cache = new_cache(cache.access.backend, TrustedKeys([stranger])).reader
@@ -146,6 +169,6 @@ def test_nothing_is_trusted_that_was_not(
         run = replace(run, inventory=Inventory(store, [cache], "none"))
     if case == "lost":
         run.inventory.doubt([node.path], Doubt.LOST)
-    with pytest.raises(RemoteError, match="no place has"):
+    with pytest.raises(RemoteError, match="cannot download"):
         run.realize([node])
     assert store.query(node.path) is None

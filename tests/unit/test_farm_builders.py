@@ -94,17 +94,13 @@ class Team:
             inventory = Inventory(store, [cache.reader])
             maker = Maker(store, Config(), Mirrors({}), None, inventory.keep, self.told.append)
             maker.adopt(source, given)
-            run = FarmRun(
-                Realizer(graph, inventory, maker), cache, self, count=counting(self.keys, cache, builders)
-            )
+            run = FarmRun(Realizer(graph, inventory, maker), cache, self, count=counting(self.keys, cache, builders))
             [info] = run.realize([image])
             return info
 
     # --- as a queue
 
-    def place(
-        self, order: Order, watcher: Watcher, stop: threading.Event, urgency: float = 1.0
-    ) -> OrderAnswer | None:
+    def place(self, order: Order, watcher: Watcher, stop: threading.Event, urgency: float = 1.0) -> OrderAnswer | None:
         name = next(each for each in self.workers if KEYS[each].public.id not in order.apart_from)
         self.ordered.append((order.name, order.turn, name))
         return self.place_order(order, name)

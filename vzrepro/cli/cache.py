@@ -261,7 +261,7 @@ def _why_missing(place: CacheReader, node: Node) -> str | None:
     if place.access.backend.head(found.url) is None:
         return f"{place.url} has lost the NAR of {path.base}: vzrepro cache push mends it"
     if (why := plan.objection(node, found.origin, place.url)) is not None:
-        return f"{why}; realize downloads it, and takes this one only where no place of the recipe has it"
+        return f"{why}; realize downloads it, and takes this one only where no place of the recipe can be asked"
     return f"nothing is missing: {place.url} has {path.base}"
 
 

@@ -52,8 +52,7 @@ def on_option(function: F) -> F:
 
 
 def farm_run(session: Session, place: str, *, builders: int = 1, dry_run: bool = False) -> FarmRun:
-    """A run whose builds go to the farm at `place`, each to so many builders. With `dry_run`, nobody is connected to.
-    """
+    """A run whose builds go to the farm at `place`, each to `builders` of it. With `dry_run`, none is connected to."""
     from vzrepro.farm.run import JOBS, FarmRun
 
     cache = _shared_cache(session)

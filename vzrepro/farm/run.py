@@ -62,9 +62,7 @@ class Watcher(Protocol):
 class Queue(Protocol):
     """Carries orders to workers."""
 
-    def place(
-        self, order: Order, watcher: Watcher, stop: threading.Event, urgency: float = 1.0
-    ) -> OrderAnswer | None:
+    def place(self, order: Order, watcher: Watcher, stop: threading.Event, urgency: float = 1.0) -> OrderAnswer | None:
         """Have it built, and wait; None where nobody answers but by the cache. Of orders that wait, the most urgent one
         (`plan.Step`) is to be taken first. Raises how the build failed; Interrupted when `stop` is set."""
 

@@ -29,6 +29,7 @@ from vzrepro.realize.schedule import Gone
 from vzrepro.realize.transfer import ProvenanceSource, nothing_stated
 from vzrepro.recipe.graph import DrvGraph, Node
 from vzrepro.recipe.plan import Plan, Step, make_plan, objection
+from vzrepro.sources.fetch import Unreachable
 from vzrepro.store import LocalStore
 
 _ACTIONS: Mapping[str, events.Action] = {
@@ -253,22 +254,28 @@ class Realizer:
                 return self._make(node, inputs, step.urgency if self._weighs else 1.0)
 
     def _fetch(self, node: Node, there: ObjectInfo | None) -> ObjectInfo:
-        """Download it; where no place gives any bytes, the same bytes from elsewhere do: those here, or in a cache.
+        """Download it; where no place can be asked, the same bytes from elsewhere do: those here, or in a cache.
 
-        A place that gives others is an error (HashMismatch). What comes from elsewhere is not remembered as verified
-        from these URLs, so they are asked again the next time.
+        A place that gives others is an error (HashMismatch), and so is one that has no such file: a mistyped URL looks
+        like that. What comes from elsewhere is not remembered as verified from these URLs, so they are asked again the
+        next time.
         """
         try:
             return self.maker.fetch(node) if there is None else self._see_origin(node, there)
-        except RemoteError as error:
+        except Unreachable as error:
             found, where = (there, "this store") if there is not None else self._by_content(node)
             if found is None:
                 raise
-            message = f"{node.target} is taken by its hash from {where}: no place of the recipe gives it"
+            message = f"{node.target} is taken by its hash from {where}: no place of the recipe can be asked"
             why = "; ".join(error.in_a_line.splitlines())
             warning = f"{message}, so that URL and hash belong together is not seen ({why})"
             self.report(events.Notice("warning", warning))
             return found
+        except RemoteError as error:
+            if there is not None or any(self.inventory.by_content(node)):
+                where = "here" if there is not None else "in a cache"
+                error.hint = f"a file of this hash is {where}, from other URLs: correct the URL, or else the hash"
+            raise
 
     def _by_content(self, node: Node) -> tuple[ObjectInfo | None, str]:
         """A download as it is here under the name of another URL's file, or in a cache from wherever it came there; and

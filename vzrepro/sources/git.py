@@ -105,7 +105,8 @@ def checkout(
 
     `commit` is the id in hex, `tag` a tag that leads to it, for servers that give nothing else. At most `max_bytes` are
     fetched from one repository; `report` is told how many there are. Raises UsageError for what no tree can hold, for
-    LFS and for an id of something else; RemoteError when nobody has the commit, NotFound when all have said so;
+    LFS and for an id of something else; RemoteError when nobody has the commit, NotFound when all have said so,
+    Unreachable when none has;
     Interrupted.
     """
     failures: list[RemoteError] = []
@@ -125,8 +126,9 @@ def checkout(
             return []
     first, *more = failures
     reason = "\n".join([first.reason or first.message, *(error.in_a_line for error in more)])
-    gone = all(isinstance(error, fetch.NotFound) for error in failures)
-    raise (fetch.NotFound if gone else RemoteError)(first.message, reason=reason, hint=first.hint)
+    gone = {isinstance(error, fetch.NotFound) for error in failures}
+    kind = RemoteError if len(gone) > 1 else fetch.NotFound if gone == {True} else fetch.Unreachable
+    raise kind(first.message, reason=reason, hint=first.hint)
 
 
 def _add_submodules(above: _Repository, commit: str, links: Mapping[str, str], dest: Path, seen: list[int]) -> None:

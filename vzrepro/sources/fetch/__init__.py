@@ -1,7 +1,7 @@
 """Fetching: where files are (`mirrors`), and what counts as having them (`download`, many at once in `crew`)."""
 
 from vzrepro.sources.fetch.crew import Download, download_all
-from vzrepro.sources.fetch.download import NotFound, download, get, served
+from vzrepro.sources.fetch.download import NotFound, Unreachable, download, get, served
 from vzrepro.sources.fetch.mirroring import RetryPolicy
 from vzrepro.sources.fetch.mirrors import ELSEWHERE, Mirrors, index_url
 
@@ -11,6 +11,7 @@ __all__ = [
     "Mirrors",
     "NotFound",
     "RetryPolicy",
+    "Unreachable",
     "download",
     "download_all",
     "get",

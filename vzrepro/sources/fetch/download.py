@@ -31,6 +31,10 @@ class NotFound(RemoteError):
     """Every place answered that it does not have the file."""
 
 
+class Unreachable(RemoteError):
+    """No place could be asked, or none gave more than a part."""
+
+
 def get(
     urls: Sequence[str],
     max_size: int,
@@ -44,7 +48,7 @@ def get(
     the media types that are understood.
 
     Raises NotFound when every place says that it has no such file, RemoteError when none of them gives it in at most
-    `max_size` bytes, Interrupted when `cancel` is set.
+    `max_size` bytes, as Unreachable when none says that, Interrupted when `cancel` is set.
     """
     sink = Memory()
     failed = Transfer(
@@ -103,8 +107,8 @@ def download(
     there of `<dest>.part` is used. Processes that want the same `dest` wait for each other. A file whose hash nobody
     knows (None) is always downloaded, as a whole. Where the size is not known, more than `max_size` bytes are an error.
 
-    Raises HashMismatch when a place has other content and none has the right one; NotFound, RemoteError as `get`;
-    Interrupted when `cancel` is set (the part is kept); VzreproError when the disk is full or cannot be written.
+    Raises HashMismatch when a place has other content and none has the right one; NotFound, RemoteError, Unreachable
+    and Interrupted as `get` (the part is kept); VzreproError when the disk is full or cannot be written.
     """
     if sha256 is not None and _is_there(dest, sha256, report):
         return sha256
@@ -162,7 +166,8 @@ def _explained(sources: Sequence[Mirror], name: str, wanted: FileHash | None, si
     if tried and all(failure.missing for _, failure in tried):
         return NotFound(f"no place has {name}", reason=reason, hint=ELSEWHERE)
     hint = next((failure.hint for _, failure in tried if failure.hint is not None), None)
-    return RemoteError(
+    kind = RemoteError if any(failure.missing for _, failure in tried) else Unreachable
+    return kind(
         f"cannot download {name}",
         reason=reason or "no place to download it from is known",
         hint=hint or f"check the network, or {ELSEWHERE}",
