@@ -236,6 +236,7 @@ cp program /out/
 """
 
 
+@pytest.mark.thorough
 def test_a_real_build_with_all_axes_at_once(bench: Bench) -> None:
     fields: dict[str, Any] = {"image": bench.places.c_image}
     first = bench.run(bench.job(PROGRAM, **fields))

@@ -90,6 +90,7 @@ def run(inputs: dict[str, Path], place: Path, capabilities: dict[str, str], abse
     )
 
 
+@pytest.mark.thorough
 def test_another_qemu_gives_the_report_of_the_build(project: Cli, inputs: dict[str, Path], tmp_path: Path) -> None:
     built = (project.realize("container-probes")[0] / "probes.json").read_text()
     profile = json.loads((inputs["probes"] / "profiles.json").read_text())["container"]
@@ -157,6 +158,7 @@ def drawn_at_once(state: Any, config: dict[str, Any], name: str, data: bytes) ->
         return set(machine.line("random numbers").split())
 
 
+@pytest.mark.thorough
 def test_guests_of_one_state_draw_alike_without_the_agent(
     state: Any, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
