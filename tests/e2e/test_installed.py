@@ -112,7 +112,7 @@ def test_it_is_not_this_checkout(installed: Installed, tmp_path: Path) -> None:
 
 def test_without_its_extra_a_bill_of_materials_says_what_to_install(installed: Installed, tmp_path: Path) -> None:
     installed(tmp_path, "init", "w")
-    assert "vzrepro[sbom]" in installed.sh(tmp_path / "w", "vzrepro sbom hello 2>&1", code=2)
+    assert "pip install license-expression" in installed.sh(tmp_path / "w", "vzrepro sbom hello 2>&1", code=2)
 
 
 def test_the_page_about_the_first_artifact_works(installed: Installed, tmp_path: Path) -> None:
