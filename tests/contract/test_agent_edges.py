@@ -23,6 +23,7 @@ def test_more_output_than_is_kept_is_made_again(agent: Side) -> None:
     assert first.exec_id != second.exec_id
 
 
+@pytest.mark.parametrize("side", ["host", pytest.param("guest", marks=pytest.mark.thorough)], indirect=True)
 def test_what_connections_remember_is_bounded_and_ends_with_them(agent: Side) -> None:
     key = uuid.uuid4().hex
     agent.shell("head -c 500000 /dev/zero", key=key).whole()

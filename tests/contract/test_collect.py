@@ -727,6 +727,7 @@ class Large:
         return nullcontext()
 
 
+@pytest.mark.thorough
 def test_a_hundred_thousand_objects_need_one_listing_few_reads_and_little_memory() -> None:
     place = Large(100_000, 10_000)
     tracemalloc.start()

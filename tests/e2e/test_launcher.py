@@ -56,6 +56,7 @@ def said(clone: Path, *arguments: str) -> str:
     return f"{list(arguments)} {clone / 'vzrepro' / '__init__.py'}\n"
 
 
+@pytest.mark.thorough
 def test_set_up_is_done_once_mended_and_redone(clone: Path) -> None:
     first = subprocess.Popen(
         [clone / "run", "targets"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True

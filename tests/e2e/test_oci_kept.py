@@ -119,6 +119,7 @@ def test_a_guest_that_is_killed_and_before_that_nobody_who_answers(oci: Oci, ima
     assert "no\n" in oci("logs", container).stdout
 
 
+@pytest.mark.thorough
 def test_a_container_that_floods_a_full_disk(
     bundle: Path, image: str, container: str, mounted: Callable[[str], Path]
 ) -> None:

@@ -42,6 +42,7 @@ def test_a_bundle_shows_in_its_guest_what_it_declares(project: Cli, bundle: Path
     assert {"absent:tun", "absent:kvm", "absent:ikconfig", "absent:9p"} <= set(found)
 
 
+@pytest.mark.thorough
 def test_a_bundle_that_declares_too_much_is_found_out(project: Cli, bundle: Path, tmp_path: Path) -> None:
     liar = tmp_path / "liar"
     shutil.copytree(bundle, liar)

@@ -272,6 +272,7 @@ def test_limits_of_a_download(cli: Cli, repository: Repository, server: FaultyPr
     assert "VZREPRO_DOWNLOAD_GIB" in cli.run("lock", code=2).stderr
 
 
+@pytest.mark.thorough
 def test_a_build_is_made_of_them_and_made_again(small: Cli, repository: Repository, server: FaultyProxy) -> None:
     commit = repository.commit({"a": b"from git, ", "run!": b"#!/bin/sh\necho run,\n", "link@": b"a"})
     place = server.serve_at("thing-1.0.tar.gz", serves(THING))
