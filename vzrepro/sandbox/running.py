@@ -27,7 +27,7 @@ from vzrepro.sandbox.job import LINE_LIMIT, TAIL_LINES, Job
 from vzrepro.sandbox.log import Log
 from vzrepro.sandbox.places import volume_of
 from vzrepro.sandbox.staging import Mounts
-from vzrepro.sandbox.ways import Way
+from vzrepro.sandbox.ways import Directories
 
 _LOOK_SECS = 1.0
 _LOOK_ANYWAY_SECS = 30.0
@@ -46,7 +46,7 @@ def run(job: Job, *, on_line: Callable[[str], None], stop: threading.Event | Non
     Raises BuildFailed, TimedOut, Interrupted (`stop` or KeyboardInterrupt), or VzreproError when the container
     engine itself does not work.
     """
-    way: Way | None = None
+    way: Directories | None = None
     ended = False
     try:
         way = ways.way(job)
@@ -100,7 +100,7 @@ class RunLimits:
     repeats. `way` counts what is taken of the disk.
     """
 
-    def __init__(self, job: Job, stop: threading.Event | None, way: Way | None = None) -> None:
+    def __init__(self, job: Job, stop: threading.Event | None, way: Directories | None = None) -> None:
         self._way = Mounts(job) if way is None else way
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._job = job

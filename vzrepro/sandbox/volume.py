@@ -42,7 +42,7 @@ echo ". $?"; done"""
 
 
 @dataclass(slots=True)
-class Volume:
+class BuildVolume:
     """The way of a job whose directories are sent to the engine and fetched from it."""
 
     job: Job

@@ -10,10 +10,10 @@ from vzrepro.base import disk
 from vzrepro.sandbox.job import Job
 from vzrepro.sandbox.sharing import sharing_of
 from vzrepro.sandbox.staging import Mounts, discard_directories
-from vzrepro.sandbox.volume import Volume, discard_volume
+from vzrepro.sandbox.volume import BuildVolume, discard_volume
 
 
-class Way(Protocol):
+class Directories(Protocol):
     """Where a job's directories are while it runs.
 
     Whoever calls `fill` calls `end`, whatever has happened. What is called as `go_on` or `check` (with the bytes of the
@@ -36,9 +36,9 @@ class Way(Protocol):
         """Remove what is not below the job's scratch directory; with `keep`, leave it to be looked at."""
 
 
-def way(job: Job) -> Way:
+def way(job: Job) -> Directories:
     """The way that is right for the engine. Raises VzreproError when that does not work."""
-    return Mounts(job) if sharing_of(job.scratch).mounts else Volume(job)
+    return Mounts(job) if sharing_of(job.scratch).mounts else BuildVolume(job)
 
 
 def prepare(job: Job) -> None:
