@@ -178,8 +178,8 @@ class Inventory:
                 yield cache, info
 
     def by_content(self, node: Node) -> Iterator[tuple[CacheReader, NarInfo]]:
-        """The same for a download whose places cannot be asked: caches that have it from wherever, since it is pinned to
-        its hash and trusted keys vouch for it."""
+        """The same for a download whose places cannot be asked: caches that have it from wherever, since it is pinned
+        to its hash and trusted keys vouch for it."""
         if self._may_substitute(node) and counts(self.doubts(node.path)).offered:
             for cache in self.caches:
                 info = cache.query(node.path)
