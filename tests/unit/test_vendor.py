@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.util
 import io
@@ -196,3 +197,62 @@ def test_a_lock_of_format_1_has_its_checksums_apart(vendor: ModuleType, tmp_path
 def test_wrong_words_are_refused(vendor: ModuleType) -> None:
     with pytest.raises(SystemExit, match="usage"):
         vendor.main(["vendor", "one"])
+
+
+@pytest.mark.parametrize(
+    ("manifest", "why"),
+    [
+        ("[dependencies]\na = 5\n", "Cargo.toml: AttributeError"),
+        ('dependencies = "a"\n', "Cargo.toml: AttributeError"),
+        ('[dependencies]\na = { version = "1", features = 7 }\n', "Cargo.toml: TypeError"),
+        ('[dependencies]\na = { package = ["b"] }\n', "Cargo.toml: TypeError"),
+        ("[features]\nx = [1]\n", "Cargo.toml: AttributeError"),
+        ("target = 3\n", "Cargo.toml: AttributeError"),
+        ("a = " + "[" * 100_000, "Cargo.toml: RecursionError"),
+        ("[package\n", "Cargo.toml: TOMLDecodeError"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_named(vendor: ModuleType, tmp_path: Path, manifest: str, why: str) -> None:
+    (tmp_path / "crates").mkdir()
+    lock(tmp_path / "Cargo.lock", {"gone 1.0.0": "1" * 64})
+    (tmp_path / "Cargo.toml").write_text(manifest)
+    with pytest.raises(SystemExit, match=why) as refused:
+        vendor.vendor_all(tmp_path, tmp_path / "crates", tmp_path / "vendor")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("package = 5\n", "TypeError"),
+        ("[[package]]\nversion = '1'\n", "KeyError: 'name'"),
+        ("[[package]]\nname = '../x'\nversion = '1'\n", "'../x' is no name"),
+        ("[[package]]\nname = 'x'\nversion = '1/..'\n", "'1/..' is no name or version"),
+        ("[[package]]\nname = 'x'\nversion = 1\n", "TypeError"),
+        ("metadata = []\n[[package]]\nname = 'x'\nversion = '1'\n", "AttributeError"),
+    ],
+)
+def test_a_lock_of_another_shape_is_named(vendor: ModuleType, tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "Cargo.lock").write_text(text)
+    with pytest.raises(SystemExit, match=f"Cargo.lock: .*{why}"):
+        vendor.check(tmp_path / "Cargo.lock", tmp_path / "Cargo.lock")
+
+
+def test_a_crate_that_is_damaged_anywhere_is_named(vendor: ModuleType, tmp_path: Path) -> None:
+    """As it is fetched a crate is what the lock says; a lock may have been made of a broken one."""
+    path = tmp_path / "a-1.0.0.crate"
+    crate(path, member("a-1.0.0/Cargo.toml", A.encode()), member("a-1.0.0/src/lib.rs", bytes(3000)))
+    packed = path.read_bytes()
+    plain = gzip.decompress(packed)
+    damaged = [packed[:length] for length in range(0, len(packed), 7)]
+    damaged += [gzip.compress(plain[:place] + b"\xff" + plain[place + 1 :]) for place in range(0, 512, 3)]
+    told = 0
+    for count, data in enumerate(damaged):
+        path.write_bytes(data)
+        try:
+            vendor.extract(path, tmp_path / str(count))
+        except SystemExit as refused:
+            assert str(refused).startswith("vendor.py: a-1.0.0.crate: ")
+            assert "\n" not in str(refused)
+            told += 1
+    assert told > len(damaged) // 2

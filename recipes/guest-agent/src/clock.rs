@@ -64,13 +64,17 @@ impl HostTime {
 
 const SECOND: i64 = 1_000_000_000;
 
-/// How far apart a tick's two readings may be for it to count as seen, nanoseconds.
+/// What is known to this many nanoseconds is not measured again.
 const SHARP: i64 = SECOND / 20;
+
+/// How far the time of day is from the real-time clock at most when all that is known of that goes back to readings of
+/// whole seconds: the kernel's at the start, the first one here and one after the guest stood still, nanoseconds.
+const GUESSED: i64 = SECOND / 2 * 3 + SHARP;
 
 /// Between two readings while a tick is waited for.
 const BETWEEN: Duration = Duration::from_millis(10);
 
-/// Ticks that are waited for at most, on a guest that is not scheduled in time.
+/// Ticks that are waited for at most, on a guest that is not scheduled in time for a sharp one.
 const TICKS: usize = 3;
 
 /// `_IOR('p', 0x09, struct rtc_time)` of linux/rtc.h.
@@ -123,21 +127,39 @@ impl Pace {
         Ok(Some(missed.div_euclid(SECOND)))
     }
 
-    /// Takes an offset that a tick showed, and moves the time of day by what `catch_up` could not see.
+    /// Takes what a tick showed where that tells more than was known, and moves the time of day by what `catch_up`
+    /// could not see.
     ///
     /// # Errors
-    /// When the clock cannot be set.
-    pub fn learn(&mut self, offset: i64) -> io::Result<()> {
-        // How far off the clock was before the first tick is not known.
-        if self.seen {
-            move_by(offset - self.offset)?;
+    /// When the clock cannot be read or set.
+    pub fn learn(&mut self, tick: Tick) -> io::Result<()> {
+        if tick.doubt >= self.doubt {
+            return Ok(());
+        }
+        let wrong = clock_gettime(ClockId::CLOCK_REALTIME)?.num_nanoseconds() - monotonic()? - tick.offset;
+        let missing = self.missing(tick.offset, wrong);
+        if missing != 0 {
+            move_by(missing)?;
         }
         *self = Self {
-            offset,
-            doubt: SHARP,
+            offset: tick.offset,
+            doubt: tick.doubt.max(SHARP),
             seen: true,
         };
         Ok(())
+    }
+
+    /// Nanoseconds that the time of day has to be moved on by, when a tick shows `offset` and the time of day is
+    /// `wrong` by that.
+    fn missing(self, offset: i64, wrong: i64) -> i64 {
+        if self.seen {
+            return offset - self.offset;
+        }
+        // How far off the time of day was before the first tick is not known, and may be what somebody wants. But a
+        // guest that stood still before it was moved on by a guess; together with the kernel's own, half a second at
+        // the start, no more than `GUESSED` comes of that.
+        let guessed = self.doubt > SECOND / 2 && wrong.abs() <= GUESSED;
+        if guessed { -wrong } else { 0 }
     }
 
     /// Nanoseconds that the real-time clock, which shows `shown`, has gone on without the guest; `None` for none that
@@ -150,28 +172,47 @@ impl Pace {
     }
 }
 
-/// Waits for a tick of the real-time clock, at most three seconds: that clock less the monotonic one, nanoseconds.
-/// `None` when this guest is too slow to see one.
+/// The real-time clock less the monotonic one, as a tick of the first showed it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tick {
+    /// Nanoseconds.
+    offset: i64,
+    /// How far `offset` may be from the truth, nanoseconds: half of what lay between the two readings.
+    doubt: i64,
+}
+
+/// Waits for a tick of the real-time clock, at most three seconds: the first sharp one, else the best of all.
 ///
 /// # Errors
 /// When the clocks cannot be read.
-pub fn tick() -> io::Result<Option<i64>> {
-    for _ in 0..TICKS {
-        let first = real_time_clock()?;
-        let mut before = monotonic()?;
-        loop {
-            thread::sleep(BETWEEN);
-            let (shown, after) = (real_time_clock()?, monotonic()?);
-            if shown == first {
-                before = after;
-            } else if after - before <= SHARP {
-                return Ok(Some(shown - before.midpoint(after)));
-            } else {
-                break;
-            }
+pub fn tick() -> io::Result<Tick> {
+    let mut best = next_tick()?;
+    for _ in 1..TICKS {
+        if best.doubt <= SHARP {
+            break;
+        }
+        let other = next_tick()?;
+        if other.doubt < best.doubt {
+            best = other;
         }
     }
-    Ok(None)
+    Ok(best)
+}
+
+fn next_tick() -> io::Result<Tick> {
+    let first = real_time_clock()?;
+    let mut before = monotonic()?;
+    loop {
+        thread::sleep(BETWEEN);
+        let (shown, after) = (real_time_clock()?, monotonic()?);
+        if shown != first {
+            return Ok(Tick {
+                offset: shown - before.midpoint(after),
+                doubt: (after - before) / 2,
+            });
+        }
+        before = after;
+    }
 }
 
 fn monotonic() -> io::Result<i64> {
@@ -277,5 +318,24 @@ mod tests {
         };
         assert_eq!(pace.missed(1_007 * SECOND, monotonic - SECOND / 10), None);
         assert_eq!(pace.missed(1_008 * SECOND, monotonic), Some(12 * SECOND / 10));
+    }
+    #[test]
+    fn a_guest_that_stood_still_before_the_first_tick_is_set_right_by_it() {
+        let told = Pace {
+            offset: 1_000 * SECOND,
+            doubt: SECOND / 2,
+            seen: false,
+        };
+        let (tick, wrong) = (1_007 * SECOND, 13 * SECOND / 10);
+        // What was never moved by a guess is left alone, however wrong it is.
+        assert_eq!(told.missing(tick, wrong), 0);
+        let guessed = Pace { doubt: SECOND, ..told };
+        assert_eq!(guessed.missing(tick, wrong), -wrong);
+        assert_eq!(guessed.missing(tick, -wrong), wrong);
+        // So is a time that somebody set.
+        assert_eq!(guessed.missing(tick, 3_600 * SECOND), 0);
+        // After a tick it is known to the hundredth, whatever the time of day says.
+        let seen = Pace { seen: true, ..guessed };
+        assert_eq!(seen.missing(tick, 3_600 * SECOND), 7 * SECOND);
     }
 }

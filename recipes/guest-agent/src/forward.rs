@@ -255,6 +255,15 @@ async fn relay_tcp(
             },
         }
     };
+    if !client_ended {
+        // The call ends with what the target says; what the client has said until now still goes to the target. One
+        // look is enough for that, and nobody waits for a client that says no more.
+        tokio::select! {
+            biased;
+            _ = &mut inwards => {}
+            () = std::future::ready(()) => {}
+        }
+    }
     if let Err(status) = end {
         let _ = queue.send(Err(status)).await;
     }

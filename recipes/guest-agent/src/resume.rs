@@ -134,10 +134,7 @@ impl Resume {
         if pace().is_none_or(|pace| pace.is_sharp()) {
             return;
         }
-        let learnt = clock::tick().and_then(|offset| match (offset, pace().as_mut()) {
-            (Some(offset), Some(pace)) => pace.learn(offset),
-            _ => Ok(()),
-        });
+        let learnt = clock::tick().and_then(|tick| pace().as_mut().map_or(Ok(()), |pace| pace.learn(tick)));
         if let Err(error) = learnt {
             eprintln!("vz-guest-agent: the real-time clock cannot be followed: {error}");
         }

@@ -14,16 +14,35 @@ Runs in the sandbox with Python's standard library alone. Ends with exit code 1 
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 import tarfile
 import tomllib
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 STUB = 'compile_error!("{name} {version} is not among the fetched crates: run `vzrepro lock`");\n'
+
+NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.+-]*")
+"""Of a package and of its version: a part of a path."""
+
+BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RecursionError)
+BROKEN += (TypeError, ValueError, tarfile.TarError, zlib.error)
+"""What reading a file of another shape than the expected one ends in."""
+
+
+@contextmanager
+def reading(file: str) -> Iterator[None]:
+    """Whatever is wrong with a file becomes one line that names it."""
+    try:
+        yield
+    except BROKEN as error:
+        fail(f"{file}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def source(given: Path, program: Path) -> None:
@@ -39,7 +58,7 @@ def source(given: Path, program: Path) -> None:
 def vendor_all(program: Path, crates: Path, vendor: Path) -> None:
     """Write `vendor`: one directory per package of `program`'s lock that comes from a registry."""
     stubs = []
-    manifests = [document(program / "Cargo.toml")]
+    manifests = {"Cargo.toml": document(program / "Cargo.toml")}
     vendor.mkdir()
     for package in packages(program / "Cargo.lock"):
         name, version, checksum = package["name"], package["version"], package.get("checksum")
@@ -55,7 +74,7 @@ def vendor_all(program: Path, crates: Path, vendor: Path) -> None:
         target = vendor / f"{name}-{version}"
         extract(crate, target)
         checksum_file(target, checksum)
-        manifests.append(document(target / "Cargo.toml"))
+        manifests[f"Cargo.toml of {target.name}"] = document(target / "Cargo.toml")
     asked = features_asked(manifests)
     for name, version, checksum in stubs:
         stub(vendor / f"{name}-{version}", name, version, sorted(asked[name]))
@@ -76,24 +95,29 @@ def packages(lock: Path) -> list[dict[str, Any]]:
     Format 1 has the checksums in [metadata], and its oldest files the package itself in [root].
     """
     read = document(lock)
-    apart = read.get("metadata", {})
-    listed: list[dict[str, Any]] = [*([read["root"]] if "root" in read else []), *read.get("package", [])]
-    for package in listed:
-        key = "checksum {name} {version} ({source})".format_map({"source": None, **package})
-        if "checksum" not in package and apart.get(key, "<none>") != "<none>":
-            package["checksum"] = apart[key]
-    return listed
+    with reading(lock.name):
+        apart = read.get("metadata", {})
+        listed: list[dict[str, Any]] = [*([read["root"]] if "root" in read else []), *read.get("package", [])]
+        for package in listed:
+            for part in (package["name"], package["version"]):
+                if not NAME.fullmatch(part):
+                    fail(f"{lock.name}: {part!r} is no name or version of a package")
+            key = "checksum {name} {version} ({source})".format_map({"source": None, **package})
+            if "checksum" not in package and apart.get(key, "<none>") != "<none>":
+                package["checksum"] = apart[key]
+        return listed
 
 
 def document(path: Path) -> dict[str, Any]:
     """A TOML file; a byte order mark before it is Windows' editors', and cargo passes over it."""
-    return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    with reading(str(path)):
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def extract(crate: Path, target: Path) -> None:
     """Unpack regular files below the crate's one top directory into `target`, with modes every user can read."""
     top = None
-    with tarfile.open(crate, "r:gz") as archive:
+    with reading(crate.name), tarfile.open(crate, "r:gz") as archive:
         for member in archive:
             path = PurePosixPath(member.name)
             top = top or path.parts[:1]
@@ -117,22 +141,24 @@ def checksum_file(target: Path, checksum: str) -> None:
     (target / ".cargo-checksum.json").write_text(json.dumps({"files": {}, "package": checksum}))
 
 
-def features_asked(manifests: list[dict[str, Any]]) -> defaultdict[str, set[str]]:
-    """Package name → every feature that some manifest asks of it, in a dependency or in a feature."""
+def features_asked(manifests: dict[str, dict[str, Any]]) -> defaultdict[str, set[str]]:
+    """Package name → every feature that some manifest, by what it is called, asks of it, in a dependency or in a
+    feature."""
     asked: defaultdict[str, set[str]] = defaultdict(set)
-    for manifest in manifests:
+    for called, manifest in manifests.items():
         names: defaultdict[str, set[str]] = defaultdict(set)
-        for key, dependency in dependencies(manifest):
-            table = {} if isinstance(dependency, str) else dependency
-            name = table.get("package", key)
-            names[key].add(name)
-            asked[name].update(table.get("features", ()))
-        for values in manifest.get("features", {}).values():
-            for value in values:
-                key, slash, feature = value.partition("/")
-                if slash:
-                    for name in names[key.removesuffix("?")]:
-                        asked[name].add(feature)
+        with reading(called):
+            for key, dependency in dependencies(manifest):
+                table = {} if isinstance(dependency, str) else dependency
+                name = table.get("package", key)
+                names[key].add(name)
+                asked[name].update(table.get("features", ()))
+            for values in manifest.get("features", {}).values():
+                for value in values:
+                    key, slash, feature = value.partition("/")
+                    if slash:
+                        for name in names[key.removesuffix("?")]:
+                            asked[name].add(feature)
     return asked
 
 
