@@ -149,14 +149,21 @@ def _remember(
     if any("\n" in name for name in (*names, *_facts(root, environ))):
         return  # what is not a line cannot be compared
     path = memo_path(root, environ)
+    temporary = f"{path}.{os.getpid()}"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.{os.getpid()}"
         with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write("\n\n".join(["\n".join(head), *(f"{key}\n{block}" for key, block in blocks.items())]))
         os.replace(temporary, path)
     except OSError:
-        pass
+        _remove(temporary)  # a part of it, on a full disk
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        return
 
 
 def _keys(words: Sequence[str], environ: Mapping[str, str], terminal: bool) -> list[str]:

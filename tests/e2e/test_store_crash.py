@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.crashing import Doom, ended, forked
+from tests.crashing import die_at, ended, forked
 from vzrepro import nar
 from vzrepro.base import disk
 from vzrepro.base.errors import VzreproError
@@ -39,26 +37,6 @@ def put(store: LocalStore, name: str, content: bytes = b"content", *, repair: bo
         nar_hash, nar_size, _ = nar.canonical_copy(source, scratch / "out")
         info = ObjectInfo(path_of(name), nar_hash, nar_size, build_key=BuildKey.of(name.encode()))
         return (store.replace if repair else store.add)(scratch / "out", info)
-
-
-def die_at(step: int) -> None:
-    """Have this process killed before or after its n-th call that changes the disk or the database."""
-    doom = Doom(step)
-
-    class Connection(sqlite3.Connection):
-        def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
-            doom.count()
-            return super().execute(sql, *args)
-
-        def executescript(self, sql: str) -> sqlite3.Cursor:
-            doom.count()
-            return super().executescript(sql)
-
-    connect = sqlite3.connect
-    sqlite3.connect = lambda *args, **options: connect(*args, factory=Connection, **options)  # type: ignore[assignment]
-    for name in ("rename", "replace", "fsync", "mkdir", "rmdir", "unlink", "chmod", "symlink", "ftruncate"):
-        setattr(os, name, doom.counted(getattr(os, name)))
-    disk.exchange = doom.counted(disk.exchange)
 
 
 def killed_at_every_step(prepare: Callable[[int], Callable[[], None]], check: Callable[[int], None]) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +15,10 @@ from typing import Any, cast
 import pytest
 
 from tests import PATIENCE_SECS
+from tests.labs import RUNTIME, LabMaker, node, observed, played
 from vzrepro import nar, sandbox
 from vzrepro.base.errors import BuildFailed, HashMismatch, Interrupted, RemoteError, TimedOut, UsageError, VzreproError
-from vzrepro.base.model import Derivation, ObjectInfo, store_path
+from vzrepro.base.model import Derivation, ObjectInfo
 from vzrepro.base.signing import SigningKey
 from vzrepro.proof.attest import dsse
 from vzrepro.proof.attest.shelf import Shelf
@@ -33,7 +33,6 @@ from vzrepro.proof.audit.rebuild import Rebuilder
 from vzrepro.proof.audit.records import RebuildRequest, Record, Records
 from vzrepro.proof.audit.statements import StatementSigner
 from vzrepro.realize.inventory import Inventory
-from vzrepro.realize.maker import Inputs, Maker
 from vzrepro.realize.realizer import Realizer
 from vzrepro.recipe.graph import DrvGraph, Node
 from vzrepro.sources.fetch import Mirrors
@@ -45,26 +44,9 @@ Build = Callable[[str, sandbox.Job], None]
 """Gets what is rebuilt (`repeat`, `umask`, `host-name`), and writes /out."""
 
 
-def _node(name: str, drv: Derivation) -> Node:
-    drv_hash = drv.drv_hash()
-    return Node(name, cast(Any, "build"), "recipes/thing.py:1", "", drv, drv_hash, store_path(drv_hash, name))
-
-
 def _write(tree: Path, content: str) -> None:
     tree.mkdir()
     (tree / "x").write_text(content)
-
-
-class LabMaker(Maker):
-    """A maker whose jobs have no image."""
-
-    loaded: list[str]
-
-    def job(self, node: Node, inputs: Inputs, scratch: Path) -> sandbox.Job:
-        return sandbox.Job(node.target, "sha256:0", ("make",), scratch, scratch / "log", 0, 1)
-
-    def load_image(self, node: Node, inputs: Inputs) -> None:
-        self.loaded.append(node.target)
 
 
 class Lab:
@@ -72,12 +54,11 @@ class Lab:
 
     def __init__(self, place: Path) -> None:
         self.store = LocalStore(place / "store")
-        self.source = _node("source", Derivation("source", "local"))
-        self.thing = _node("thing", self._drv("sandbox"))
+        self.source = node("source", Derivation("source", "local"))
+        self.thing = node("thing", self._drv("sandbox"))
         tools = place / "tools"
         tools.mkdir()
-        runtime = sandbox.Runtime("docker", "docker", "28", "28", 2, "overlay2", False, 2, 8 << 30)
-        self.world = World(runtime, tools, 1, None)
+        self.world = World(RUNTIME, tools, 1, None)
         self.axes: tuple[Axis, ...] = (HOST, UMASK)
         self.fresh = False
         self.builder = "0123456789abcdef"
@@ -119,8 +100,7 @@ class Lab:
     ) -> sandbox.RunLimits:
         around = job.surroundings
         varied = [HOST.name] * (around.hostname != "localhost") + [UMASK.name] * (around.umask != 0o022)
-        seen = {"umask": f"{around.umask:03o}", "host": around.hostname, "domain": str(around.domainname)}
-        on_line(f"vzrepro-observed {json.dumps(seen)}")
+        on_line(observed(job))
         job.log.write_text("a log\n")
         if job.command == ("make",):
             what = varied[0] if varied else "repeat"
@@ -182,12 +162,10 @@ def tmp_path(memory: Path) -> Path:
 
 
 @pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+def lab(tmp_path: Path) -> Iterator[Lab]:
     lab = Lab(tmp_path)
-    monkeypatch.setattr(sandbox, "check", lambda: None)
-    monkeypatch.setattr(sandbox, "sweep", list)
-    monkeypatch.setattr(sandbox, "run", lab.run_sandbox)
-    return lab
+    with played(lab.run_sandbox):
+        yield lab
 
 
 GOOD = {"repeat": "REPRODUCED", "host-name": "REPRODUCED", "umask": "REPRODUCED"}
@@ -422,7 +400,7 @@ def test_the_engine_is_asked_for_an_image_now_and_then(lab: Lab, monkeypatch: py
 @pytest.fixture
 def image(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Lab:
     """`thing` is an image: made by `lab.build` where the real one reads .debs."""
-    lab.thing = _node("thing", lab._drv("image"))
+    lab.thing = node("thing", lab._drv("image"))
     lab.put(lab.thing, "from source")
 
     def write(_debs: object, tree: Path, **_options: object) -> None:

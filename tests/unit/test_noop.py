@@ -201,3 +201,13 @@ def test_a_damaged_memo_is_a_miss(settled: Workspace) -> None:
         memo.write_bytes(damaged)
         assert [settled.remembered(command) for command in ASKED] == [None, None]
     settled.settle()
+
+
+def test_a_memo_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_path: str, _place: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    environ = {"XDG_CACHE_HOME": str(tmp_path)}
+    monkeypatch.setattr(os, "replace", full)
+    noop.remember_names(str(tmp_path), environ, 1 << 62, [], ["a"])
+    assert list(Path(noop.memo_path(str(tmp_path), environ)).parent.iterdir()) == []

@@ -864,3 +864,12 @@ def test_the_schema_matches_its_version(store: LocalStore) -> None:
     with sqlite3.connect(store.root / ".vzrepro" / "db.sqlite") as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+
+
+def test_gc_makes_no_store(store: LocalStore) -> None:
+    """Where a full disk has kept it from being made, there may be no room to make it now."""
+    assert store.gc().deleted == ()
+    store.private.mkdir(parents=True)
+    store.database_file.touch()
+    assert store.gc().deleted == ()
+    assert store.database_file.stat().st_size == 0

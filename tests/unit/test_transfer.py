@@ -10,11 +10,13 @@ import pytest
 
 from tests.caches import new_cache
 from tests.contract.memory import MemoryBackend
+from tests.labs import grinds, played, realizer, small_graph
 from vzrepro import nar
 from vzrepro.base import events
 from vzrepro.base.errors import Interrupted, RemoteError
 from vzrepro.base.model import DrvHash, NarHash, ObjectInfo, StorePath, store_path
 from vzrepro.cache import PushOutcome, SigningKey, TrustedKeys
+from vzrepro.cache.check import CacheFinding, verify
 from vzrepro.realize import transfer
 from vzrepro.realize.transfer import Pusher, waves
 from vzrepro.store import LocalStore
@@ -133,3 +135,16 @@ def test_what_is_stopped_has_not_begun(store: LocalStore) -> None:
     with pytest.raises(Interrupted):
         stopped.push_all(new_cache(backend, TrustedKeys([KEY.public]), KEY), [low], jobs=2)
     assert backend.entries == {}
+
+
+def test_what_a_new_object_refers_to_is_pushed_before_it(store: LocalStore, tmp_path: Path) -> None:
+    """It may be here from a run that was killed before it pushed it, or come from the workspace."""
+    graph = small_graph(tmp_path / "sources")
+    cache = new_cache(MemoryBackend(), TrustedKeys([KEY.public]), KEY)
+    with played(grinds):
+        realizer(graph, store).realize([graph.find("left")])
+        realizer(graph, store, writers=[cache]).realize([graph.find("whole")])
+    found: list[CacheFinding] = []
+    verify(cache.reader, deep=True, found=found.append)
+    assert found == []
+    assert cache.reader.ask(graph.find("whole").path) is not None

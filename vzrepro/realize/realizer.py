@@ -361,14 +361,18 @@ class Realizer:
         return self.maker.make(node, {drv: info.path for drv, info in inputs.items()}, key, urgency)
 
     def push(self, node: Node, info: ObjectInfo) -> None:
-        """Write a new object to every cache that can be written; a failure is a warning, the object stays here."""
-        attest = self.provenance(info)
-        pusher = transfer.Pusher(self.store, self.report, self.stop, lambda _info: attest)
+        """Write a new object to every cache that can be written, after what it refers to; a failure is a warning, the
+        object stays here."""
+        # That may be here from a run that was killed before it had pushed it.
+        found = self.store.query_many(self.store.closure(info.references)) | {info.path: info}
+        attests = {path: self.provenance(each) for path, each in found.items()}
+        pusher = transfer.Pusher(self.store, self.report, self.stop, lambda each: attests[each.path])
         for writer in self.writers:
-            if not writer.writable or self.stop.is_set() or (writer.reader.own and info.voucher is not None):
-                continue
             try:
-                pusher.push(writer, node.target, info)
+                for each in (each for wave in transfer.waves(list(found.values())) for each in wave):
+                    if not writer.writable or self.stop.is_set() or (writer.reader.own and each.voucher is not None):
+                        continue
+                    pusher.push(writer, node.target if each is info else each.path.name, each)
             except Interrupted:
                 return
             except RemoteError:

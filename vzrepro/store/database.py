@@ -133,6 +133,11 @@ class Database:
         uri = f"{self.file.as_uri()}?{options}"
         return sqlite3.connect(uri, uri=True, timeout=_BUSY_SECS, isolation_level=None, check_same_thread=False)
 
+    def is_made(self) -> bool:
+        """Whether there is a database, whose making was not interrupted."""
+        with self.mutex, self.explained():
+            return self._open() is not None
+
     def rows(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
         with self.mutex, self.explained():
             connection = self._open()

@@ -519,6 +519,8 @@ class LocalStore:
         with self._db.explained():
             (self._db.private / "reserve").unlink(missing_ok=True)
         self.sweep()
+        if not self._db.is_made():
+            return GcReport((), 0, {})
         with self._db.transaction(durable=True) as run:
             report = self._collectable(keep_newer_than)
             for path in report.deleted:

@@ -1,0 +1,54 @@
+"""A short round of each campaign, and that campaigns tell what they find."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.campaigns import frame, full_disks, kills
+from tests.campaigns.frame import Line, Lost, Round, Wrong
+
+SHORT: dict[str, tuple[Line, int]] = {
+    **{f"kill {name}": (line, 2) for name, line in kills.LINES.items()},
+    **{f"full: {name}": (line, 1) for name, line in full_disks.LINES.items()},
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_nothing_is_lost_or_wrong(name: str) -> None:
+    if name.startswith("full") and (reason := full_disks.why_not()):
+        pytest.skip(reason)
+    line, rounds = SHORT[name]
+    tally = frame.play(name, line, rounds, seed=1)
+    assert (tally.lost, tally.wrong, tally.rounds) == ([], [], rounds)
+
+
+def test_what_is_lost_or_wrong_is_told() -> None:
+    def line(round: Round) -> None:
+        round.tally.faults += 1
+        match round.number:
+            case 0:
+                raise Lost("it is gone")
+            case 1:
+                raise Wrong("it is another")
+            case 2:
+                round.calmly(lambda: os._exit(3), "a process that fails")
+            case 3:
+                assert round.child(lambda: None, kill_after=0.0) in (0, -9)
+
+    tally = frame.play("any", line, 4, seed=1)
+    assert tally.lost == ["any, round 0: it is gone"]
+    assert [told.partition("\n")[0] for told in tally.wrong] == [
+        "any, round 1: it is another",
+        "any, round 2: a process that fails: exit code 3",
+    ]
+    assert tally.row() | {"longest_wait_secs": 0, "largest_memory_mib": 0} == {
+        "rounds": 4,
+        "faults": 4,
+        "lost": 1,
+        "wrong": 2,
+        "longest_wait_secs": 0,
+        "largest_memory_mib": 0,
+    }
+    assert frame.table({"any": {"rounds": 1, "lost": 2}}).splitlines()[2] == "| any | 1 | 2 |"
