@@ -35,8 +35,8 @@ KINDS = ("tmpfs", "ext4")
 
 def why_not() -> str | None:
     """Why no file systems can be mounted here; None when they can."""
-    if os.geteuid() != 0 or not Path("/proc/mounts").exists():
-        return "mounting needs root on Linux"
+    if os.geteuid() != 0 or not Path("/dev/loop-control").exists():
+        return "mounting needs root on Linux, and loop devices"
     return None if shutil.which("mkfs.ext4") else "mkfs.ext4 is not installed"
 
 
