@@ -10,11 +10,11 @@ from recipes.vhost_device_vsock import VHOST_DEVICE_VSOCK
 
 from recipes.initramfs import INITRAMFS
 from recipes.kernel import KERNELS, PROFILES
-from recipes.toolchain import C_IMAGE, SUITE, TOOLS_IMAGE
+from recipes.toolchain import C_IMAGE, TOOLS_IMAGE
 from recipes.virtiofsd import VIRTIOFSD
 from recipes.youki import YOUKI
 from vzrepro import build, cargo_crates, debian_image, local, read, text
-from vzrepro.recipes import AMD64, ARM64, newc_writer, rust_program
+from vzrepro.recipes import AMD64, ARM64, SUITE, newc_writer, rust_program
 
 VZ_PROBE = rust_program(
     "vz-probe",

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.crates import HAS_CARGO, built
 from tests.e2e.conftest import PROJECT, Cli
 from vzrepro.guest.vm import agent_pb2 as pb
 from vzrepro.guest.vm import boot
@@ -226,14 +227,17 @@ def eventually(done: Callable[[], bool], what: str) -> None:
 
 @pytest.fixture(scope="session")
 def realized() -> Callable[[str], Path]:
-    """Realize a target in the project's own workspace and store: `realized("guest-agent-host")`."""
+    """Realize a target in the project's own workspace and store: `realized("guest-agent")`."""
     project = Cli(PROJECT, PROJECT / "store")
     return lambda target: project.realize(target)[0]
 
 
 @pytest.fixture(scope="session")
 def agent_program(realized: Callable[[str], Path]) -> Path:
-    """The agent for this machine."""
+    """The agent for this machine: as the tests of its crate build it where there is cargo, else as its recipe does, which
+    takes minutes more."""
+    if HAS_CARGO:
+        return built("guest-agent", "vz-guest-agent")
     return realized("guest-agent-host") / "vz-guest-agent"
 
 
