@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 
+import pytest
+
 from vzrepro.guest.vm.agent import AgentClient
+from vzrepro.guest.vm.boot import HostPrograms
+
+_NO_QEMU = platform.machine() != "x86_64" and shutil.which("qemu-system-aarch64") is None
+_WHY_NOT = "QEMU for arm64 is not installed, and recipes/host-programs has none for this machine"
+
+needs_qemu = pytest.mark.skipif(_NO_QEMU, reason=_WHY_NOT)
 
 LIMIT_SECS = 300.0
 """Only a broken guest meets it: an emulated one on a busy host is very slow."""
+
+
+def skip_without_qemu() -> None:
+    """For fixtures, as `needs_qemu` is for tests."""
+    if _NO_QEMU:
+        pytest.skip(_WHY_NOT)
+
+
+def host_programs(realize: Callable[..., Sequence[Path]]) -> HostPrograms:
+    """The programs that guests need on this host, as `realize(*targets)` gives their directories."""
+    names = {"vhost-device-vsock": "vhost-device-vsock", "virtiofsd": "virtiofsd"}
+    if platform.machine() == "x86_64":
+        names["qemu"] = "qemu-system-aarch64"
+    places = realize(*names)
+    return HostPrograms(*(place / program for place, program in zip(places, names.values(), strict=True)))
 
 
 def load_newc() -> ModuleType:

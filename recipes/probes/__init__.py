@@ -6,12 +6,12 @@ docs/probes.md says how a capability is proven.
 import json
 import tomllib
 
+from recipes.host_programs import HOST_IMAGE, VIRTIOFSD
 from recipes.vhost_device_vsock import VHOST_DEVICE_VSOCK
 
 from recipes.initramfs import INITRAMFS
 from recipes.kernel import KERNELS, PROFILES
 from recipes.toolchain import C_IMAGE, TOOLS_IMAGE
-from recipes.virtiofsd import VIRTIOFSD
 from recipes.youki import YOUKI
 from vzrepro import build, cargo_crates, debian_image, local, read, text
 from vzrepro.recipes import AMD64, ARM64, SUITE, newc_writer, rust_program
@@ -48,17 +48,6 @@ _DISKS_IMAGE = debian_image(
     suite=SUITE,
     packages=["bash", "btrfs-progs", "coreutils", "dash", "e2fsprogs", "libc-bin"],
     without=dict.fromkeys(("debianutils", "openssl-provider-legacy"), _UNUSED),
-)
-
-_QEMU_IMAGE = debian_image(
-    "qemu",
-    suite=SUITE,
-    packages=["bash", "coreutils", "dash", "libc-bin", "python3", "qemu-system-arm"],
-    without=dict.fromkeys(
-        "adduser debconf debianutils dpkg libdebconfclient0 libsemanage2 login.defs media-types netbase "
-        "openssl-provider-legacy passwd readline-common tar tzdata".split(),
-        _UNUSED,
-    ),
 )
 
 _DISKS = build(
@@ -101,7 +90,7 @@ library."""
 REPORTS = {
     profile.name: build(
         f"{profile.name}-probes",
-        image=_QEMU_IMAGE,
+        image=HOST_IMAGE,
         inputs={
             "kernel": KERNELS[profile.name],
             "initramfs": INITRAMFS,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +22,7 @@ import pytest
 
 from tests.crates import HAS_CARGO, built
 from tests.e2e.conftest import PROJECT, Cli
+from tests.guests import host_programs, skip_without_qemu
 from vzrepro.guest.vm import agent_pb2 as pb
 from vzrepro.guest.vm import boot
 from vzrepro.guest.vm.agent import AgentClient, AgentError, Execution
@@ -234,7 +234,7 @@ def realized() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def agent_program(realized: Callable[[str], Path]) -> Path:
-    """The agent for this machine: as the tests of its crate build it where there is cargo, else as its recipe does, which
+    """The agent for this machine: as its crate's tests build it where there is cargo, else as its recipe does, and that
     takes minutes more."""
     if HAS_CARGO:
         return built("guest-agent", "vz-guest-agent")
@@ -251,8 +251,7 @@ def host_side(agent_program: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def guest_side(realized: Callable[[str], Path]) -> Iterator[Side]:
     """The agent in a guest."""
-    if shutil.which("qemu-system-aarch64") is None:
-        pytest.skip("QEMU for arm64 is not installed")
+    skip_without_qemu()
     with guest_agent(realized) as side:
         yield side
 
@@ -321,7 +320,7 @@ def _kept_alive(command: Sequence[str]) -> Iterator[None]:
 def guest_agent(realized: Callable[[str], Path]) -> Iterator[Side]:
     """The agent in a booted guest of the container profile, over vsock."""
     guest = boot.of_bundle(realized("container-bundle"))
-    programs = boot.HostPrograms(vhost_device_vsock=realized("vhost-device-vsock") / "vhost-device-vsock")
+    programs = host_programs(lambda *names: [realized(name) for name in names])
     with (
         boot.running(guest, programs=programs, timeout_secs=LIMIT_SECS) as vm,
         tempfile.TemporaryDirectory(prefix="vz-") as directory,

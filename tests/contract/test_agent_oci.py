@@ -6,7 +6,6 @@ The host's agent has no part in it: the machine that builds is not to be changed
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.contract.agents import LIMIT_SECS, Side, eventually, refused
+from tests.guests import host_programs, skip_without_qemu
 from vzrepro.guest.vm import boot, qemu
 from vzrepro.guest.vm.agent import AgentClient, AgentError, NetworkService
 
@@ -57,14 +57,11 @@ def config(script: str, **changes: Any) -> str:
 @pytest.fixture(scope="module")
 def guest(realized: Callable[[str], Path]) -> Iterator[Side]:
     """A guest with youki on its share, and a root file system for containers in /tmp/rootfs."""
-    if shutil.which("qemu-system-aarch64") is None:
-        pytest.skip("QEMU for arm64 is not installed")
+    skip_without_qemu()
     bundle = realized("container-bundle")
     share = qemu.Share("oci-runtime-bin", bundle, read_only=True)
     machine = replace(boot.of_bundle(bundle), shares=(share,))
-    programs = boot.HostPrograms(
-        realized("vhost-device-vsock") / "vhost-device-vsock", realized("virtiofsd") / "virtiofsd"
-    )
+    programs = host_programs(lambda *names: [realized(name) for name in names])
     with boot.running(machine, programs=programs, timeout_secs=LIMIT_SECS) as vm:
         side = Side("guest", vm.agent, "", vm.dial)
         side.text(ROOTFS)

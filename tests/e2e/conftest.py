@@ -21,6 +21,7 @@ from tests import PATIENCE_SECS, engines, trixie
 from tests.commands import Commands
 from tests.containers import Oci
 from tests.e2e import sandboxes
+from tests.guests import host_programs
 from vzrepro import sandbox
 from vzrepro.base import disk
 from vzrepro.guest.vm.boot import HostPrograms
@@ -113,10 +114,7 @@ def bundle_of(project: Cli) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def programs(project: Cli) -> HostPrograms:
     """The realized programs that serve a guest's devices."""
-    places = project.realize("vhost-device-vsock", "virtiofsd")
-    return HostPrograms(
-        *(place / name for place, name in zip(places, ("vhost-device-vsock", "virtiofsd"), strict=True))
-    )
+    return host_programs(project.realize)
 
 
 @pytest.fixture(scope="module")

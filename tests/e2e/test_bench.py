@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Cli
+from tests.guests import needs_qemu
 from vzrepro.guest.vm.bench import PHASES, BenchReport
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+pytestmark = needs_qemu
 
 
 def _report(stdout: str) -> BenchReport:

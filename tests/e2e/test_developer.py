@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tarfile
 from pathlib import Path
 
@@ -11,11 +10,12 @@ import pytest
 
 from tests.e2e.conftest import Cli
 from tests.e2e.test_probe import COMMON, rows
+from tests.guests import needs_qemu
 from vzrepro.guest import metadata
 
 DEVELOPER = {*COMMON.split(), "nested_virt", "tun"}
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+pytestmark = needs_qemu
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
-import pytest
-
 from tests.e2e.conftest import Cli
+from tests.guests import needs_qemu
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+pytestmark = needs_qemu
 
 SYSCTLS = ("recipes/hardening/sysctl.defaults", "recipes/initramfs/sysctl.conf")
 

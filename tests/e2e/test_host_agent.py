@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.guests import needs_qemu
 from tests.hosts import Connection, Hardware, Host, Refused, bundles, eventually, playing
 from tests.hosts.wire import stubs
 from vzrepro.guest.vm.boot import HostPrograms
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+pytestmark = needs_qemu
 
 
 @pytest.fixture(scope="module")

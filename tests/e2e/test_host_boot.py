@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests import trixie
+from tests.guests import needs_qemu
 from tests.hosts import Hardware, Host, eventually, playing
 from tests.hosts.bundles import write_root
 from tests.hosts.machine import powered
 from vzrepro.guest.vm.boot import HostPrograms
 from vzrepro.guest.vm.rootfs import image_root
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+pytestmark = needs_qemu
 
 MIB = 1 << 20
 MKE2FS = shutil.which("mke2fs", path="/usr/sbin:/sbin:/usr/bin")

@@ -4,17 +4,17 @@ volumes, logs, ports and setup archives."""
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.guests import needs_qemu
 from tests.hosts import Hardware, Host, Refused, bundles, eventually, playing
 from vzrepro.guest.vm.boot import HostPrograms
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+pytestmark = needs_qemu
 
 ARCHIVE_MIB = int(os.environ.get("VZREPRO_TEST_ARCHIVE_MIB", "40"))
 """How much a container's setup adds to it. Hosts see 400; emulated, that takes minutes."""

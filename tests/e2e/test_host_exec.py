@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import datetime
 import http.server
-import shutil
 import ssl
 import threading
 from collections.abc import Iterator
@@ -16,10 +15,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from tests.guests import needs_qemu
 from tests.hosts import Hardware, Host, playing
 from vzrepro.guest.vm.boot import HostPrograms
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+pytestmark = needs_qemu
 
 # Command → a script that uses it (`$0` is the name or path it is called by) and what that prints, or a part of it. The
 # scripts use the directory /x with a file `a`: "one", "two", "three", a line each.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.guests import needs_qemu
 from tests.hosts import Host, playing
 from vzrepro.guest.vm.boot import HostPrograms
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+pytestmark = needs_qemu
 
 SERVICES = [
     ("db", "172.20.0.2/24", "back"),

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.guests import needs_qemu
 from tests.hosts import Hardware, Host, Refused, eventually, playing
 from tests.hosts.wire import stubs
 from vzrepro.guest.vm.boot import HostPrograms
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+pytestmark = needs_qemu
 
 FLOOD = 300
 """Connections that a host opens at once and leaves open."""

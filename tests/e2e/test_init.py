@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import socketserver
@@ -18,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from tests.guests import LIMIT_SECS, Console, archive, shell
+from tests.guests import LIMIT_SECS, Console, archive, needs_qemu, shell
 from tests.programs import PATH, USES
 from vzrepro.base.errors import VzreproError
 from vzrepro.guest.vm import boot, qemu
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+pytestmark = needs_qemu
 
 INITRAMFS = Path(__file__).parents[2] / "recipes/initramfs"
 
@@ -291,7 +290,7 @@ def test_memory_is_taken_when_asked_for(lab: Lab) -> None:
 
 def test_a_guest_without_an_agent_shows_its_devices_and_memory(lab: Lab) -> None:
     guest = replace(lab.guest, command_line=f"{lab.guest.command_line} vz_idle=1")
-    program = qemu.find_qemu()
+    program = qemu.find_qemu(lab.programs.qemu)
     words = qemu.arguments(guest, qemu.accelerator(program), qemu.Vsock(3))
     at = next(number for number, word in enumerate(words) if word.startswith("vhost-vsock-pci"))
     with qemu.Child(program, [*words[: at - 1], *words[at + 1 :]], on_line=lab.console):

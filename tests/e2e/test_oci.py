@@ -23,11 +23,11 @@ from pathlib import Path
 import pytest
 
 from tests.containers import PROJECT, Oci, fetched, gone, until
-from tests.guests import LIMIT_SECS, descendants
+from tests.guests import LIMIT_SECS, descendants, needs_qemu
 from tests.servers import free_ports
 from vzrepro.guest.vm.rootfs import image_root
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+pytestmark = needs_qemu
 
 NGINX = """
 user nobody nogroup;

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -13,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.containers import Oci, gone, until
-from tests.guests import LIMIT_SECS, descendants
+from tests.guests import LIMIT_SECS, descendants, needs_qemu
 from vzrepro.guest.vm import logs
 from vzrepro.guest.vm.agent import AgentClient
 from vzrepro.guest.vm.logs import OutputStanding
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+pytestmark = needs_qemu
 
 COUNTING = 'i=0; while :; do i=$((i + 1)); echo "$i"; busybox sleep 0.1; done'
 

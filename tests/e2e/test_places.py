@@ -19,12 +19,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tests.guests import LIMIT_SECS, Console, shell
+from tests.guests import LIMIT_SECS, Console, needs_qemu, shell
 from tests.programs import PATH, USES
 from vzrepro.guest.vm import boot, qemu
 from vzrepro.guest.vm.agent import AgentClient
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+pytestmark = needs_qemu
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import PROJECT, Cli
+from tests.guests import needs_qemu
 from vzrepro.guest import metadata
 from vzrepro.guest.vm import qemu
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+pytestmark = needs_qemu
 
 COMMON = (
     "btrfs_snapshots device_mapper dm_crypt ext4_root hvc0_serial io_uring memory_reclaim netns overlayfs seccomp "
@@ -70,7 +71,7 @@ def test_a_directory_that_is_no_bundle_is_refused(project: Cli, tmp_path: Path) 
 @pytest.fixture(scope="module")
 def inputs(project: Cli) -> dict[str, Path]:
     """What the recipe `container-probes` sees below /in, but for what is wanted of it."""
-    names = ("kernel-container", "initramfs", "youki", "probes", "vhost-device-vsock", "virtiofsd")
+    names = ("kernel-container", "initramfs", "youki", "probes", "vhost-device-vsock", "virtiofsd", "qemu")
     return dict(zip(("kernel", *names[1:]), project.realize(*names), strict=True))
 
 
@@ -84,7 +85,12 @@ def run(inputs: dict[str, Path], place: Path, capabilities: dict[str, str], abse
     return subprocess.run(
         [sys.executable, PROJECT / "recipes/probes/run.py"],
         cwd=place / "build",
-        env={**os.environ, "VZ_IN": str(place / "in"), "VZ_OUT": str(place / "out")},
+        env={
+            **os.environ,
+            "PATH": f"{inputs['qemu']}:{os.environ['PATH']}",
+            "VZ_IN": str(place / "in"),
+            "VZ_OUT": str(place / "out"),
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -132,7 +138,7 @@ def state() -> Any:
 @pytest.fixture(scope="module")
 def config(inputs: dict[str, Path]) -> dict[str, Any]:
     """What `state.py` is told of a machine."""
-    program = qemu.find_qemu()
+    program = qemu.find_qemu(inputs["qemu"] / "qemu-system-aarch64")
     return {
         "qemu": [program, *qemu.machine_arguments(qemu.accelerator(program))],
         "kernel": str(inputs["kernel"] / "vmlinux"),

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Cli
-from tests.guests import LIMIT_SECS, descendants
+from tests.guests import LIMIT_SECS, descendants, needs_qemu
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-system-aarch64") is None, reason="QEMU for arm64 is not installed")
+pytestmark = needs_qemu
 
 MACHINE = ("qemu-system-aar", "vhost-device-vs", "virtiofsd")
 """How the processes of a guest's machine begin, as the kernel shortens them."""

@@ -8,20 +8,24 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.guests import host_programs
 from tests.hosts import playing
-from vzrepro.guest.vm.boot import HostPrograms
 
 PROJECT = Path(__file__).parents[2]
-TARGETS = ("busybox", "vhost-device-vsock", "virtiofsd")
+
+
+def realize(*targets: str) -> list[Path]:
+    """The directories of targets of this workspace."""
+    command = [sys.executable, "-m", "vzrepro", "realize", *targets]
+    said = subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True).stdout
+    return [Path(line) for line in said.split()]
 
 
 def main() -> None:
     """One container from Create to Delete, then two networks with a service on both."""
     profile = sys.argv[1] if len(sys.argv) > 1 else "container"
-    realize = [sys.executable, "-m", "vzrepro", "realize", f"{profile}-bundle", *TARGETS]
-    words = subprocess.run(realize, cwd=PROJECT, check=True, capture_output=True, text=True).stdout.split()
-    bundle, busybox, vsock, virtiofsd = map(Path, words)
-    programs = HostPrograms(vsock / "vhost-device-vsock", virtiofsd / "virtiofsd")
+    programs = host_programs(realize)
+    bundle, busybox = realize(f"{profile}-bundle", "busybox")
     began = time.monotonic()
 
     def say(line: str) -> None:

@@ -105,7 +105,7 @@ def powered(
     hardware: Hardware, programs: HostPrograms, say: Callable[[str], object] = lambda _line: None
 ) -> Iterator[Machine]:
     """The machine, switched on; it ends with the context. Nothing is known of what runs in it."""
-    program = qemu.find_qemu()
+    program = qemu.find_qemu(programs.qemu)
     accelerator = qemu.accelerator(program)
     console = Console()
     cid = random.SystemRandom().randrange(3, 2**31)

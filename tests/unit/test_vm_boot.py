@@ -97,7 +97,7 @@ class World:
         (self.bundle / "version.json").write_text(json.dumps(METADATA))
         self.programs = boot.HostPrograms(self._program("vhost-device-vsock", FAKE_DEVICE))
         qemu_program = self._program("qemu-system-aarch64", FAKE_QEMU)
-        monkeypatch.setattr(qemu, "find_qemu", lambda: str(qemu_program))
+        monkeypatch.setattr(qemu, "find_qemu", lambda _given: str(qemu_program))
         monkeypatch.setattr(qemu, "kernel_vsock_usable", lambda: False)
         monkeypatch.setenv("TMPDIR", str(path))
         monkeypatch.setattr(boot.tempfile, "tempdir", None)

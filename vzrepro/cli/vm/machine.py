@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _VSOCK = "vhost-device-vsock"
 _SHARES = "virtiofsd"
+_QEMU = "qemu"
 
 
 def prepare(
@@ -22,18 +24,22 @@ def prepare(
     """The directory of each of `bundles` (a bundle's or a VM's directory, or a target, which is realized), and the
     programs that guests need; `shares` says that a guest gets more than its VM's own, `vsock` that its vsock is served
     by vhost-device-vsock whatever the host's kernel can do. One call realizes all of it."""
-    from vzrepro.guest.vm import directory, qemu
+    from vzrepro.guest.vm import directory, qemu, watch
     from vzrepro.guest.vm.boot import HostPrograms
 
     qemu.require_linux()
     shares = shares or any(directory.is_one(Path(name)) and directory.load(Path(name)).shares for name in bundles)
     programs = [*([] if qemu.kernel_vsock_usable() and not vsock else [_VSOCK]), *([_SHARES] if shares else [])]
+    # An emulator must be one that gets it right (docs/guest.md); where guests are native it is the host's.
+    if platform.machine() == "x86_64" and _QEMU in session.graph.targets:
+        programs.append(_QEMU)
     places = _places(session, [*programs, *bundles])
     return (
         [places[name] for name in bundles],
         HostPrograms(
             vhost_device_vsock=places[_VSOCK] / _VSOCK if _VSOCK in programs else None,
             virtiofsd=places[_SHARES] / _SHARES if shares else None,
+            qemu=places[_QEMU] / watch.QEMU if _QEMU in programs else None,
         ),
     )
 

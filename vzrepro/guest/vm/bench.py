@@ -156,7 +156,7 @@ def measure(
     """
     started = dt.datetime.now(dt.UTC)
     host = f"{plural(os.cpu_count() or 1, 'core')} ({platform.machine()}), load {os.getloadavg()[0]:.1f} before the run"
-    host += f", {qemu.accelerator(qemu.find_qemu())}"
+    host += f", {qemu.accelerator(qemu.find_qemu(programs.qemu))}"
     labelled = list(zip(_LABELS, guests, strict=False))
     boots: list[Boot] = []
     for round_number in range(options.iterations):

@@ -40,11 +40,12 @@ _LOSS_SECS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class HostPrograms:
-    """The host's programs that serve a guest's devices. `vhost_device_vsock` is needed where the host's kernel serves
-    no vsock, `virtiofsd` for shares."""
+    """The programs that a guest needs on its host. `vhost_device_vsock` is needed where the host's kernel serves no
+    vsock, `virtiofsd` for shares; without `qemu` the host's own is taken."""
 
     vhost_device_vsock: Path | None = None
     virtiofsd: Path | None = None
+    qemu: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def running(
     and the context raises why. Raises UsageError for a share or disk that is not there, TimedOut, VzreproError.
     """
     _check_files(guest)
-    program = qemu.find_qemu()
+    program = qemu.find_qemu(programs.qemu)
     accelerator = qemu.accelerator(program, nested=guest.nested)
     cid = random.SystemRandom().randrange(3, 2**31)
 

@@ -156,7 +156,7 @@ def _run(agent: AgentClient, names: Sequence[str]) -> _Found:
 
 def _run_state(guest: qemu.Guest, tools: Path, scratch: Path, names: Sequence[str], programs: HostPrograms) -> _Found:
     """As `_run`, for probes of a machine's state."""
-    program = qemu.find_qemu()
+    program = qemu.find_qemu(programs.qemu)
     accelerator = qemu.accelerator(program)
     config = {
         "qemu": [program, *qemu.machine_arguments(accelerator)],

@@ -89,10 +89,10 @@ class Vsock:
     device_socket: Path | None = None
 
 
-def find_qemu() -> str:
-    """The path of QEMU for arm64. Raises VzreproError with the line that installs it."""
-    if found := shutil.which(_PROGRAM):
-        return found
+def find_qemu(given: Path | None = None) -> str:
+    """The path of QEMU for arm64: `given`, else the host's own. Raises VzreproError with the line that installs it."""
+    if found := given or shutil.which(_PROGRAM):
+        return str(found)
     raise VzreproError(
         f"{_PROGRAM} is not installed",
         reason="booting a bundle needs QEMU with the arm64 system emulator, from the host's distribution",

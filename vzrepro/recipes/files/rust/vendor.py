@@ -31,8 +31,10 @@ STUB = 'compile_error!("{name} {version} is not among the fetched crates: run `v
 NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.+-]*")
 """Of a package and of its version: a part of a path."""
 
-BROKEN = (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RecursionError)
-BROKEN += (TypeError, ValueError, tarfile.TarError, zlib.error)
+BROKEN = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RecursionError, TypeError, ValueError),
+    *(tarfile.TarError, zlib.error),
+)
 """What reading a file of another shape than the expected one ends in."""
 
 
