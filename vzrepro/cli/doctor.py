@@ -17,6 +17,7 @@ from vzrepro.base import disk, words
 from vzrepro.base.errors import VzreproError
 from vzrepro.cli.options import json_option
 from vzrepro.cli.session import Session
+from vzrepro.cli.vm import machine
 
 _ROOM_BYTES = 15 * 10**9
 
@@ -89,9 +90,11 @@ def _files(session: Session) -> str:
     return f"{how}: {found.reason}"
 
 
-def _qemu(_session: Session) -> str:
+def _qemu(session: Session) -> str:
     if platform.system() != "Linux":
         return "not used on this host"
+    if machine.brings_qemu(session):
+        return "from the store (docs/guest.md)"
     found = shutil.which("qemu-system-aarch64")
     if found is None:
         raise VzreproError("qemu-system-aarch64 is not installed", hint="apt-get install qemu-system-arm")

@@ -30,8 +30,7 @@ def prepare(
     qemu.require_linux()
     shares = shares or any(directory.is_one(Path(name)) and directory.load(Path(name)).shares for name in bundles)
     programs = [*([] if qemu.kernel_vsock_usable() and not vsock else [_VSOCK]), *([_SHARES] if shares else [])]
-    # An emulator must be one that gets it right (docs/guest.md); where guests are native it is the host's.
-    if platform.machine() == "x86_64" and _QEMU in session.graph.targets:
+    if brings_qemu(session):
         programs.append(_QEMU)
     places = _places(session, [*programs, *bundles])
     return (
@@ -42,6 +41,12 @@ def prepare(
             qemu=places[_QEMU] / watch.QEMU if _QEMU in programs else None,
         ),
     )
+
+
+def brings_qemu(session: Session) -> bool:
+    """Whether guests run under the workspace's own QEMU. An emulator must be one that gets it right (docs/guest.md); on
+    arm64 guests are native, and it is the host's."""
+    return platform.machine() == "x86_64" and _QEMU in session.graph.targets
 
 
 def bundles(session: Session, names: Sequence[str]) -> list[Path]:
