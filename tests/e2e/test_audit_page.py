@@ -15,6 +15,8 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 from tests import audits
 from vzrepro.proof.audit.page import render
 
+pytestmark = pytest.mark.thorough  # needs chromium, which ./run test --all installs
+
 DESK, PHONE = (1280, 800), (390, 844)
 SIZES = pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
 SCHEMES = pytest.mark.parametrize("scheme", ["light", "dark"])

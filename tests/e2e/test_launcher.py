@@ -139,7 +139,7 @@ def test_a_daemon_that_a_context_leads_to_is_not_looked_for_here(
 
 
 def test_the_fast_tests_need_no_programs(clone: Path, bare_path: str) -> None:
-    every = run(clone, "test", PATH=bare_path, VZREPRO_DOCKER="")
+    every = run(clone, "test", "--all", PATH=bare_path, VZREPRO_DOCKER="")
     qemu = "" if platform.machine() == "x86_64" else "qemu "  # there the store has one
     assert f"docker {qemu}git cpio nix chromium" in every.stderr.splitlines()[0]
     fast = run(clone, "test", "--fast", PATH=bare_path, VZREPRO_DOCKER="")
