@@ -2,7 +2,8 @@
 
     python -m tests.farm_stub URL NAME FILE [JOBS]
 
-Each begun build is a line in FILE. Orders are called `ok…`, `pause…` (up to two seconds), `slow…` (until it is
+Each begun build is a line in FILE, with the time; what has been built, by whomever, is answered without building it,
+as a cache would have it. Orders are called `ok…`, `pause…` (up to two seconds), `slow…` (until it is
 stopped), `oom…` (small ones run out of memory), `remote…` (the cache fails, once), `broken…`, `disk…` (trouble, on
 `one`), `crash…` (the worker dies).
 """
@@ -15,6 +16,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from vzrepro.base.config import Config
@@ -34,11 +36,14 @@ def key_id(name: str) -> str:
 def main() -> None:
     url, name, file = sys.argv[1:4]
     jobs = int(sys.argv[4]) if len(sys.argv) > 4 else 1
-    seen = Path(file)
+    seen, there = Path(file), Path(f"{file}.built")
 
     def build(order: Order, attempt: Attempt) -> OrderAnswer:
+        answer = OrderAnswer(store_path(order.drv, order.name), NarHash(order.drv.hex), name, "built")
+        if there.is_file() and f"{order.id}\n" in there.read_text():
+            return replace(answer, outcome="substituted")
         with seen.open("a") as lines:
-            lines.write(f"{order.id} {order.size} {name}\n")
+            lines.write(f"{order.id} {order.size} {name} {time.time():.3f}\n")
         attempt.phase = "builds"
         match order.name.partition("-")[0]:
             case "slow":
@@ -56,7 +61,9 @@ def main() -> None:
                 raise OSError(28, "No space left on device")
             case "crash":
                 os.kill(os.getpid(), signal.SIGKILL)
-        return OrderAnswer(store_path(order.drv, order.name), NarHash(order.drv.hex), name, "built")
+        with there.open("a") as lines:
+            lines.write(f"{order.id}\n")
+        return answer
 
     def healthy() -> None:
         if name == "one":

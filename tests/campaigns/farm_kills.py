@@ -4,18 +4,20 @@
 
 Three workers that pretend to build (`tests.farm_stub`), a real Temporal server with SQLite, clients as processes. In
 each round some orders are placed by two clients each, one thing is killed by SIGKILL at a random moment and, but for a
-client, started again. In the end each client that was not killed must have all answers. Prints a table.
+client, started again. In the end each client that was not killed must have all answers, and what was begun again must
+have a reason: between both, its worker or the server was killed. Prints a table.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from tests.farms import TemporalServer
@@ -73,6 +75,15 @@ def follow(url: str, names: list[str]) -> None:
     client.close()
 
 
+def _explained(tries: list[tuple[float, str]], kills: list[tuple[float, str]]) -> bool:
+    """Whether each try but the first followed a kill of the server, or of the worker that had begun before."""
+    pairs = itertools.pairwise(sorted(tries))
+    return all(
+        any(began <= when <= again and victim in ("server", worker) for when, victim in kills)
+        for (began, worker), (again, _) in pairs
+    )
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--follow"]:
         follow(sys.argv[2], sys.argv[3:])
@@ -94,6 +105,7 @@ def main() -> None:
         for name in WORKERS:
             start(name)
         killed: Counter[str] = Counter()
+        kills: list[tuple[float, str]] = []
         clients: list[tuple[str, subprocess.Popen[str], list[str], bool]] = []
         started = time.monotonic()
         for number in range(rounds):
@@ -112,6 +124,7 @@ def main() -> None:
             time.sleep(chance.uniform(0.5, 3.0))
             victim = chance.choice([*WORKERS, "server", "client"])
             killed["worker" if victim in WORKERS else victim] += 1
+            kills.append((time.time(), victim))
             if victim == "server":
                 server.kill()
                 server.start()
@@ -137,9 +150,15 @@ def main() -> None:
         took = time.monotonic() - started
         # What a killed client has ordered goes on: the other one has waited for it, too.
         every = [f"pause-{number}-{index}" for number in range(rounds) for index in range(ORDERS)]
-        tries = Counter(line.partition(" ")[0].rpartition("-")[0] for line in begun.read_text().splitlines())
+        tries: defaultdict[str, list[tuple[float, str]]] = defaultdict(list)
+        for line in begun.read_text().splitlines():
+            id_, _size, worker, when = line.split(" ")
+            tries[id_.rpartition("-")[0]].append((float(when), worker))
         lost = [name for name in every if not tries[name]]
-        again = [name for name in every if tries[name] > 1]
+        again = [name for name in every if len(tries[name]) > 1]
+        unexplained = [name for name in again if not _explained(tries[name], kills)]
+        for name in unexplained:
+            print(f"begun again without a reason: {name}: {tries[name]}")
         for process in workers.values():
             process.kill()
             process.wait()
@@ -152,6 +171,7 @@ def main() -> None:
         "failed": said["failures"],
         "lost": len(lost),
         "begun again": len(again),
+        "without a reason": len(unexplained),
         "time": f"{took:.0f} s",
     }
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n| {' | '.join(map(str, columns.values()))} |")

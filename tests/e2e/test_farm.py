@@ -285,6 +285,44 @@ def test_through_a_bucket_with_signed_orders(farm: Farm, seaweed: servers.S3Serv
     assert [entry.key for entry in bucket.list("log/") if ".live/" in entry.key] == []
 
 
+@pytest.mark.thorough
+def test_an_audit_is_made_by_all_workers(farm: Farm, one: FarmMachine, project: Cli) -> None:
+    """Each looks for itself, signs what it has found, and what differs is compared here; nothing else comes here."""
+    seed, two = farm.machine("seed"), farm.machine("two")
+    tools = farm.place / "tools"
+    Cli(project.root, tools).realize("audit-tools")
+    replace(seed, root=PROJECT, env={"VZREPRO_STORE": str(tools)}).run("cache", "push", "audit-tools")
+    # Its caches have other signatures; so does what it is made from, which nobody needs.
+    for narinfo in farm.cache.glob("*.narinfo"):
+        if "-audit-tools" in (text := narinfo.read_text()) and "Sig: seed-1:" not in text:
+            narinfo.write_bytes(NarInfo.parse(text.encode()).signed(farm.keys["seed"]).render())
+    client = farm.client("auditor", "audit", "touch f; tar -c --mtime=@0 --owner=0 --group=0 f > /out/x; echo made")
+    reserved = client.store / ".vzrepro"
+    with two.working(farm.server):
+        client.run("realize", "high-audit", "--on", farm.server.url)
+        words = ("audit", "high-audit", "--axes", "umask,host-name,time-zone,home", "--on", farm.server.url)
+        done = client.run(*words, "--json", code=104)
+    (report,) = [line for line in map(json.loads, done.stdout.splitlines()) if "nodes" in line]
+    nodes = {node["target"]: node for node in report["nodes"]}
+    verdicts = {axis: cell["verdict"] for axis, cell in nodes["high-audit"]["cells"].items()}
+    assert verdicts == {
+        **dict.fromkeys(("repeat", "host-name", "time-zone", "home"), "REPRODUCED"),
+        "umask": "DIFFERS",
+    }
+    assert [cause["axis"] for cause in nodes["high-audit"]["causes"]] == ["umask"]
+    assert nodes["low-audit"]["verdict"] == "REPRODUCED"
+    assert len(report["explanations"]) == 1
+    assert "low-audit: rebuilt" in one.said + two.said
+    assert all("high-audit: rebuilt" in machine.said for machine in (one, two)), "side by side"
+    assert {path.name.partition("-")[2] for path in client.store.glob("*-*")} <= {
+        *("high-audit", "script-audit", "files-small"),
+        *(path.name.partition("-")[2] for path in client.store.glob("*-*") if "diffoscope" in path.name),
+    }
+    assert (reserved / "audit").is_dir()
+    votes = client.run("challenge", "high-audit", "--against", farm.cache.as_uri()).stdout
+    assert "one" in votes
+
+
 def test_what_is_missing_is_said(farm: Farm, tmp_path: Path) -> None:
     client = farm.client("alice", "missing")
     hidden = tmp_path / "hidden" / "temporalio"

@@ -74,7 +74,7 @@ class Played:
     def begun(self, order: Order) -> list[str]:
         file = self.place / "begun"
         lines = file.read_text().splitlines() if file.exists() else []
-        return [line.partition(" ")[2] for line in lines if line.startswith(f"{order.id} ")]
+        return [" ".join(line.split(" ")[1:3]) for line in lines if line.startswith(f"{order.id} ")]
 
     def until(self, true: Callable[[], object]) -> None:
         until = time.monotonic() + 60

@@ -295,7 +295,7 @@ def test_an_interrupt_keeps_what_was_found(lab: Lab) -> None:
 
     lab.build = build
     audit = lab.audit()
-    realizers.append(audit.rebuilder.realizer)
+    realizers.append(audit.rebuilds.realizer)
     found = audit.run()
     assert isinstance(found.error, Interrupted)
     assert {record.asked.experiment.label for record in found.subjects[0].records.values()} >= {"look", "umask"}
@@ -308,7 +308,7 @@ def test_an_interrupt_keeps_what_was_found(lab: Lab) -> None:
 def test_an_interrupt_stops_hashing(lab: Lab) -> None:
     def build(_what: str, job: sandbox.Job) -> None:
         _write(job.out, "something else")
-        audit.rebuilder.realizer.stop.set()
+        audit.rebuilds.realizer.stop.set()
 
     lab.build = build
     audit = lab.audit()
@@ -324,7 +324,7 @@ def test_a_bug_does_not_wait_for_hours(lab: Lab, monkeypatch: pytest.MonkeyPatch
 
     def build(_what: str, _job: sandbox.Job) -> None:
         building.set()
-        stopped.append(audit.rebuilder.realizer.stop.wait(PATIENCE_SECS))
+        stopped.append(audit.rebuilds.realizer.stop.wait(PATIENCE_SECS))
         raise Interrupted("interrupted")
 
     building = threading.Event()
@@ -384,11 +384,13 @@ def test_the_engine_is_asked_for_an_image_now_and_then(lab: Lab, monkeypatch: py
         lab.good(what, job)
 
     lab.build = build
-    rebuilder, records = lab.audit().rebuilder, []
+    rebuilder, records = lab.audit().rebuilds, []
     for axes in ((), (), ("umask",), ("umask",), ("host-name",), ("umask",)):
         asked = RebuildRequest("d" * 64, "", _registered(lab), "", dict.fromkeys(axes, 1), {}, 0, 0)
         before = len(lab.loaded)
-        record = rebuilder.build(lab.thing, asked, say=lambda _: None, keep_log=lambda _: None, compare=lambda *_: None)
+        record = rebuilder.build(
+            lab.thing, asked, say=lambda _: None, keep_log=lambda *_: None, compare=lambda *_: None
+        )
         records.append((record.ending, len(lab.loaded) - before))
     built, lost = Ending.BUILT, Ending.LOST
     assert records == [(built, 1), (built, 1), (built, 1), (built, 0), (lost, 0), (built, 1)]
@@ -434,7 +436,7 @@ def test_what_cannot_be_made_again(
         raise error
 
     checked: list[Record] = []
-    monkeypatch.setattr(Audit, "_verify_inputs", lambda _audit, subject: checked.append(subject))
+    monkeypatch.setattr(Audit, "_verify", lambda _audit, subject: checked.append(subject))
     image.build = fail
     found = image.run()
     assert verdicts(found) == {"repeat": verdict.value}

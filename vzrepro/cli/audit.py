@@ -6,7 +6,8 @@ import datetime as dt
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -21,10 +22,10 @@ from vzrepro.cli.session import Session
 from vzrepro.proof.audit import diff
 from vzrepro.proof.audit.axes import AXES, TOOLS_TARGET, Axis
 from vzrepro.proof.audit.changes import World
-from vzrepro.proof.audit.engine import Audit, Request
+from vzrepro.proof.audit.engine import Audit, AuditSubject, Request
 from vzrepro.proof.audit.model import REPEAT, AuditedNode, AuditReport, Cell, Verdict
 from vzrepro.proof.audit.rebuild import Rebuilder, memory_directory
-from vzrepro.proof.audit.records import Records
+from vzrepro.proof.audit.records import Record, Records
 from vzrepro.proof.audit.report import Around, builder, compare_with_caches, make_report
 from vzrepro.proof.audit.statements import StatementSigner
 from vzrepro.recipe.graph import Node
@@ -59,6 +60,7 @@ def audit() -> None:
 @click.option(
     "--key", type=click.Path(path_type=Path), help="Sign with this secret key; else upload-key, or the machine's."
 )
+@click.option("--on", metavar="URL", help="Have the farm at URL rebuild, side by side (docs/farm.md).")
 @click.option("--jobs", type=click.IntRange(1), help="Rebuilds that run at the same time.")
 @click.option("--cores", type=click.IntRange(1), help="Cores one rebuild may use.")
 @json_option
@@ -74,6 +76,7 @@ def run(
     folder: Path | None,
     fresh: bool,
     key: Path | None,
+    on: str | None,
     jobs: int | None,
     cores: int | None,
 ) -> None:
@@ -84,25 +87,20 @@ def run(
     """
     session.override(jobs=jobs, cores=cores)
     axes_asked = _chosen(names)
+    if on is not None and (deep or cores):
+        raise UsageError("--deep and --cores are for audits on this machine", reason=f"{on} rebuilds")
     nodes = tuple(session.target(name) for name in targets)
     if folder is not None:
         _prepare(folder)
     signing = _key(session, key)
     caches = [session.cache(url) for url in against]
     session.check_repeatable()
-    runtime = sandbox.check()
     request = Request(nodes, axes_asked, quick=quick, deep=deep, rounds=rounds, fresh=fresh)
     closure = session.graph.closure(nodes)
     _warn_of_typos(session, closure)
-    realizer = session.realizer()
-    tools_place = None
-    if (toolbox := session.tools) is not None:
-        [made] = toolbox.realize([toolbox.graph.find(TOOLS_TARGET)])
-        tools_place = session.store.location(made.path)
     axes = {axis.name: axis for axis in AXES}
     records = _records(session)
-    described = builder(signing.public, runtime, session.config.build_cores())
-    signer = StatementSigner(session.store, signing, described, axes, session.writers, session.warn)
+    toolbox = session.tools
 
     def explain(registered: Path, rebuilt: Path, scratch: Path, context: Mapping[str, tuple[str, str]]) -> str | None:
         try:
@@ -122,13 +120,20 @@ def run(
         session.warn(message)
 
     started = _now()
-    with session.store.scratch("engine") as scratch:
-        sharing = sandbox.sharing_of(scratch, runtime)
-    with memory_directory() as in_memory:
-        unmounted = None if sharing.mounts else sharing.reason
-        world = World(runtime, tools_place, session.config.build_cores(), in_memory, unmounted)
-        rebuilder = Rebuilder(realizer, world, axes)
-        found = Audit(request, rebuilder, records, signing.public.id, explain, signer.sign).run()
+    if on is not None:
+        from vzrepro.cli.farm import farm_rebuilds
+
+        described = {"key": str(signing.public), "keyId": signing.public.id, "farm": on}
+        with farm_rebuilds(session, on) as remote:
+            others = frozenset(key.id for key in remote.keys)
+            found = Audit(request, remote, records, signing.public.id, explain, _signed_by_others, others).run()
+    else:
+        runtime = sandbox.check()
+        described = builder(signing.public, runtime, session.config.build_cores())
+        with _rebuilder(session, runtime, axes) as rebuilder:
+            signer = StatementSigner(session.store, signing, described, axes, session.writers, session.warn)
+            found = Audit(request, rebuilder, records, signing.public.id, explain, signer.sign).run()
+    infos = {**found.infos, **session.store.query_many([node.path for node in closure])}
     around = Around(
         id=records.new_id(),
         started=started,
@@ -136,10 +141,10 @@ def run(
         builder=described,
         history=tuple(past for past in records.history() if set(past.targets) & {node.target for node in nodes}),
         # Once work is to end, no cache answers any more.
-        against=() if session.stop.is_set() else compare_with_caches(closure, caches, realizer, cannot_compare),
+        against=() if session.stop.is_set() else compare_with_caches(closure, caches, infos, cannot_compare),
         explanation=records.explanation,
     )
-    report = make_report(request, found, realizer, around)
+    report = make_report(request, found, session.graph, infos, around)
     place, lost = None, None
     try:
         from vzrepro.proof.audit import page  # and with it jinja2
@@ -164,6 +169,26 @@ def run(
         )
     if failure is not None:
         raise failure
+
+
+@contextmanager
+def _rebuilder(session: Session, runtime: sandbox.Runtime, axes: Mapping[str, Axis]) -> Iterator[Rebuilder]:
+    """Rebuilds on this machine."""
+    realizer = session.realizer()
+    tools_place = None
+    if (toolbox := session.tools) is not None:
+        [made] = toolbox.realize([toolbox.graph.find(TOOLS_TARGET)])
+        tools_place = session.store.location(made.path)
+    with session.store.scratch("engine") as scratch:
+        sharing = sandbox.sharing_of(scratch, runtime)
+    with memory_directory() as in_memory:
+        unmounted = None if sharing.mounts else sharing.reason
+        world = World(runtime, tools_place, session.config.build_cores(), in_memory, unmounted)
+        yield Rebuilder(realizer, world, axes)
+
+
+def _signed_by_others(subject: AuditSubject, _record: Record) -> str | None:
+    raise AssertionError(f"a worker has rebuilt {subject.node.target}, and signed that")
 
 
 @audit.command()

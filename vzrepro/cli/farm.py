@@ -6,8 +6,10 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -20,14 +22,17 @@ from vzrepro.cli.session import Session
 from vzrepro.cli.verbs import Verbs
 
 if TYPE_CHECKING:
+    from vzrepro.base.model import ObjectInfo, StorePath
     from vzrepro.base.signing import TrustedKeys
     from vzrepro.cache.writer import CacheWriter
     from vzrepro.farm.order import Order, OrderAnswer
     from vzrepro.farm.run import Count, FarmRun, Queue
     from vzrepro.farm.temporal.client import FarmClient
     from vzrepro.farm.temporal.server import FarmServer
-    from vzrepro.farm.workshop import Attempt, Workshop
+    from vzrepro.farm.workshop import Attempt, AuditRebuild, Workshop
+    from vzrepro.proof.audit.afar import RemoteRebuilds
     from vzrepro.recipe.graph import Node
+    from vzrepro.sandbox import Runtime
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -61,6 +66,38 @@ def farm_run(session: Session, place: str, *, builders: int = 1, dry_run: bool =
     count = counting(session.trusted, cache, builders) if builders > 1 else None
     queue = _NoQueue() if dry_run else _queue(session, place)
     return FarmRun(session.realizer(), cache, queue, session.upload_key, session.config.jobs or JOBS, count)
+
+
+@contextmanager
+def farm_rebuilds(session: Session, on: str) -> Iterator[RemoteRebuilds]:
+    """Rebuilds by the workers of a farm, for an audit."""
+    import secrets
+
+    from vzrepro.farm.run import Lines
+    from vzrepro.proof.audit.afar import RemoteRebuilds
+
+    if on.startswith(_COMMAND):
+        raise UsageError("audits need a farm on Temporal", reason="a command does not say what it has found")
+    run = farm_run(session, on)
+
+    def place(node: Node, infos: Mapping[StorePath, ObjectInfo], question: str, say: Callable[[str], None]) -> bytes:
+        worker, report = run.rebuild(node, infos, question, Lines(say, run.cache, node))
+        say(f"({worker} has rebuilt it)")
+        return report
+
+    try:
+        yield RemoteRebuilds(
+            run.realizer,
+            run.cache,
+            [key for key in session.trusted.keys if key.raw not in {each.raw for each in session.trusted.revoked}],
+            run.jobs,
+            run.supply,
+            place,
+            run.kept,
+            f"workers, asked by {secrets.token_hex(8)}",
+        )
+    finally:
+        run.queue.close()
 
 
 def counting(trusted: TrustedKeys, cache: CacheWriter, builders: int) -> Count:
@@ -158,7 +195,9 @@ def _clients(session: Session) -> TrustedKeys | None:
     return TrustedKeys([PublicKey.parse(text) for text in keys]) if keys else None
 
 
-def _workshop(session: Session, name: str, platforms: tuple[str, ...] = ()) -> Workshop:
+def _workshop(
+    session: Session, name: str, platforms: tuple[str, ...] = (), rebuild: AuditRebuild | None = None
+) -> Workshop:
     from functools import partial
 
     from vzrepro.farm.workshop import Workshop
@@ -174,7 +213,26 @@ def _workshop(session: Session, name: str, platforms: tuple[str, ...] = ()) -> W
         provenance=partial(pushed_along, session.store),
         clients=_clients(session),
         platforms=platforms,
+        rebuild=rebuild,
     )
+
+
+def _rebuilding(session: Session, runtime: Runtime) -> AuditRebuild:
+    """How this machine builds again for audits; the tools are made by the first one."""
+    from vzrepro.proof.audit.afar import Rebuilding
+    from vzrepro.proof.audit.axes import TOOLS_TARGET
+
+    lock = threading.Lock()
+
+    def tools() -> Path | None:
+        with lock:
+            if (toolbox := session.tools) is None:
+                return None
+            [made] = toolbox.realize([toolbox.graph.find(TOOLS_TARGET)])
+            return session.store.location(made.path)
+
+    assert session.upload_key is not None  # a worker has one
+    return Rebuilding(session.upload_key, runtime, session.config.build_cores(), tools, session.warn).rebuild
 
 
 def _name(given: str | None) -> str:
@@ -223,8 +281,10 @@ def worker(
     sandbox.sweep()
     from vzrepro.farm.temporal.worker import FarmWorker
 
+    rebuild = _rebuilding(session, runtime)
+
     def build(order: Order, attempt: Attempt) -> OrderAnswer:
-        return _workshop(session, name, chosen).build(order, attempt)
+        return _workshop(session, name, chosen, rebuild).build(order, attempt)
 
     def healthy() -> None:
         sandbox.check()

@@ -33,6 +33,11 @@ def piece_key(drv: DrvHash, name: str, stream: str, number: int) -> str:
     return f"log/{deriver_of(drv, name)}.live/{stream}.{number}"
 
 
+def report_key(drv: DrvHash, name: str, sha256: str) -> str:
+    """The key of what a worker found when it built this again for an audit: its report, signed, or the log."""
+    return f"log/{deriver_of(drv, name)}.audit/{sha256}"
+
+
 def failed_log(access: Access, drv: DrvHash, name: str) -> bytes | None:
     """The whole log of a build that failed on a worker, if the cache has one."""
     with access.as_miss():

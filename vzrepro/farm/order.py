@@ -4,6 +4,7 @@ failure's: of 16 KiB), read as what a stranger wrote.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ PLATFORMS = ("linux/amd64", "linux/arm64")
 MAX_BUILDERS = 8
 """How many may have to build one thing."""
 
-FORMAT = 2
+FORMAT = 3
 """Version of the documents; another one is refused."""
 
 _LARGE_SECS = 3600
@@ -46,6 +47,8 @@ _LONGEST_SECS = 24 * 3600
 _PLATFORM = re.compile(r"[a-z0-9]{1,16}/[a-z0-9_]{1,16}")
 _WORKER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
+_QUESTION = re.compile(r"[a-z0-9:,/-]{1,480}")
+_REPORT = re.compile(r"[0-9a-f]{64}")
 _SIGNATURE = re.compile(r"[!-9;-~]{1,128}:[A-Za-z0-9+/]{86}==")
 _LINE, _TEXT = 1000, 7000  # characters of a failure's message and hint, and of its reason
 
@@ -77,6 +80,9 @@ class Order:
     `turn` is 0 where it does not matter who builds it, or whether anybody does. Where several are to get the same, it
     counts them from 1: it is built whatever is there, by a worker that has none of the keys `apart_from`
     (`PublicKey.id`).
+
+    With a `question` it is a rebuild for an audit, which says what of it is to be varied; it is built whatever is
+    there, and answered with a report.
     """
 
     drv: DrvHash
@@ -89,10 +95,13 @@ class Order:
     disk_bytes: int | None = None
     turn: int = 0
     apart_from: tuple[str, ...] = ()
+    question: str | None = None
     signature: str | None = None
 
     @classmethod
-    def of(cls, node: Node, key: BuildKey, *, turn: int = 0, apart_from: Sequence[str] = ()) -> Order:
+    def of(
+        cls, node: Node, key: BuildKey, *, turn: int = 0, apart_from: Sequence[str] = (), question: str | None = None
+    ) -> Order:
         """The order for a node whose inputs are known."""
         return cls(
             drv=node.drv_hash,
@@ -105,6 +114,7 @@ class Order:
             disk_bytes=node.disk_bytes,
             turn=turn,
             apart_from=tuple(apart_from),
+            question=question,
         )
 
     @classmethod
@@ -130,6 +140,9 @@ class Order:
                 raise ValueError("it names too many keys")
             if not all(_KEY_ID.fullmatch(each) for each in apart_from):
                 raise ValueError("it names what is no key")
+            question = document["question"]
+            if question is not None and (turn or apart_from or not _QUESTION.fullmatch(question)):
+                raise ValueError("its question is none")
             signature = document["signature"]
             if signature is not None and not _SIGNATURE.fullmatch(signature):
                 raise ValueError("its signature is none")
@@ -141,6 +154,7 @@ class Order:
                 size=document["size"],
                 turn=turn,
                 apart_from=tuple(apart_from),
+                question=question,
                 signature=signature,
                 **limits,
             )
@@ -161,18 +175,26 @@ class Order:
             "disk_bytes": self.disk_bytes,
             "turn": self.turn,
             "apart_from": list(self.apart_from),
+            "question": self.question,
             "signature": self.signature,
         }
 
     @property
     def id(self) -> str:
-        """What makes two orders one build: the build key behind a name that people read, and which of several it is."""
-        return f"{self.name}-{self.key}" + (f"-{self.turn}" if self.turn else "")
+        """What makes two orders one build: the build key behind a name that people read, and which of several it is,
+        or what an audit asks."""
+        asked = "" if self.question is None else f"-audit-{hashlib.sha256(self.question.encode()).hexdigest()[:12]}"
+        return f"{self.name}-{self.key}" + (f"-{self.turn}" if self.turn else asked)
 
     @property
     def longest_secs(self) -> int:
         """After which time the build is given up, whatever the recipe says: a day."""
         return min(self.timeout_secs or _LONGEST_SECS, _LONGEST_SECS)
+
+    @property
+    def most_secs(self) -> int:
+        """How long it may take with what is varied in it: some of that makes a build slower."""
+        return self.longest_secs * (1 if self.question is None else 2)
 
     def signed(self, key: SigningKey) -> Order:
         """The same, signed by who wants it."""
@@ -195,12 +217,17 @@ _FIELDS = frozenset(Order(DrvHash("0" * 64), BuildKey("0" * 64), "x", "x/x").doc
 
 @dataclass(frozen=True, slots=True)
 class OrderAnswer:
-    """What a worker says of a build that is done; the cache has the signed word for it. `outcome` as in `Outcome`."""
+    """What a worker says of a build that is done; the cache has the signed word for it. `outcome` as in `Outcome`.
+
+    Of a rebuild for an audit `report` is the sha256 of what is signed (`livelog.report_key`), in hex, and `nar_hash`
+    what it was compared with.
+    """
 
     path: StorePath
     nar_hash: NarHash
     worker: str
     outcome: str
+    report: str | None = None
 
     @classmethod
     def parse(cls, document: object) -> OrderAnswer:
@@ -208,11 +235,15 @@ class OrderAnswer:
         try:
             if not isinstance(document, dict) or document["format"] != FORMAT:
                 raise ValueError("it is of another format")
+            report = document.get("report")
+            if report is not None and not _REPORT.fullmatch(report):
+                raise ValueError("its report is none")
             return cls(
                 StorePath.parse(_short(document["path"])),
                 NarHash(document["nar_hash"]),
                 worker_name(document["worker"]),
                 _short(document["outcome"]),
+                report,
             )
         except (KeyError, TypeError, ValueError, UsageError) as error:
             raise RemoteError("the farm's answer is malformed", reason=str(error)[:200]) from error
@@ -225,6 +256,7 @@ class OrderAnswer:
             "nar_hash": self.nar_hash.hex,
             "worker": self.worker,
             "outcome": self.outcome,
+            "report": self.report,
         }
 
 

@@ -27,8 +27,9 @@ from vzrepro.base.errors import (
 from vzrepro.base.model import BuildKey, DrvHash, FileHash, NarHash, ObjectInfo, StorePath, canonical_json, store_path
 from vzrepro.base.signing import SigningKey
 from vzrepro.cache.narinfo import NarInfo
+from vzrepro.cache.reader import MAX_LOG
 from vzrepro.cache.writer import CacheWriter
-from vzrepro.farm.livelog import LogReader
+from vzrepro.farm.livelog import LogReader, report_key
 from vzrepro.farm.order import Order, OrderAnswer, worker_name
 from vzrepro.farm.workshop import FIXED, given
 from vzrepro.realize import schedule
@@ -100,6 +101,7 @@ class FarmRun:
     jobs: int = JOBS
     count: Count | None = None
     _targets: frozenset[StorePath] = frozenset()
+    _found: dict[StorePath, ObjectInfo] = field(default_factory=dict)
     _shared: set[StorePath] = field(default_factory=set)
     _ordered: list[Order] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -131,6 +133,42 @@ class FarmRun:
         finally:
             self.queue.close()
 
+    # --- for audits
+
+    def supply(self, nodes: Sequence[Node]) -> dict[StorePath, ObjectInfo]:
+        """Have all of these in the cache, built by workers where they are not, and nothing of them here but sources;
+        what is registered of them."""
+        self._targets = frozenset()
+        self._found.clear()
+        self.realizer.store.sweep()
+        self.realizer.store.hold([node.path for node in self.realizer.graph.closure(nodes)])
+        while True:
+            plan = make_plan(self.realizer.graph, nodes, _Facts(self, self._targets))
+            self._found |= {step.node.path: step.info for step in plan.steps if step.info is not None}
+            if plan.todo():
+                self.realizer.report(schedule.planned(plan, None))
+            try:
+                schedule.run(plan, self, self.jobs)
+            except Gone:
+                continue
+            return dict(self._found)
+
+    def rebuild(
+        self, node: Node, infos: Mapping[StorePath, ObjectInfo], question: str, watcher: Watcher
+    ) -> tuple[str, bytes]:
+        """Have a node built again as an audit's question says: the worker's name, and what it has signed."""
+        inputs = {each.drv_hash: infos[each.path] for each in self.realizer.graph.inputs(node)}
+        key = self._offer(node, inputs)
+        answer = self._place(Order.of(node, key, question=question), watcher, 1.0)
+        report = None if answer is None or answer.report is None else self.kept(node, answer.report)
+        if answer is None or report is None:
+            raise RemoteError(f"{self.cache.url} has no report of the rebuild of {node.target}")
+        return answer.worker, report
+
+    def kept(self, node: Node, sha256: str) -> bytes | None:
+        """What a worker has kept of a rebuild."""
+        return self.cache.access.read(report_key(node.drv_hash, node.path.name, sha256), MAX_LOG)
+
     # --- one step
 
     def perform(self, step: Step, inputs: Mapping[DrvHash, ObjectInfo]) -> ObjectInfo:
@@ -139,6 +177,7 @@ class FarmRun:
         Raises NotDeterministic for other bytes than several builders have agreed on, where they must.
         """
         info, node = self._performed(step, inputs), step.node
+        self._found[node.path] = info
         if self.count is not None and node.drv.builder not in FIXED and info.nar_hash != self.count(node).result:
             raise NotDeterministic(
                 f"{node.target} has other bytes than its builders have signed",
@@ -173,12 +212,7 @@ class FarmRun:
         return self.count is None or node.drv.builder in FIXED or self.count(node).result is not None
 
     def _order(self, node: Node, inputs: Mapping[DrvHash, ObjectInfo], urgency: float) -> NarInfo:
-        key = node.drv.build_key({drv: inputs[drv].nar_hash for drv in node.drv.dependencies()})
-        for each in self.realizer.graph.inputs(node):
-            self._share(each, inputs[each.drv_hash])
-        self.cache.put_derivation(node.drv_hash, canonical_json(node.drv.document()))
-        if self.stop.is_set():
-            raise Interrupted(f"interrupted before {node.target} was ordered")
+        key = self._offer(node, inputs)
         with following(self.realizer.report, self.cache, node) as display:
             if self.count is None:
                 answer = self._place(Order.of(node, key), display, urgency)
@@ -197,12 +231,21 @@ class FarmRun:
             display.done(found.nar_size, answer)
             return found
 
-    def _place(self, order: Order, display: Display, urgency: float) -> OrderAnswer | None:
+    def _offer(self, node: Node, inputs: Mapping[DrvHash, ObjectInfo]) -> BuildKey:
+        """Have all that a worker needs for this node in the cache; its build key."""
+        for each in self.realizer.graph.inputs(node):
+            self._share(each, inputs[each.drv_hash])
+        self.cache.put_derivation(node.drv_hash, canonical_json(node.drv.document()))
+        if self.stop.is_set():
+            raise Interrupted(f"interrupted before {node.target} was ordered")
+        return node.drv.build_key({drv: inputs[drv].nar_hash for drv in node.drv.dependencies()})
+
+    def _place(self, order: Order, watcher: Watcher, urgency: float) -> OrderAnswer | None:
         if self.signer is not None:
             order = order.signed(self.signer)
         with self._lock:
             self._ordered.append(order)
-        answer = self.queue.place(order, display, self.stop, urgency)
+        answer = self.queue.place(order, watcher, self.stop, urgency)
         with self._lock:
             self._ordered.remove(order)
         return answer
@@ -354,6 +397,37 @@ class Display:
     def _finish(self, outcome: str, nar_size: int | None) -> None:
         secs = time.monotonic() - self._begun
         self._report(events.Finished(self._target, self._path, "build", outcome, secs, nar_size))
+
+
+class Lines:
+    """Tells in lines how a rebuild is (`Watcher`)."""
+
+    def __init__(self, say: Callable[[str], None], cache: CacheWriter, node: Node) -> None:
+        self._say = say
+        self._log = LogReader(cache.access, node.drv_hash, node.path.name)
+        self._said = ""
+
+    def waits(self, why: str) -> None:
+        """Nobody makes it; said once for each reason."""
+        self._once(f"waits: {why}")
+
+    def works(self, worker: str, phase: str) -> None:
+        """This worker does."""
+        self._once(f"{worker} {phase}")
+
+    def log(self, stream: str, pieces: int) -> None:
+        """Show what is new in the live log."""
+        for text in self._log.live(stream, pieces):
+            self.line(text)
+
+    def line(self, text: str) -> None:
+        """Show a line."""
+        self._say(text[:2000])
+
+    def _once(self, what: str) -> None:
+        if what != self._said:
+            self._said = what
+            self._say(f"({what[:300]})")
 
 
 @contextmanager

@@ -8,9 +8,12 @@ have signed it; and all of that together must give the order's build key.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from vzrepro.base import events
 from vzrepro.base.config import Config
@@ -37,7 +40,7 @@ from vzrepro.base.signing import TrustedKeys
 from vzrepro.cache.layout import MAX_DERIVATION
 from vzrepro.cache.push import PushOutcome
 from vzrepro.cache.writer import CacheWriter
-from vzrepro.farm.livelog import LiveLog, whole_key
+from vzrepro.farm.livelog import LiveLog, report_key, whole_key
 from vzrepro.farm.order import Order, OrderAnswer
 from vzrepro.realize.inventory import Doubt, Inventory
 from vzrepro.realize.maker import Maker
@@ -88,13 +91,31 @@ class Attempt:
         return {"phase": self.phase[:200], "stream": log.stream if log else "", "pieces": log.pieces if log else 0}
 
 
+class AuditRebuild(Protocol):
+    """Builds a node again for an audit (`proof.audit.afar.Rebuilding.rebuild`)."""
+
+    def __call__(
+        self,
+        realizer: Realizer,
+        cache: CacheWriter,
+        node: Node,
+        registered: ObjectInfo,
+        question: str,
+        *,
+        say: Callable[[str], None],
+        keep: Callable[[bytes | Path], str],
+    ) -> str:
+        """Do what the question says with a node whose inputs are in the store. `keep` puts something into the cache and
+        returns its sha256; that of the signed report is returned."""
+
+
 @dataclass(frozen=True, slots=True)
 class Workshop:
     """Builds one order in `store` with the limits of `config`; `cache` is where inputs come from, as far as `trusted`
     keys vouch for them, and where outputs go, signed with the cache's own signer.
 
     A cache that has erred is not asked again, so each build has a workshop of its own. `name` is the worker's; with
-    `clients`, only what one of these keys has ordered is built.
+    `clients`, only what one of these keys has ordered is built. `rebuild` is for the orders of audits.
     """
 
     name: str
@@ -106,6 +127,7 @@ class Workshop:
     provenance: ProvenanceSource = nothing_stated
     clients: TrustedKeys | None = None
     platforms: tuple[str, ...] = ()
+    rebuild: AuditRebuild | None = None
 
     def build(self, order: Order, attempt: Attempt) -> OrderAnswer:
         """Build what is ordered, unless it is there; it is in the cache when this returns.
@@ -149,6 +171,8 @@ class Workshop:
                 raise Untrusted(
                     "the order's build key is not that of its inputs", reason=f"{self.name} has hashed them"
                 )
+            if order is not None and order.question is not None:
+                return self._rebuilt(realizer, node, order.question, attempt)
             again = order is not None and order.turn > 0
             offered = None if again else self.cache.reader.query(node.path)
             if offered is not None and offered.build_key == key:
@@ -180,6 +204,34 @@ class Workshop:
                 hint="vzrepro cache why-missing tells who has built what; vzrepro audit finds out why it differs",
             )
         return info
+
+    def _rebuilt(self, realizer: Realizer, node: Node, question: str, attempt: Attempt) -> OrderAnswer:
+        """For an audit: nothing of it gets into the store, or into the cache under its own name."""
+        if self.rebuild is None or node.drv.builder != "sandbox":
+            raise UsageError(f"{self.name} does not build {node.path.base} again for audits")
+        registered = self.cache.reader.ask(node.path)
+        if registered is None:
+            raise UsageError(
+                f"{self.cache.url} has no {node.path.base} to compare with", hint="realize it on the farm first"
+            )
+
+        def say(line: str) -> None:
+            if attempt.log is not None:
+                attempt.log.line(line)
+
+        def keep(what: bytes | Path) -> str:
+            if isinstance(what, bytes):
+                sha256 = hashlib.sha256(what).hexdigest()
+            else:
+                with what.open("rb") as file:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            self.cache.access.backend.put(report_key(node.drv_hash, node.path.name, sha256), what)
+            return sha256
+
+        attempt.phase = "builds"
+        info = registered.as_object(registered.render())
+        report = self.rebuild(realizer, self.cache, node, info, question, say=say, keep=keep)
+        return OrderAnswer(node.path, registered.nar_hash, self.name, "rebuilt", report)
 
     def _realizer(self, graph: DrvGraph, node: Node, attempt: Attempt) -> Realizer:
         path = str(node.path)

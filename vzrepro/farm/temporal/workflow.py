@@ -53,7 +53,7 @@ class BuildWorkflow:
                     BUILD,
                     {**document, "size": size},
                     task_queue=build_queue(order.platform, size),
-                    start_to_close_timeout=timedelta(seconds=order.longest_secs + _SLACK_SECS),
+                    start_to_close_timeout=timedelta(seconds=order.most_secs + _SLACK_SECS),
                     heartbeat_timeout=timedelta(seconds=HEARTBEAT_SECS),
                     retry_policy=RetryPolicy(maximum_attempts=1),
                     cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,

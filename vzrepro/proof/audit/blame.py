@@ -80,12 +80,14 @@ class Ending(enum.StrEnum):
 @dataclass(frozen=True, slots=True)
 class ExperimentResult:
     """What came of an experiment. `nar_hash` (hex) of what was built; `reason` for what was not; `observed` is None
-    when the sandbox did not tell."""
+    when the sandbox did not tell. `without` is what is seen with nothing varied where it was made, if that is another
+    machine than the look's."""
 
     ending: Ending
     nar_hash: str | None = None
     reason: str | None = None
     observed: Observed | None = None
+    without: Observed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,7 +474,7 @@ class _Argument:
 
     def _why_not(self, name: str, result: ExperimentResult) -> str | None:
         """Why an axis did not take effect in a rebuild; None when it did."""
-        without = self.done[LOOK].observed
+        without = result.without or self.done[LOOK].observed
         if without is None or result.observed is None:
             return "nothing was seen inside the sandbox"
         return self.case.proof(name, without, result.observed)

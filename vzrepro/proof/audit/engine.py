@@ -10,25 +10,24 @@ from __future__ import annotations
 import heapq
 import itertools
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
-from vzrepro import nar, sandbox
 from vzrepro.base import events
-from vzrepro.base.errors import HashMismatch, Interrupted, VzreproError
+from vzrepro.base.errors import Interrupted, VzreproError
 from vzrepro.base.model import BuildKey, ObjectInfo, StorePath
-from vzrepro.base.words import plural
 from vzrepro.proof.audit import blame
 from vzrepro.proof.audit.axes import Axis
 from vzrepro.proof.audit.blame import AxisPlan, Case, Ending, Experiment, Judgement
 from vzrepro.proof.audit.model import Verdict
 from vzrepro.proof.audit.observed import Observed
-from vzrepro.proof.audit.rebuild import Rebuilder
+from vzrepro.proof.audit.rebuild import Compare
 from vzrepro.proof.audit.records import RebuildRequest, Record, Records, expected_secs
+from vzrepro.realize.realizer import Realizer
 from vzrepro.realize.schedule import take
 from vzrepro.recipe.graph import Node
 
@@ -92,22 +91,66 @@ class AuditSubject:
 
 @dataclass(frozen=True, slots=True)
 class AuditOutcome:
-    """What an audit came to. `error` is what ended it early, if something did; all that was found until then counts."""
+    """What an audit came to. `error` is what ended it early, if something did; all that was found until then counts.
+    `infos` are what was audited and its inputs, as they are registered."""
 
     subjects: tuple[AuditSubject, ...]
     error: VzreproError | None
+    infos: Mapping[StorePath, ObjectInfo] = field(default_factory=dict)
+
+
+class Rebuilds(Protocol):
+    """Who makes the rebuilds: this machine (`rebuild.Rebuilder`), or others (`afar.RemoteRebuilds`)."""
+
+    @property
+    def realizer(self) -> Realizer:
+        """The graph, the store and who is told of what happens."""
+
+    @property
+    def axes(self) -> Mapping[str, Axis]:
+        """All there are, by name."""
+
+    @property
+    def jobs(self) -> int:
+        """How many rebuilds run at once."""
+
+    @property
+    def tools(self) -> str:
+        """Names what looks; of looks by another name none is taken over."""
+
+    def prepare(self, nodes: Sequence[Node]) -> Mapping[StorePath, ObjectInfo]:
+        """Have these nodes and what they are made from where rebuilds find them; what is registered of all of them."""
+
+    def excuse(self, axis: Axis, node: Node) -> str | None:
+        """Why the node cannot have the axis; None when it can, as far as is known before anybody has looked."""
+
+    def verify(self, node: Node, infos: Sequence[ObjectInfo]) -> None:
+        """Before the node is blamed: these objects are what is registered. Raises HashMismatch."""
+
+    def build(
+        self,
+        node: Node,
+        asked: RebuildRequest,
+        *,
+        say: Callable[[str], None],
+        keep_log: Callable[[str, Path], None],
+        compare: Compare,
+    ) -> Record:
+        """Make a rebuild (`Rebuilder.build`); with a `statement` it is signed already."""
 
 
 @dataclass(slots=True)
 class Audit:
-    """One run. `builder` is the id of the key that signs; `explain` and `sign` are called in worker threads."""
+    """One run. `builder` is the id of the key that signs, `others` those of further keys whose rebuilds count as well;
+    `explain` and `sign` are called in worker threads."""
 
     request: Request
-    rebuilder: Rebuilder
+    rebuilds: Rebuilds
     records: Records
     builder: str
     explain: Explain
     sign: Sign
+    others: frozenset[str] = frozenset()
     _ended: queue.SimpleQueue[tuple[AuditSubject, Experiment, Future[Record]]] = field(
         default_factory=queue.SimpleQueue
     )
@@ -115,26 +158,24 @@ class Audit:
     _count: itertools.count[int] = field(default_factory=itertools.count)
     _running: int = 0
     _next_start: dict[tuple[StorePath, Experiment], float] = field(default_factory=dict)
-    _verified: set[StorePath] = field(default_factory=set)
-    _verifying: threading.Lock = field(default_factory=threading.Lock)
+    _infos: Mapping[StorePath, ObjectInfo] = field(default_factory=dict)
 
     def run(self) -> AuditOutcome:
         """Realize what is needed, then audit. Raises VzreproError for what keeps it from beginning."""
-        realizer = self.rebuilder.realizer
-        sandbox.check()
-        sandbox.sweep()
-        self._realize()
-        subjects = [self._subject(node) for node in self._audited()]
+        realizer = self.rebuilds.realizer
+        audited = self._audited()
+        self._infos = self.rebuilds.prepare(audited)
+        subjects = [self._subject(node) for node in audited]
         for subject in subjects:
             self._remember(subject)
         self._announce(subjects)
         errors: list[BaseException] = []
-        with ThreadPoolExecutor(realizer.config.build_jobs(), thread_name_prefix="audit") as pool:
+        with ThreadPoolExecutor(self.rebuilds.jobs, thread_name_prefix="audit") as pool:
             try:
                 for subject in subjects:
                     self._advance(subject)
                 while self._running or self._waiting:
-                    while self._waiting and self._running < realizer.config.build_jobs() and not errors:
+                    while self._waiting and self._running < self.rebuilds.jobs and not errors:
                         self._start(pool)
                     if not self._running:
                         break
@@ -147,7 +188,7 @@ class Audit:
                 errors[-1].__cause__ = error
         while not self._ended.empty():  # what had ended before it could be interrupted
             self._take(errors)
-        return AuditOutcome(tuple(subjects), _worst(errors))
+        return AuditOutcome(tuple(subjects), _worst(errors), self._infos)
 
     def _take(self, errors: list[BaseException]) -> None:
         """Wait for a rebuild to end, and go on from what came of it."""
@@ -160,6 +201,7 @@ class Audit:
             return
         subject.records[experiment] = future.result()
         if experiment == blame.LOOK:
+            self._excuse(subject)
             self._doubt(subject)
         self._advance(subject)
 
@@ -168,30 +210,13 @@ class Audit:
     def _audited(self) -> list[Node]:
         """The nodes that are rebuilt, inputs before what needs them."""
         kinds = ("sandbox", "image", "fetch") if self.request.deep else ("sandbox",)
-        closure = self.rebuilder.realizer.graph.closure(self.request.targets)
+        closure = self.rebuilds.realizer.graph.closure(self.request.targets)
         return [node for node in closure if node.drv.builder in kinds]
 
-    def _realize(self) -> None:
-        """Have every audited node and its inputs valid in the store."""
-        realizer = self.rebuilder.realizer
-        needed: dict[StorePath, Node] = {}
-        for node in self._audited():
-            for each in (*realizer.graph.inputs(node), node):
-                needed.setdefault(each.path, each)
-        missing = needed.keys() - realizer.inventory.have(list(needed)).keys()
-        if missing:
-            names = ", ".join(sorted(needed[path].target for path in missing)[:5])
-            message = (
-                f"{len(missing)} of {plural(len(needed), 'object')} must be realized first, which is no part of the "
-                f"audit: {names}{' …' if len(missing) > 5 else ''}"
-            )
-            realizer.report(events.Notice("info", message))
-        realizer.realize(list(needed.values()))
-
     def _subject(self, node: Node) -> AuditSubject:
-        realizer = self.rebuilder.realizer
+        realizer = self.rebuilds.realizer
         needed = realizer.graph.inputs(node)
-        infos = realizer.store.query_many([each.path for each in (node, *needed)])
+        infos = self._infos
         inputs = {each.drv_hash: infos[each.path].nar_hash for each in needed}
         earlier = tuple(self.records.rebuilds(node.drv_hash.hex))
         expected = expected_secs(earlier)
@@ -212,17 +237,16 @@ class Audit:
         return AuditSubject(node, infos[node.path], key, case, expected, earlier)
 
     def _plan(self, axis: Axis, node: Node) -> AxisPlan:
-        job = self.rebuilder.job(node, self.rebuilder.realizer.store.private / "tmp" / "none")
         return AxisPlan(
             axis.name,
-            excuse=axis.unavailable(self.rebuilder.world, job),
+            excuse=self.rebuilds.excuse(axis, node),
             held=node.constant.get(axis.name),
             varies=axis.vary is not None,
             holds=axis.hold is not None,
         )
 
     def _proof(self, name: str, without: Observed, seen: Observed) -> str | None:
-        axis = self.rebuilder.axes[name]
+        axis = self.rebuilds.axes[name]
         if axis.took_effect(without, seen):
             return None
         before, after = axis.seen(without), axis.seen(seen)
@@ -238,6 +262,13 @@ class Audit:
                 subject.records[experiment] = record
                 subject.reused.add(experiment)
         self._doubt(subject)
+
+    def _excuse(self, subject: AuditSubject) -> None:
+        """Leave out the axes that, as was seen on another machine, cannot be had there."""
+        look = subject.records[blame.LOOK]
+        if look.excuses:
+            plans = [replace(plan, excuse=plan.excuse or look.excuses.get(plan.name)) for plan in subject.case.axes]
+            subject.case = replace(subject.case, axes=tuple(plans))
 
     def _doubt(self, subject: AuditSubject) -> None:
         """Have what is known of an axis made again if other tools did not see it take effect: these may."""
@@ -258,14 +289,15 @@ class Audit:
                 subject.reused.discard(experiment)
 
     def _current(self, subject: AuditSubject, record: Record) -> bool:
+        builder = record.asked.builder
         try:
-            return record.asked == self._asked(subject, record.asked.experiment)
+            asked = self._asked(subject, record.asked.experiment)
+            return record.asked == (replace(asked, builder=builder) if builder in self.others else asked)
         except KeyError:  # of an axis that is no more
             return False
 
     def _asked(self, subject: AuditSubject, experiment: Experiment) -> RebuildRequest:
-        versions = {name: axis.version for name, axis in self.rebuilder.axes.items()}
-        tools = self.rebuilder.world.tools
+        versions = {name: axis.version for name, axis in self.rebuilds.axes.items()}
         return RebuildRequest(
             drv_hash=subject.node.drv_hash.hex,
             build_key=subject.key.hex,
@@ -276,7 +308,7 @@ class Audit:
             round=experiment.round,
             attempt=experiment.attempt,
             builds=experiment.builds,
-            tools="" if experiment.builds or tools is None else tools.name,
+            tools="" if experiment.builds else self.rebuilds.tools,
         )
 
     def _announce(self, subjects: Sequence[AuditSubject]) -> None:
@@ -285,9 +317,9 @@ class Audit:
             missing = sum(experiment not in subject.records for experiment in blame.first_experiments(subject.case))
             count += missing
             secs += missing * (subject.expected_secs or 0.0)
-        at_once = max(1, min(count, self.rebuilder.realizer.config.build_jobs()))
+        at_once = max(1, min(count, self.rebuilds.jobs))
         known = all(subject.expected_secs is not None for subject in subjects)
-        report = self.rebuilder.realizer.report
+        report = self.rebuilds.realizer.report
         if subjects and not count:
             report(events.Notice("info", "every rebuild is known from earlier audits; --fresh makes them again"))
             return
@@ -319,7 +351,7 @@ class Audit:
 
     def _make(self, subject: AuditSubject, experiment: Experiment, start: float) -> Record:
         """One rebuild, in a worker thread: made, signed, kept."""
-        realizer = self.rebuilder.realizer
+        realizer = self.rebuilds.realizer
         realizer.stop.wait(start - time.monotonic())
         if realizer.stop.is_set():
             raise Interrupted(f"interrupted before {subject.node.target} was rebuilt")
@@ -335,47 +367,32 @@ class Audit:
         asked = self._asked(subject, experiment)
         node = subject.node
 
-        def compare(tree: Path, scratch: Path, seen: Observed | None) -> str | None:
-            self._verify_inputs(subject)
+        def compare(tree: Path, scratch: Path, seen: Observed | None, without: Observed | None) -> str | None:
+            self._verify(subject)
             if experiment.attempt or experiment.held or subject.explained >= _EXPLAINED:
                 return None
             subject.explained += 1
-            pairs = observed(experiment.axes, subject.without, seen, self.rebuilder.axes)
-            return self.explain(self.rebuilder.realizer.store.location(node.path), tree, scratch, pairs)
+            pairs = observed(experiment.axes, without or seen_in(subject.without), seen, self.rebuilds.axes)
+            return self.explain(self.rebuilds.realizer.store.location(node.path), tree, scratch, pairs)
 
-        record = self.rebuilder.build(
+        record = self.rebuilds.build(
             node,
             asked,
-            say=lambda line: self.rebuilder.realizer.report(events.LogLine(node.target, path, line)),
-            keep_log=lambda log: self.records.keep_log(asked.id, log),
+            say=lambda line: self.rebuilds.realizer.report(events.LogLine(node.target, path, line)),
+            keep_log=self.records.keep_log,
             compare=compare,
         )
         if record.ending is Ending.FAILED:
-            self._verify_inputs(subject)
-        if asked.builds:
+            self._verify(subject)
+        if asked.builds and record.statement is None:
             record = replace(record, statement=self.sign(subject, record))
         self.records.save(record)
         return record
 
-    def _verify_inputs(self, subject: AuditSubject) -> None:
-        """Before a node is blamed: its inputs and its output are what is registered. Raises HashMismatch."""
-        realizer = self.rebuilder.realizer
-        paths = [each.path for each in realizer.graph.inputs(subject.node)]
-        infos = realizer.store.query_many([*paths, subject.info.path])
-        with self._verifying:
-            for path, info in infos.items():
-                if path in self._verified:
-                    continue
-                if realizer.stop.is_set():
-                    raise Interrupted(f"interrupted while the inputs of {subject.node.target} were being hashed")
-                # Hashed only: the store's own check minds hard links, and a sandbox that runs has some.
-                if nar.nar_hash(realizer.store.location(path))[0] != info.nar_hash:
-                    raise HashMismatch(
-                        f"{path.base} is corrupt, so nothing can be said of {subject.node.target}",
-                        reason="its files are not those that are registered",
-                        hint=f"vzrepro store repair {path.base}, then the same command again",
-                    )
-                self._verified.add(path)
+    def _verify(self, subject: AuditSubject) -> None:
+        """Before the node is blamed: its inputs and its output are what is registered. Raises HashMismatch."""
+        paths = [*(each.path for each in self.rebuilds.realizer.graph.inputs(subject.node)), subject.info.path]
+        self.rebuilds.verify(subject.node, [self._infos[path] for path in paths])
 
     @staticmethod
     def _outcome(record: Record) -> str:
@@ -392,13 +409,18 @@ def verdict_of(record: Record) -> Verdict:
     return Verdict.INCONCLUSIVE
 
 
+def seen_in(record: Record | None) -> Observed | None:
+    """What a rebuild, or a look, has seen; None without one."""
+    return None if record is None else record.observed
+
+
 def observed(
-    varied: Iterable[str], without: Record | None, within: Observed | None, axes: Mapping[str, Axis]
+    varied: Iterable[str], without: Observed | None, within: Observed | None, axes: Mapping[str, Axis]
 ) -> dict[str, tuple[str, str]]:
     """For each axis varied in a rebuild: what was seen of it without and with it; nothing where nothing was seen."""
-    if within is None or without is None or without.observed is None:
+    if within is None or without is None:
         return {}
-    pairs = {name: (axes[name].seen(without.observed), axes[name].seen(within)) for name in varied}
+    pairs = {name: (axes[name].seen(without), axes[name].seen(within)) for name in varied}
     return {
         name: (before, after) for name, (before, after) in pairs.items() if before is not None and after is not None
     }

@@ -14,16 +14,18 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vzrepro import nar, sandbox
-from vzrepro.base import disk
+from vzrepro.base import disk, events
 from vzrepro.base.errors import BuildFailed, HashMismatch, Interrupted, RemoteError, TimedOut, UsageError, VzreproError
-from vzrepro.base.model import DrvHash
+from vzrepro.base.model import DrvHash, ObjectInfo, StorePath
+from vzrepro.base.words import plural
 from vzrepro.proof.audit import changes, observed
 from vzrepro.proof.audit.axes import PROCESS_IDS, Axis
 from vzrepro.proof.audit.blame import Ending
@@ -49,9 +51,9 @@ _FULL = "No space left on device"
 _LEAST_FREE = 64 << 20
 _TOO_LITTLE_MEMORY = ("ran out of memory", "most likely for its memory limit")  # as `sandbox.run` says it
 
-Compare = Callable[[Path, Path, Observed | None], str | None]
-"""Gets a rebuilt output that differs, in canonical form, a directory for work, and what was seen inside the sandbox;
-returns an explanation's id."""
+Compare = Callable[[Path, Path, Observed | None, Observed | None], str | None]
+"""Gets a rebuilt output that differs, in canonical form, a directory for work, and what was seen inside the sandbox and
+(of another machine's rebuild) is seen there with nothing varied; returns an explanation's id."""
 
 _IN_MEMORY = Path("/dev/shm")
 
@@ -64,6 +66,59 @@ class Rebuilder:
     world: World
     axes: Mapping[str, Axis]
     _loaded: dict[DrvHash, float] = field(default_factory=dict)
+    _sound: set[StorePath] = field(default_factory=set)
+    _hashing: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def jobs(self) -> int:
+        """How many rebuilds run at once."""
+        return self.realizer.config.build_jobs()
+
+    @property
+    def tools(self) -> str:
+        """What looks from inside; empty when nothing does."""
+        return "" if self.world.tools is None else self.world.tools.name
+
+    def prepare(self, nodes: Sequence[Node]) -> Mapping[StorePath, ObjectInfo]:
+        """Have every node that is to be rebuilt, and its inputs, valid in the store."""
+        realizer = self.realizer
+        sandbox.check()
+        sandbox.sweep()
+        needed: dict[StorePath, Node] = {}
+        for node in nodes:
+            for each in (*realizer.graph.inputs(node), node):
+                needed.setdefault(each.path, each)
+        missing = needed.keys() - realizer.inventory.have(list(needed)).keys()
+        if missing:
+            names = ", ".join(sorted(needed[path].target for path in missing)[:5])
+            message = (
+                f"{len(missing)} of {plural(len(needed), 'object')} must be realized first, which is no part of the "
+                f"audit: {names}{' …' if len(missing) > 5 else ''}"
+            )
+            realizer.report(events.Notice("info", message))
+        realizer.realize(list(needed.values()))
+        return realizer.store.query_many(list(needed))
+
+    def excuse(self, axis: Axis, node: Node) -> str | None:
+        """Why the node cannot have the axis here; None when it can."""
+        return axis.unavailable(self.world, self.job(node, self.realizer.store.private / "tmp" / "none"))
+
+    def verify(self, node: Node, infos: Sequence[ObjectInfo]) -> None:
+        """Before the node is blamed: these objects are what is registered. Raises HashMismatch."""
+        with self._hashing:
+            for info in infos:
+                if info.path in self._sound:
+                    continue
+                if self.realizer.stop.is_set():
+                    raise Interrupted(f"interrupted while the inputs of {node.target} were being hashed")
+                # Hashed only: the store's own check minds hard links, and a sandbox that runs has some.
+                if nar.nar_hash(self.realizer.store.location(info.path))[0] != info.nar_hash:
+                    raise HashMismatch(
+                        f"{info.path.base} is corrupt, so nothing can be said of {node.target}",
+                        reason="its files are not those that are registered",
+                        hint=f"vzrepro store repair {info.path.base}, then the same command again",
+                    )
+                self._sound.add(info.path)
 
     def job(self, node: Node, scratch: Path, asked: RebuildRequest | None = None) -> sandbox.Job:
         """The node's job with what is asked of it; `scratch` need not exist."""
@@ -91,10 +146,11 @@ class Rebuilder:
         asked: RebuildRequest,
         *,
         say: Callable[[str], None],
-        keep_log: Callable[[Path], None],
+        keep_log: Callable[[str, Path], None],
         compare: Compare,
     ) -> Record:
-        """Make the rebuild and say what came of it. `say` gets the builder's lines.
+        """Make the rebuild and say what came of it. `say` gets the builder's lines, `keep_log` the
+        rebuild's id and its whole log.
 
         A toolchain image is written again from its .debs, a download fetched again: that is what `--deep` does.
 
@@ -130,7 +186,7 @@ class Rebuilder:
             if nar_hash is not None and nar_hash != asked.registered:
                 explanation = _compared(made.tree, scratch, output.observed, compare)
             if made.log is not None and asked.builds and nar_hash != asked.registered:
-                keep_log(made.log)
+                keep_log(asked.id, made.log)
         return Record(
             asked=asked,
             ending=ending,
@@ -143,7 +199,7 @@ class Rebuilder:
             observed=output.observed,
             log=tuple(output.tail),
             explanation=explanation,
-            tools=self.world.tools.name if sandboxed and self.world.tools is not None else "",
+            tools=self.tools if sandboxed else "",
         )
 
     def _load_image(self, node: Node) -> None:
@@ -296,7 +352,7 @@ def memory_directory() -> Iterator[Path | None]:
 def _compared(out: Path, scratch: Path, seen: Observed | None, compare: Compare) -> str | None:
     tree = scratch / "canonical"
     nar.canonical_copy(out, tree)
-    return compare(tree, scratch, seen)
+    return compare(tree, scratch, seen, None)
 
 
 def _occupy_inodes(ballast: Path) -> None:

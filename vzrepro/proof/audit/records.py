@@ -76,7 +76,9 @@ class Record:
     """One rebuild: what was asked and what came out. Sizes are bytes, times RFC 3339 in UTC and milliseconds.
 
     `observed` is what the sandbox told of itself, `log` the output's last lines, `statement` the sha256 of the signed
-    statement and `explanation` the id of one, once there are any; `tools` names what observed.
+    statement and `explanation` the id of one, once there are any; `tools` names what observed. Of a rebuild on another
+    machine, `without` is what is observed there with nothing varied, and `excuses` says, of a look, which axes that
+    machine does not have for this node, and why.
     """
 
     asked: RebuildRequest
@@ -92,12 +94,14 @@ class Record:
     statement: str | None = None
     explanation: str | None = None
     tools: str = ""
+    without: Mapping[str, str] | None = None
+    excuses: Mapping[str, str] | None = None
     format: int = FORMAT
 
     @property
     def result(self) -> ExperimentResult:
         """What `blame` judges by."""
-        return ExperimentResult(self.ending, self.nar_hash, self.reason, self.observed)
+        return ExperimentResult(self.ending, self.nar_hash, self.reason, self.observed, self.without)
 
 
 @dataclass(frozen=True, slots=True)

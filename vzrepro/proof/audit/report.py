@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 import vzrepro
 from vzrepro.base.errors import RemoteError
-from vzrepro.base.model import NarHash
+from vzrepro.base.model import NarHash, ObjectInfo, StorePath
 from vzrepro.base.signing import PublicKey
 from vzrepro.cache.reader import CacheReader
 from vzrepro.proof.audit.axes import AXES, Axis
 from vzrepro.proof.audit.blame import CellFinding, Experiment
 from vzrepro.proof.audit.causes import FIXES
-from vzrepro.proof.audit.engine import AuditOutcome, AuditSubject, Request, observed, verdict_of
+from vzrepro.proof.audit.engine import AuditOutcome, AuditSubject, Request, observed, seen_in, verdict_of
 from vzrepro.proof.audit.model import (
     REPEAT,
     Against,
@@ -31,8 +31,7 @@ from vzrepro.proof.audit.model import (
 )
 from vzrepro.proof.audit.records import Record
 from vzrepro.proof.sbom.seed import seed
-from vzrepro.realize.realizer import Realizer
-from vzrepro.recipe.graph import Node
+from vzrepro.recipe.graph import DrvGraph, Node
 from vzrepro.sandbox import Runtime
 
 _CAUSES = {axis.name: axis.cause for axis in AXES}
@@ -66,12 +65,12 @@ def builder(key: PublicKey, runtime: Runtime, cores: int) -> dict[str, str]:
     }
 
 
-def make_report(request: Request, found: AuditOutcome, realizer: Realizer, around: Around) -> AuditReport:
-    """The report of an audit, whether it came to its end or not."""
-    graph = realizer.graph
+def make_report(
+    request: Request, found: AuditOutcome, graph: DrvGraph, infos: Mapping[StorePath, ObjectInfo], around: Around
+) -> AuditReport:
+    """The report of an audit, whether it came to its end or not. `infos` are the objects that are known."""
     closure = graph.closure(request.targets)
     subjects = {subject.node.drv_hash: subject for subject in found.subjects}
-    infos = realizer.store.query_many([node.path for node in closure])
     nodes = []
     for node in closure:
         subject = subjects.get(node.drv_hash)
@@ -167,7 +166,7 @@ def _rebuilds(subject: AuditSubject, axes: Mapping[str, Axis]) -> tuple[Rebuild,
     )
 
 
-def _rebuild(experiment: Experiment, record: Record, without: Record | None, axes: Mapping[str, Axis]) -> Rebuild:
+def _rebuild(experiment: Experiment, record: Record, look: Record | None, axes: Mapping[str, Axis]) -> Rebuild:
     return Rebuild(
         id=record.asked.id,
         axes=experiment.axes,
@@ -178,7 +177,7 @@ def _rebuild(experiment: Experiment, record: Record, without: Record | None, axe
         nar_size=record.nar_size,
         started=record.started,
         milliseconds=record.milliseconds,
-        observed=observed(experiment.axes, without, record.observed, axes),
+        observed=observed(experiment.axes, record.without or seen_in(look), record.observed, axes),
         reason=record.reason,
         log=record.log,
         statement=record.statement,
@@ -199,10 +198,12 @@ def _with_guesses(node: AuditedNode, explanations: Mapping[str, Explanation]) ->
 
 
 def compare_with_caches(
-    nodes: Sequence[Node], caches: Sequence[CacheReader], realizer: Realizer, warn: Callable[[str], None]
+    nodes: Sequence[Node],
+    caches: Sequence[CacheReader],
+    infos: Mapping[StorePath, ObjectInfo],
+    warn: Callable[[str], None],
 ) -> tuple[Against, ...]:
-    """What these caches have for each node, trusted or not: to compare is not to take."""
-    infos = realizer.store.query_many([node.path for node in nodes])
+    """What these caches have for each node beside `infos`, trusted or not: to compare is not to take."""
     rows = []
     for cache in caches:
         for node in nodes:
