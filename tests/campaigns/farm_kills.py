@@ -152,16 +152,16 @@ def main() -> None:
         every = [f"pause-{number}-{index}" for number in range(rounds) for index in range(ORDERS)]
         tries: defaultdict[str, list[tuple[float, str]]] = defaultdict(list)
         for line in begun.read_text().splitlines():
-            id_, _size, worker, when = line.split(" ")
-            tries[id_.rpartition("-")[0]].append((float(when), worker))
+            id_, _size, by, when = line.split(" ")
+            tries[id_.rpartition("-")[0]].append((float(when), by))
         lost = [name for name in every if not tries[name]]
         again = [name for name in every if len(tries[name]) > 1]
         unexplained = [name for name in again if not _explained(tries[name], kills)]
         for name in unexplained:
             print(f"begun again without a reason: {name}: {tries[name]}")
-        for process in workers.values():
-            process.kill()
-            process.wait()
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
         server.kill()
     columns = {
         "rounds": rounds,

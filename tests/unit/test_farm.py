@@ -28,9 +28,10 @@ from vzrepro.base.errors import (
 from vzrepro.base.model import BuildKey, DrvHash, NarHash, store_path
 from vzrepro.base.signing import SigningKey, TrustedKeys
 from vzrepro.farm.command import CommandQueue
-from vzrepro.farm.order import KINDS, MAX_BUILDERS, Order, OrderAnswer, failure_document, failure_of, kind_of
+from vzrepro.farm.order import KINDS, MAX_APART, MAX_BUILDERS, Order, OrderAnswer, failure_document, failure_of, kind_of
 from vzrepro.farm.retries import LOST, again
 from vzrepro.farm.run import following_build
+from vzrepro.proof.audit.axes import AXES
 
 ORDER = Order(
     DrvHash("a" * 64), BuildKey("b" * 64), "kernel-6.12", "linux/arm64", "large", 3 * 3600, 16 << 30, 100 << 30
@@ -48,17 +49,22 @@ json_values = st.recursive(
 
 
 def test_an_order_and_its_answer_travel_in_less_than_a_kib() -> None:
-    keys = tuple(f"{number:016x}" for number in range(MAX_BUILDERS))
+    keys = tuple(f"{number:016x}" for number in range(MAX_APART))
     signed = replace(ORDER, turn=MAX_BUILDERS, apart_from=keys).signed(SigningKey.generate("somebody-at-a-long-name-1"))
-    for document in (signed.document(), ANSWER.document()):
+    question = ",".join(f"{axis.name}:{axis.version}" for axis in AXES) + "//0/0/1"
+    asked = replace(ORDER, question=question).signed(SigningKey.generate("somebody-at-a-long-name-1"))
+    for document in (signed.document(), asked.document(), ANSWER.document()):
         assert len(json.dumps(document)) < 1024
     assert Order.parse(json.loads(json.dumps(signed.document()))) == signed
+    assert Order.parse(json.loads(json.dumps(asked.document()))) == asked
     assert OrderAnswer.parse(json.loads(json.dumps(ANSWER.document()))) == ANSWER
 
 
 def test_one_build_key_is_one_build() -> None:
     assert ORDER.id == f"kernel-6.12-{'b' * 64}"
     assert replace(ORDER, turn=2, apart_from=("0" * 16,)).id == f"{ORDER.id}-2", "each of several is one"
+    ids = {replace(ORDER, question=question).id for question in (None, "//0/0/1", "//0/1/1")}
+    assert len(ids) == 3, "and each rebuild of an audit"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +78,11 @@ def test_one_build_key_is_one_build() -> None:
         {"apart_from": None},
         {"apart_from": ["one-1"]},
         {"apart_from": [7]},
-        {"apart_from": ["0" * 16] * 9},
+        {"apart_from": ["0" * 16] * 17},
+        {"question": 1},
+        {"question": "x" * 600},
+        {"question": "//0/0/1\n"},
+        {"question": "//0/0/1", "turn": 1},
         {"drv": "a" * 63},
         {"drv": ["a"] * 64},
         {"key": None},

@@ -24,6 +24,7 @@ from vzrepro.cli.farm import counting
 from vzrepro.farm.order import Order, OrderAnswer
 from vzrepro.farm.run import FarmRun, Watcher
 from vzrepro.farm.workshop import Attempt, Workshop
+from vzrepro.proof.attest.policy import Operator, OperatorKey, Policy
 from vzrepro.proof.attest.provenance import build_of
 from vzrepro.proof.attest.statement import Subject
 from vzrepro.proof.attest.witness import pushed_along
@@ -65,6 +66,7 @@ class Team:
     trusted: tuple[str, ...] = ("one", "two", "three")
     ordered: list[tuple[str, int, str]] = field(default_factory=list)
     told: list[events.Event] = field(default_factory=list)
+    policy: Policy | None = None
 
     @property
     def keys(self) -> TrustedKeys:
@@ -94,7 +96,8 @@ class Team:
             inventory = Inventory(store, [cache.reader])
             maker = Maker(store, Config(), Mirrors({}), None, inventory.keep, self.told.append)
             maker.adopt(source, given)
-            run = FarmRun(Realizer(graph, inventory, maker), cache, self, count=counting(self.keys, cache, builders))
+            count = counting(self.keys, cache, builders, self.policy)
+            run = FarmRun(Realizer(graph, inventory, maker), cache, self, count=count)
             [info] = run.realize([image])
             return info
 
@@ -125,6 +128,23 @@ def test_two_builders_build_it_and_sign_the_same(team: Team) -> None:
     assert {key.name for key in team.keys.signers(narinfo.fingerprint, narinfo.signatures)} == {"one-1", "two-1"}
     started = [(event.target, event.worker) for event in team.told if isinstance(event, events.Started)]
     assert [each for each in started if each[1]] == [("image-c", "one"), ("image-c", "two")]
+
+
+def test_who_shares_a_machine_or_an_operator_does_not_count_twice(team: Team) -> None:
+    team.workers = ("one", "two", "three")
+    one, two, three = (OperatorKey(KEYS[name].public, machine=name) for name in team.workers)
+    team.policy = Policy("p", 1, 1, (Operator("a", (one, two)), Operator("b", (three,))))
+    team.run()
+    assert team.ordered == [("image-c", 1, "one"), ("image-c", 2, "three")]
+    operators = tuple(Operator(each.key.name, (each,)) for each in (one, replace(two, machine="one"), three))
+    team.policy = Policy("p", 2, 1, operators, machines_differ=True)
+    del team.ordered[:]
+    team.run(2)
+    assert team.ordered == [], "one and three have"
+    _say(team, "two", _result(team))
+    with pytest.raises(StopIteration):
+        team.run(3)
+    assert team.ordered == []
 
 
 def test_who_has_built_it_need_not_again(team: Team) -> None:
@@ -162,6 +182,12 @@ def test_what_one_has_built_before_is_built_by_another_one_alone(team: Team) -> 
     del team.ordered[:]
     team.run()
     assert team.ordered == [("image-c", 2, "two")]
+
+
+def _result(team: Team) -> NarHash:
+    info = team.cache("client").reader.ask(_graph()[2].path)
+    assert info is not None
+    return info.nar_hash
 
 
 def _say(team: Team, name: str, nar_hash: NarHash) -> None:

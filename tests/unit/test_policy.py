@@ -147,6 +147,42 @@ def test_a_wrong_policy_is_refused_with_what_is_wrong(data: bytes, says: str) ->
     assert "docs/policy.md" in str(caught.value)
 
 
+def _on_machines(*machines: str, head: str = "threshold = 2", more: str = "") -> bytes:
+    keys = zip((ONE, TWO, THREE), machines, strict=False)
+    tables = "".join(
+        f'[[operators]]\nname = "{key.name}"\nkeys = [{{ key = "{key}"{machine} }}]\n' for key, machine in keys
+    )
+    return f'name = "p"\nversion = 1\n{head}\ndistinct = ["operator", "build-machine"]\n{more}{tables}'.encode()
+
+
+def test_machines_are_named_by_the_policy() -> None:
+    policy = Policy.parse(_on_machines(', machine = "rack 1"', ', machine = "rack 2"', ', machine = "rack 1"'), "it")
+    assert policy.machines_differ
+    assert policy.beside([ONE]) == (ONE, THREE)
+    assert policy.beside([TWO]) == (TWO,)
+    without = Policy.parse(text(), "it")
+    assert without.beside([ONE]) == (ONE,)
+    assert not without.machines_differ
+    assert len({Policy.parse(_on_machines(*machines), "it").digest for machines in (
+        (', machine = "a"', ', machine = "b"'), (', machine = "a"', ', machine = "c"'),
+    )}) == 2  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (_on_machines(', machine = "a"', ""), "operator key-2: the key key-2 has no machine"),
+        (_on_machines(', machine = "a"', ', machine = "a"'), "2 must agree on as many machines, and 1 are named"),
+        (text('threshold = 1\ndistinct = ["build-machine"]'), "distinct: operators always are"),
+        (text('threshold = 1\ndistinct = ["building"]'), "distinct"),
+    ],
+)
+def test_a_policy_whose_machines_cannot_differ_is_refused(data: bytes, says: str) -> None:
+    with pytest.raises(UsageError, match="not a policy") as caught:
+        Policy.parse(data, "it")
+    assert says in str(caught.value)
+
+
 def test_a_placeholder_is_no_key() -> None:
     """Anybody could sign for a key of zeros."""
     with pytest.raises(UsageError, match="worth nothing"):

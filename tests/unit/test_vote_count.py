@@ -33,7 +33,9 @@ KEYS = {name: SigningKey.generate(f"{name}-1") for name in ("ann", "bob", "eve",
 STRANGER = SigningKey.generate("stranger")
 
 
-def policy(threshold: int = 2, *, exceptions: tuple[Exemption, ...] = (), **changes: OperatorKey) -> Policy:
+def policy(
+    threshold: int = 2, *, exceptions: tuple[Exemption, ...] = (), machines: bool = False, **changes: OperatorKey
+) -> Policy:
     """ann, bob and eve; ann has a second key, called old."""
     keys = {name: changes.get(name, OperatorKey(key.public)) for name, key in KEYS.items()}
     operators = (
@@ -41,7 +43,7 @@ def policy(threshold: int = 2, *, exceptions: tuple[Exemption, ...] = (), **chan
         Operator("bob", (keys["bob"],)),
         Operator("eve", (keys["eve"],)),
     )
-    return Policy("test", 1, threshold, operators, (Threshold("easy", 1),), exceptions)
+    return Policy("test", 1, threshold, operators, (Threshold("easy", 1),), exceptions, machines)
 
 
 def subjects(nar_hash: NarHash, files: dict[str, str], path: StorePath = PATH) -> tuple[Subject, ...]:
@@ -375,3 +377,27 @@ def test_no_operator_is_counted_twice_and_none_for_two(envelopes: list[bytes], t
 @given(st.lists(st.sampled_from(POOL), max_size=8), st.integers(1, 3))
 def test_saying_it_again_changes_nothing(envelopes: list[bytes], threshold: int) -> None:
     assert outcome(envelopes, threshold) == outcome(envelopes + envelopes, threshold)
+
+
+@pytest.mark.parametrize(
+    ("machines", "weight"),
+    [
+        ({"ann": "a", "old": "a", "bob": "b", "eve": "c"}, 3),
+        ({"ann": "a", "old": "a", "bob": "a", "eve": "a"}, 1),
+        ({"ann": "a", "old": "b", "bob": "a", "eve": "b"}, 2),
+        ({"ann": "a", "old": "b", "bob": "b", "eve": "c"}, 3),
+        ({"ann": "a", "old": "c", "bob": "a", "eve": "b"}, 3),
+    ],
+)
+def test_operators_on_one_machine_are_one(machines: dict[str, str], weight: int) -> None:
+    """Each needs a machine of its own among those that it has used, however they are dealt out."""
+    keys = {name: OperatorKey(KEYS[name].public, machine=machine) for name, machine in machines.items()}
+    rules = policy(weight, machines=True, **keys)  # type: ignore[arg-type]
+    found = [FoundEnvelope("here", built(KEYS[name])) for name in KEYS]
+    tally = count(read(found, rules).votes, rules, "thing", DRV)
+    assert [standing.weight for standing in tally.enough] == [weight]
+    stricter = policy(weight + 1, machines=True, **keys)  # type: ignore[arg-type]
+    with pytest.raises(Untrusted, match=f"{weight + 1} must agree, and {weight} do"):
+        decide(count(read(found, stricter).votes, stricter, "thing", DRV), stricter, NOW)
+    plain = policy(3, **keys)  # type: ignore[arg-type]
+    assert [len(each.voters) for each in count(read(found, plain).votes, plain, "thing", DRV).enough] == [3]

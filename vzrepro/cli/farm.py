@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vzrepro.farm.temporal.client import FarmClient
     from vzrepro.farm.temporal.server import FarmServer
     from vzrepro.farm.workshop import Attempt, AuditRebuild, Workshop
+    from vzrepro.proof.attest.policy import Policy
     from vzrepro.proof.audit.afar import RemoteRebuilds
     from vzrepro.recipe.graph import Node
     from vzrepro.sandbox import Runtime
@@ -56,14 +57,17 @@ def on_option(function: F) -> F:
 # --- for realize ------------------------------------------------------------------------------------------------------
 
 
-def farm_run(session: Session, place: str, *, builders: int = 1, dry_run: bool = False) -> FarmRun:
-    """A run whose builds go to the farm at `place`, each to `builders` of it. With `dry_run`, none is connected to."""
+def farm_run(
+    session: Session, place: str, *, builders: int = 1, policy: Policy | None = None, dry_run: bool = False
+) -> FarmRun:
+    """A run whose builds go to the farm at `place`, each to `builders` of it, as the `policy` tells them apart. With
+    `dry_run`, none is connected to."""
     from vzrepro.farm.run import JOBS, FarmRun
 
     cache = _shared_cache(session)
     if builders > 1 and place.startswith(_COMMAND):
         raise UsageError("--builders needs a farm on Temporal", reason="a command does not say who has built it")
-    count = counting(session.trusted, cache, builders) if builders > 1 else None
+    count = counting(session.trusted, cache, builders, policy) if builders > 1 else None
     queue = _NoQueue() if dry_run else _queue(session, place)
     return FarmRun(session.realizer(), cache, queue, session.upload_key, session.config.jobs or JOBS, count)
 
@@ -100,24 +104,30 @@ def farm_rebuilds(session: Session, on: str) -> Iterator[RemoteRebuilds]:
         run.queue.close()
 
 
-def counting(trusted: TrustedKeys, cache: CacheWriter, builders: int) -> Count:
-    """Counts the votes that the cache has, of which so many must agree: each trusted key is a builder. Raises
-    UsageError when there are fewer."""
+def counting(trusted: TrustedKeys, cache: CacheWriter, builders: int, policy: Policy | None = None) -> Count:
+    """Counts the votes that the cache has, of which so many must agree: by the policy's operators or, without one, each
+    trusted key is a builder. Raises UsageError when there are fewer."""
+    from dataclasses import replace
+
     from vzrepro.farm.run import Standing
     from vzrepro.proof.attest.ballots import FoundEnvelope, read
     from vzrepro.proof.attest.policy import Policy
     from vzrepro.proof.attest.votes import count, unanimous
 
-    policy = Policy.of_keys(trusted.keys, revoked=trusted.revoked, threshold=builders)
+    if policy is None:
+        rules = Policy.of_keys(trusted.keys, revoked=trusted.revoked, threshold=builders)
+    else:
+        rules = replace(policy, threshold=builders, thresholds=())
 
     def standing(node: Node) -> Standing:
         found = [FoundEnvelope(cache.url, data) for data in cache.reader.attestations(node.drv_hash)]
-        tally = count(read(found, policy).votes, policy, node.target, node.drv_hash)
+        tally = count(read(found, rules).votes, rules, node.target, node.drv_hash)
         agreed = unanimous(tally)
         if agreed is None:
             return Standing(None, 0, ())
-        keys = sorted({vote.key.id for votes in agreed.voters.values() for vote in votes})
-        return Standing(agreed.nar_hash if tally.enough else None, len(agreed.voters), tuple(keys))
+        keys = rules.beside(vote.key for votes in agreed.voters.values() for vote in votes)
+        ids = tuple(sorted({key.id for key in keys}))
+        return Standing(agreed.nar_hash if tally.enough else None, agreed.weight, ids)
 
     return standing
 

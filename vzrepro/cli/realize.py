@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="With a farm: workers with different keys that must get the same.",
 )
+@click.option(
+    "--policy",
+    "policy_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --builders: who they are, and what must differ (docs/policy.md).",
+)
 @click.option("--no-substitute", is_flag=True, help="Take nothing from caches: build everything that is not here.")
 @click.option("--sources-from-cache", is_flag=True, help="With --no-substitute: downloads may come from caches.")
 @signatures_option
@@ -48,6 +54,7 @@ def realize(
     keep_failed: bool,
     on: str | None,
     builders: int,
+    policy_file: Path | None,
     no_substitute: bool,
     sources_from_cache: bool,
     require_signatures: int | None,
@@ -74,10 +81,17 @@ def realize(
         raise UsageError(
             "--builders needs a farm", reason="this machine is one builder", hint="name one: --on temporal://…"
         )
+    if policy_file is not None and builders == 1:
+        raise UsageError("--policy says who several builders are", hint="add: --builders 2")
     if place is not None:
         from vzrepro.cli.farm import farm_run
 
-        run = farm_run(session, place, builders=builders, dry_run=dry_run)
+        policy = None
+        if policy_file is not None:
+            from vzrepro.cli.verify import read_policy
+
+            policy, _ = read_policy(session, session.has_workspace(), policy_file)
+        run = farm_run(session, place, builders=builders, policy=policy, dry_run=dry_run)
         if dry_run:
             _print_plan(session, run.plan(nodes), None, place)
             return

@@ -114,6 +114,12 @@ def _rules(session: Session, inside: bool, file: Path | None, threshold: int | N
         return _Rules(Policy.of_keys(chosen, revoked=trusted.revoked, threshold=needed), None)
     if threshold is not None or keys:
         raise UsageError("the policy says whose votes count and how many it takes", hint="leave out --threshold, --key")
+    return _Rules(*read_policy(session, inside, file))
+
+
+def read_policy(session: Session, inside: bool, file: Path) -> tuple[Policy, tuple[str, bytes]]:
+    """The policy in a file, and the file's name and bytes. Raises UsageError, Untrusted for an older version than was
+    seen."""
     data = policies.read_file(file)
     policy = Policy.parse(data, str(file))
     config = session.config
@@ -124,7 +130,7 @@ def _rules(session: Session, inside: bool, file: Path | None, threshold: int | N
     except OSError as error:
         session.warn(f"that version {policy.version} of the policy was seen cannot be kept: {error}")
     revoked = session.trusted.revoked
-    return _Rules(policy.without(revoked, "it is one of this machine's revoked-keys"), (file.name, data))
+    return policy.without(revoked, "it is one of this machine's revoked-keys"), (file.name, data)
 
 
 def _asked(

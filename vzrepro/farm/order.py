@@ -38,6 +38,9 @@ PLATFORMS = ("linux/amd64", "linux/arm64")
 MAX_BUILDERS = 8
 """How many may have to build one thing."""
 
+MAX_APART = 16
+"""How many keys an order may leave out."""
+
 FORMAT = 3
 """Version of the documents; another one is refused."""
 
@@ -136,7 +139,7 @@ class Order:
             turn, apart_from = document["turn"], document["apart_from"]
             if type(turn) is not int or not 0 <= turn <= MAX_BUILDERS:
                 raise ValueError("its turn is none")
-            if not isinstance(apart_from, list) or len(apart_from) > MAX_BUILDERS:
+            if not isinstance(apart_from, list) or len(apart_from) > MAX_APART:
                 raise ValueError("it names too many keys")
             if not all(_KEY_ID.fullmatch(each) for each in apart_from):
                 raise ValueError("it names what is no key")

@@ -30,7 +30,7 @@ from vzrepro.cache.narinfo import NarInfo
 from vzrepro.cache.reader import MAX_LOG
 from vzrepro.cache.writer import CacheWriter
 from vzrepro.farm.livelog import LogReader, report_key
-from vzrepro.farm.order import Order, OrderAnswer, worker_name
+from vzrepro.farm.order import MAX_APART, Order, OrderAnswer, worker_name
 from vzrepro.farm.workshop import FIXED, given
 from vzrepro.realize import schedule
 from vzrepro.realize.inventory import Inventory
@@ -258,6 +258,12 @@ class FarmRun:
         standing = count(node)
         while standing.result is None:
             before = standing
+            if len(before.keys) > MAX_APART:
+                raise UsageError(
+                    f"{node.target}: an order cannot leave out more than {MAX_APART} keys",
+                    reason=f"{len(before.keys)} are of those that have built it, or of their machines",
+                    hint="revoke in the policy those that are out of use",
+                )
             order = Order.of(node, key, turn=before.voters + 1, apart_from=before.keys)
             answer = self._place(order, display, urgency)
             display.answered(answer)

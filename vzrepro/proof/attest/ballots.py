@@ -150,6 +150,7 @@ def _judged(data: bytes, sources: tuple[str, ...], policy: Policy) -> Vote | Ref
         varied=bool(claim.varied),
         sources=sources,
         envelope=FileHash.of(data).hex,
+        machine=its_key.machine,
     )
 
 

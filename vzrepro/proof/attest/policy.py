@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -35,18 +35,20 @@ MAX_POLICY = 1 << 20
 
 _TURN_SECS = 0.02
 _MAX_MEMORY = 4096
+_DISTINCT = ("operator", "build-machine")
 _WILD = re.compile(r"\[!?\]?[^\]]*\]|[*?]")
 
 
 @dataclass(frozen=True, slots=True)
 class OperatorKey:
     """A key and when it was its operator's: `since` ≤ time < `until`, None without an end. `revoked` says why it counts
-    for nothing, whatever the time; None while it does."""
+    for nothing, whatever the time; None while it does. `machine` is the name of the build machine that has it."""
 
     key: PublicKey
     since: dt.datetime | None = None
     until: dt.datetime | None = None
     revoked: str | None = None
+    machine: str | None = None
 
     def refusal(self, when: dt.datetime | None) -> str | None:
         """Why a statement of this time by this key does not count; None when it does. One that tells no time counts
@@ -95,7 +97,8 @@ class Exemption:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Who may vote, and what it takes. `name` is what its versions are compared under."""
+    """Who may vote, and what it takes. `name` is what its versions are compared under. With `machines_differ`, votes
+    from one build machine are one, whosever they are."""
 
     name: str
     version: int
@@ -103,6 +106,7 @@ class Policy:
     operators: tuple[Operator, ...]
     thresholds: tuple[Threshold, ...] = ()
     exceptions: tuple[Exemption, ...] = ()
+    machines_differ: bool = False
 
     @classmethod
     def parse(cls, data: bytes, place: str) -> Policy:
@@ -166,6 +170,20 @@ class Policy:
             return self.threshold
         return max(fitting, key=lambda each: (*_specificity(each.target), each.votes)).votes
 
+    def beside(self, keys: Iterable[PublicKey]) -> tuple[PublicKey, ...]:
+        """The keys whose votes would add nothing to those by `keys`: these, the other ones of their operators and,
+        where machines must differ, those on their machines."""
+        taken = {key.raw for key in keys}
+        operators = [operator for operator in self.operators if any(each.key.raw in taken for each in operator.keys)]
+        known = [each for operator in self.operators for each in operator.keys]
+        machines = {each.machine for each in known if each.key.raw in taken} if self.machines_differ else set()
+        return tuple(
+            each.key
+            for operator in self.operators
+            for each in operator.keys
+            if each.revoked is None and (operator in operators or each.machine in machines - {None})
+        )
+
     def exceptions_for(self, target: str) -> tuple[Exemption, ...]:
         """The exceptions of this target, expired ones as well."""
         return tuple(each for each in self.exceptions if each.target == target)
@@ -193,6 +211,8 @@ class Policy:
                 [each.target, each.accept.hex, each.reason, _rfc3339(each.until)] for each in self.exceptions
             ),
         }
+        if self.machines_differ:
+            document["distinct"] = list(_DISTINCT)
         return hashlib.sha256(canonical_json(document)).hexdigest()
 
 
@@ -306,6 +326,7 @@ class _Key(_Model):
     since: Any = Field(None, alias="from")
     until: Any = None
     revoked: _Text | None = None
+    machine: _Text | None = None
 
 
 class _Operator(_Model):
@@ -329,6 +350,7 @@ class _File(_Model):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
     version: Annotated[int, Field(strict=True, ge=1, le=10**12)]
     threshold: _Votes
+    distinct: list[Literal["operator", "build-machine"]] = ["operator"]
     operators: Annotated[list[_Operator], Field(min_length=1)]
     thresholds: list[_Threshold] = []
     exceptions: list[_Exemption] = []
@@ -352,12 +374,31 @@ def _checked(document: _File, place: str) -> Policy:
         )
     thresholds = tuple(Threshold(each.target, each.threshold) for each in document.thresholds)
     _refuse_twice((each.target for each in thresholds), "there are two thresholds for {}", place)
+    machines_differ = _machines_differ(document.distinct, operators, place)
+    machines = {each.machine for operator in operators for each in operator.keys}
     for what, votes in (("threshold", document.threshold), *((each.target, each.votes) for each in thresholds)):
         if votes > len(operators):
             raise _wrong(place, f"{what}: {votes} operators must agree, and {len(operators)} are named")
+        if machines_differ and votes > len(machines):
+            raise _wrong(place, f"{what}: {votes} must agree on as many machines, and {len(machines)} are named")
     exceptions = tuple(_exemption(each, place) for each in document.exceptions)
     _refuse_twice((f"{each.target} {each.accept}" for each in exceptions), "there are two exceptions for {}", place)
-    return Policy(document.name, document.version, document.threshold, operators, thresholds, exceptions)
+    return Policy(
+        document.name, document.version, document.threshold, operators, thresholds, exceptions, machines_differ
+    )
+
+
+def _machines_differ(distinct: Sequence[str], operators: Sequence[Operator], place: str) -> bool:
+    """Whether machines must: then every key has one."""
+    if "operator" not in distinct:
+        raise _wrong(place, 'distinct: operators always are: ["operator"], or ["operator", "build-machine"]')
+    if "build-machine" not in distinct:
+        return False
+    for operator in operators:
+        for each in operator.keys:
+            if each.machine is None and each.revoked is None:
+                raise _wrong(place, f"operator {operator.name}: the key {each.key.name} has no machine")
+    return True
 
 
 def _key(document: _Key, where: str, place: str) -> OperatorKey:
@@ -371,7 +412,7 @@ def _key(document: _Key, where: str, place: str) -> OperatorKey:
     )
     if since is not None and until is not None and since >= until:
         raise _wrong(place, f"{where}: the key {key.name} ends before it begins")
-    return OperatorKey(key, since, until, document.revoked)
+    return OperatorKey(key, since, until, document.revoked, document.machine)
 
 
 def _exemption(document: _Exemption, place: str) -> Exemption:
@@ -422,6 +463,7 @@ def _operator_document(operator: Operator) -> dict[str, Any]:
             each.key.raw.hex(),
             *(None if when is None else _rfc3339(when) for when in (each.since, each.until)),
             each.revoked,
+            *([] if each.machine is None else [each.machine]),
         ]
         for each in sorted(operator.keys, key=lambda each: each.key.raw)
     ]

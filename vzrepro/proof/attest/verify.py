@@ -198,7 +198,7 @@ def _severity(each: VerificationResult, nar_hash: NarHash) -> tuple[int, int]:
     """Which derivation to speak of, where several have the name: one that the tree is of, then one with more votes."""
     assert each.tally is not None
     concerned = any(standing.nar_hash == nar_hash for standing in each.tally.standings)
-    votes = max((len(standing.voters) for standing in each.tally.standings), default=0)
+    votes = max((standing.weight for standing in each.tally.standings), default=0)
     match each.error:
         case None:
             rank = 0

@@ -35,7 +35,7 @@ class Vote:
     `files` are the sha256 of the output's files in hex, by name and sorted, empty when it does not name them. `varied`
     says that the build was an experiment of an audit, its surroundings changed on purpose. `when` is what the builder's
     clock said in the end, if it is told, `sources` are the places where the statement was found, `envelope` the sha256
-    of its envelope in hex.
+    of its envelope in hex, `machine` the build machine that the policy gives its key.
     """
 
     operator: str
@@ -50,6 +50,7 @@ class Vote:
     varied: bool
     sources: tuple[str, ...]
     envelope: str
+    machine: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +64,12 @@ class RefusedVote:
 
 @dataclass(frozen=True, slots=True)
 class ResultStanding:
-    """A result and the operators that got it, by name and sorted, each with the votes that say so."""
+    """A result and the operators that got it, by name and sorted, each with the votes that say so. `weight` is how many
+    of these are independent."""
 
     nar_hash: NarHash
     voters: Mapping[str, tuple[Vote, ...]]
+    weight: int
 
     def files(self, needed: int) -> dict[str, str] | None:
         """The sha256 of each file by name, if `needed` operators say the same of them.
@@ -108,7 +111,7 @@ class Tally:
     @property
     def enough(self) -> tuple[ResultStanding, ...]:
         """The results that enough operators got."""
-        return tuple(each for each in self.standings if len(each.voters) >= self.needed)
+        return tuple(each for each in self.standings if each.weight >= self.needed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +143,32 @@ def count(votes: Iterable[Vote], policy: Policy, target: str, drv_hash: DrvHash)
             results[its[0].nar_hash][operator] = its
         else:
             void.append(Contradiction(operator, its))
-    standings = [ResultStanding(nar_hash, voters) for nar_hash, voters in results.items()]
-    standings.sort(key=lambda each: (-len(each.voters), each.nar_hash))
+    standings = [
+        ResultStanding(nar_hash, voters, _apart(voters) if policy.machines_differ else len(voters))
+        for nar_hash, voters in results.items()
+    ]
+    standings.sort(key=lambda each: (-each.weight, -len(each.voters), each.nar_hash))
     return Tally(target, drv_hash, policy.votes_for(target), tuple(standings), tuple(void))
+
+
+def _apart(voters: Mapping[str, tuple[Vote, ...]]) -> int:
+    """How many of the operators can be given a machine of their own among those that they voted on: a matching, which
+    grows along paths that lead from an operator without one to a machine that nobody has."""
+    machines = {
+        name: sorted({vote.machine for vote in votes if vote.machine is not None}) for name, votes in voters.items()
+    }
+    given: dict[str, str] = {}
+
+    def gives(operator: str, tried: set[str]) -> bool:
+        for machine in machines[operator]:
+            if machine not in tried:
+                tried.add(machine)
+                if machine not in given or gives(given[machine], tried):
+                    given[machine] = operator
+                    return True
+        return False
+
+    return sum(gives(operator, set()) for operator in sorted(machines))
 
 
 def unanimous(tally: Tally) -> ResultStanding | None:
@@ -188,7 +214,7 @@ def decide(tally: Tally, policy: Policy, now: dt.datetime) -> Decision:
             reason="\n".join(lines),
             hint="have more operators build it, or renew the exception in a new version of the policy",
         )
-    most = max((len(each.voters) for each in tally.standings), default=0)
+    most = max((each.weight for each in tally.standings), default=0)
     raise Untrusted(
         f"{tally.target} has too few votes: {tally.needed} must agree, and {most} {'does' if most == 1 else 'do'}",
         reason="\n".join(lines) or "nobody who may vote has signed that it built this",
