@@ -74,6 +74,7 @@ class LabMaker(Maker):
 
 # --- a small workspace ------------------------------------------------------------------------------------------------
 
+_ARCHIVE = hashlib.shake_256(b"archive").digest(1_200_000)
 LOG = b"a line of a log\n" * 4096
 
 
@@ -92,14 +93,18 @@ def grinds(job: sandbox.Job, *, on_line: Callable[[str], None], stop: threading.
     return sandbox.RunLimits(job, stop)
 
 
-def small_graph(place: Path) -> DrvGraph:
-    """Local files and a download from `place`, two builds of them, and `whole`, which is built from these."""
+def small_sources(place: Path) -> None:
+    """Write what is downloaded for `small_graph`."""
     place.mkdir(parents=True, exist_ok=True)
-    content, text = hashlib.shake_256(b"archive").digest(1_200_000), b"local\n"
-    (place / "archive").write_bytes(content)
-    sha256 = FileHash(hashlib.sha256(content).hexdigest())
+    (place / "archive").write_bytes(_ARCHIVE)
+
+
+def small_graph(place: Path) -> DrvGraph:
+    """A text and a download from `place` (`small_sources`), two builds of them, and `whole`, built from these."""
+    text = b"local\n"
+    sha256 = FileHash(hashlib.sha256(_ARCHIVE).hexdigest())
     archive = node("archive", Derivation("archive", "fetch", content={"": sha256}), "source")
-    files = {"": PinnedFile((place / "archive").as_uri(), sha256, len(content))}
+    files = {"": PinnedFile((place / "archive").as_uri(), sha256, len(_ARCHIVE))}
     archive = replace(archive, files=files)
     notes = node("notes", Derivation("notes", "local", content={"": nar.hash_of_file(text)}), "source")
     notes = replace(notes, tree={"": text})

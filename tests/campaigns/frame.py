@@ -71,21 +71,21 @@ class Round:
     place: Path
     tally: Tally
 
-    def child(self, work: Callable[[], None], *, kill_after: float | None = None) -> int:
+    def child(self, work: Callable[[], None], *, kill_after: float | None = None, timed: bool = True) -> int:
         """Do the work in a process, which may be killed after so many seconds; its exit code, negative if it was
-        killed. Counts its time and its memory."""
+        killed. Counts its memory and, if it is `timed`, its time."""
         begun = time.monotonic()
         said = self.place / "said"
         with said.open("ab") as out:
             pid = forked(lambda: _quietly(work, out.fileno()))
-        return self.ended(pid, begun, kill_after)
+        return self.ended(pid, begun, kill_after, timed=timed)
 
     def start(self, work: Callable[[], None]) -> int:
         """As `child`, but not waited for; its pid, for `ended`."""
         with (self.place / "said").open("ab") as out:
             return forked(lambda: _quietly(work, out.fileno()))
 
-    def ended(self, pid: int, begun: float, kill_after: float | None = None) -> int:
+    def ended(self, pid: int, begun: float, kill_after: float | None = None, *, timed: bool = True) -> int:
         """Wait for a child that began at that monotonic time."""
         until = begun + (STANDS_SECS if kill_after is None else kill_after)
         found, status, used = os.wait4(pid, os.WNOHANG)
@@ -97,13 +97,14 @@ class Round:
             _, status, used = os.wait4(pid, 0)
             if kill_after is None:
                 raise Wrong(f"it stands still for {STANDS_SECS:.0f} s")
-        self.tally.longest_secs = max(self.tally.longest_secs, time.monotonic() - begun)
+        if timed:
+            self.tally.longest_secs = max(self.tally.longest_secs, time.monotonic() - begun)
         self.tally.largest_bytes = max(self.tally.largest_bytes, used.ru_maxrss << 10)
         return os.waitstatus_to_exitcode(status)
 
-    def calmly(self, work: Callable[[], None], what: str) -> None:
+    def calmly(self, work: Callable[[], None], what: str, *, timed: bool = True) -> None:
         """Do in a process what must succeed."""
-        if (code := self.child(work)) != 0:
+        if (code := self.child(work, timed=timed)) != 0:
             raise Wrong(f"{what}: exit code {code}\n{self.said()}")
 
     def said(self) -> str:

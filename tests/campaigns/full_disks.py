@@ -26,7 +26,7 @@ from vzrepro import noop
 from vzrepro.base.errors import VzreproError
 
 SIZE = 24 << 20
-_FAILED = 7  # exit code of a command that has said why
+FAILED = 7  # exit code of a command that has said why
 _NEEDED = {"store": 5_000_000, "log": 200_000, "cache": 3_000_000, "spool": 2_500_000, "memo": 40_000}
 """About the bytes that a command writes there."""
 
@@ -83,11 +83,11 @@ def explained(run: Callable[[], None]) -> Callable[[], None]:
             run()
         except VzreproError as error:
             print(error)
-            os._exit(_FAILED)
+            os._exit(FAILED)
         except OSError as error:  # told in a line where nobody has more to say of it
             if error.errno != errno.ENOSPC:
                 raise
-            os._exit(_FAILED)
+            os._exit(FAILED)
 
     return work
 
@@ -100,7 +100,7 @@ def _play(round: Round, site: str, disk: Path, names: list[str], mill: Mill) -> 
         begun = time.monotonic()
         code = round.child(explained(lambda: verb.run(mill)))
         round.tally.longest_secs = max(round.tally.longest_secs, time.monotonic() - begun)
-        if code not in (0, _FAILED):
+        if code not in (0, FAILED):
             raise Wrong(f"exit code {code}\n{round.said()}")
         round.tally.faults += code != 0
         if code != 0 and site == "store":
@@ -176,10 +176,10 @@ def _spool(round: Round, kind: str) -> None:
                 raise Wrong(f"left in TMPDIR: {list(disk.iterdir())}")
             mill.push()
             mill.judge_cache(EVERY)
-            os._exit(_FAILED if failed else 0)
+            os._exit(FAILED if failed else 0)
 
         code = round.child(push)
-        if code not in (0, _FAILED):
+        if code not in (0, FAILED):
             raise Wrong(f"exit code {code}\n{round.said()}")
         round.tally.faults += code != 0
 
@@ -205,11 +205,11 @@ def _memo(round: Round, kind: str) -> None:
             left = [path.name for path in there.parent.iterdir() if path != there] if there.parent.is_dir() else []
             if left:
                 raise Wrong(f"left beside the memo: {left}")
-            os._exit(0 if all(said.values()) else _FAILED)
+            os._exit(0 if all(said.values()) else FAILED)
 
         with full_but(disk, _free(round, "memo")):
             code = round.child(remember)
-        if code not in (0, _FAILED):
+        if code not in (0, FAILED):
             raise Wrong(f"exit code {code}\n{round.said()}")
         round.tally.faults += code != 0
         if round.child(remember) != 0:

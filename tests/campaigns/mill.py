@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tests.campaigns.frame import Lost, Wrong
-from tests.labs import RUNTIME, grinds, played, realizer, small_graph
+from tests.labs import RUNTIME, grinds, played, realizer, small_graph, small_sources
 from vzrepro.base.model import Derivation, NarHash, ObjectInfo, StorePath
 from vzrepro.cache import Backend, CacheReader, CacheWriter, DirectoryBackend, SigningKey, TrustedKeys
 from vzrepro.cache import check as checking
@@ -58,6 +58,7 @@ class Mill:
 
     @cached_property
     def graph(self) -> DrvGraph:
+        small_sources(self.sources)
         return small_graph(self.sources)
 
     def path(self, name: str) -> StorePath:

@@ -6,12 +6,14 @@ import os
 
 import pytest
 
-from tests.campaigns import frame, full_disks, kills
+from tests.campaigns import frame, full_disks, kills, parsers, side_by_side
 from tests.campaigns.frame import Line, Lost, Round, Wrong
 
 SHORT: dict[str, tuple[Line, int]] = {
     **{f"kill {name}": (line, 2) for name, line in kills.LINES.items()},
     **{f"full: {name}": (line, 1) for name, line in full_disks.LINES.items()},
+    **{name: (line, 1) for name, line in side_by_side.LINES.items()},
+    **{f"parse {name}": (line, 1) for name, line in parsers.LINES.items()},
 }
 
 
@@ -21,7 +23,8 @@ def test_nothing_is_lost_or_wrong(name: str) -> None:
         pytest.skip(reason)
     line, rounds = SHORT[name]
     tally = frame.play(name, line, rounds, seed=1)
-    assert (tally.lost, tally.wrong, tally.rounds) == ([], [], rounds)
+    assert (tally.lost, tally.wrong) == ([], [])
+    assert tally.rounds >= rounds
 
 
 def test_what_is_lost_or_wrong_is_told() -> None:

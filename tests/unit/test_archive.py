@@ -341,6 +341,14 @@ def test_the_tree_does_not_depend_on_order_or_owner(tmp_path: Path) -> None:
     assert len(hashes) == 1
 
 
+def test_a_zip_whose_directory_leads_to_before_its_beginning(tmp_path: Path) -> None:
+    data = zipped(("a/b", b"text"))
+    (tmp_path / "file").write_bytes(data[:30] + data[31:])
+    with pytest.raises(UsageError, match="thing cannot be unpacked") as caught:
+        archive.unpack(tmp_path / "file", tmp_path / "tree", "thing")
+    assert "before its beginning" in (caught.value.reason or "")
+
+
 @given(st.binary(max_size=2000), st.sampled_from([b"", b"PK\x03\x04", b"\x1f\x8b\x08", PLAIN[:512], PLAIN]), st.data())
 def test_any_bytes_give_a_tree_or_one_error(data: bytes, start: bytes, draw: st.DataObject) -> None:
     mixed = bytearray(start + data)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.caches import new_cache
 from tests.contract.memory import MemoryBackend
-from tests.labs import grinds, played, realizer, small_graph
+from tests.labs import grinds, played, realizer, small_graph, small_sources
 from vzrepro import nar
 from vzrepro.base import events
 from vzrepro.base.errors import Interrupted, RemoteError
@@ -139,7 +139,8 @@ def test_what_is_stopped_has_not_begun(store: LocalStore) -> None:
 
 def test_what_a_new_object_refers_to_is_pushed_before_it(store: LocalStore, tmp_path: Path) -> None:
     """It may be here from a run that was killed before it pushed it, or come from the workspace."""
-    graph = small_graph(tmp_path / "sources")
+    small_sources(tmp_path)
+    graph = small_graph(tmp_path)
     cache = new_cache(MemoryBackend(), TrustedKeys([KEY.public]), KEY)
     with played(grinds):
         realizer(graph, store).realize([graph.find("left")])

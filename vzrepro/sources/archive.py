@@ -249,6 +249,8 @@ def _zip(file: BinaryIO, refuse: Callable[[str], NoReturn]) -> Iterator[ArchiveE
         refuse(f"its directory has {record[_DIRECTORY_SIZE]} bytes")
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
+            if member.header_offset < 0:  # to seek there is an error of the system
+                refuse(f"its directory leads to before its beginning: {member.filename}")
             mode = member.external_attr >> 16
             kind: PathKind = "dir" if member.is_dir() else "file"
             if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
