@@ -308,9 +308,8 @@ PARSERS: dict[str, Parser] = {
 # --- rounds -----------------------------------------------------------------------------------------------------------
 
 
-def fed(name: str) -> Line:
+def fed(parser: Parser) -> Line:
     """Batches of inputs for one parser."""
-    parser = PARSERS[name]
 
     def line(round: Round) -> None:
         told = round.place / "told"
@@ -364,7 +363,7 @@ def _batch(parser: Parser, number: int, told: Path, place: Path) -> None:
     told.write_text(json.dumps([refused, longest]))
 
 
-LINES: dict[str, Line] = {name: fed(name) for name in PARSERS}
+LINES: dict[str, Line] = {name: fed(parser) for name, parser in PARSERS.items()}
 
 if __name__ == "__main__":
     main(LINES, 25)

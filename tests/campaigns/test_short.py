@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from tests.campaigns import frame, full_disks, kills, parsers, side_by_side
+from tests import servers
+from tests.campaigns import frame, full_disks, hostile_guest, hostile_s3, kills, parsers, side_by_side, two_machines
 from tests.campaigns.frame import Line, Lost, Round, Wrong
 
 SHORT: dict[str, tuple[Line, int]] = {
@@ -14,6 +15,7 @@ SHORT: dict[str, tuple[Line, int]] = {
     **{f"full: {name}": (line, 1) for name, line in full_disks.LINES.items()},
     **{name: (line, 1) for name, line in side_by_side.LINES.items()},
     **{f"parse {name}": (line, 1) for name, line in parsers.LINES.items()},
+    **{name: (line, 1) for name, line in hostile_guest.LINES.items()},
 }
 
 
@@ -25,6 +27,17 @@ def test_nothing_is_lost_or_wrong(name: str) -> None:
     tally = frame.play(name, line, rounds, seed=1)
     assert (tally.lost, tally.wrong) == ([], [])
     assert tally.rounds >= rounds
+
+
+@pytest.mark.parametrize("name", hostile_s3.LINES)
+def test_a_lying_server_does_no_harm(name: str, credentials: None) -> None:
+    tally = frame.play(name, hostile_s3.LINES[name], 1, seed=1)
+    assert (tally.lost, tally.wrong) == ([], [])
+
+
+def test_two_machines_on_one_bucket(seaweed: servers.S3Server, credentials: None) -> None:
+    tally = frame.play("two machines", two_machines.two_machines(seaweed), 1, seed=1)
+    assert (tally.lost, tally.wrong) == ([], [])
 
 
 def test_what_is_lost_or_wrong_is_told() -> None:

@@ -341,6 +341,12 @@ def test_the_tree_does_not_depend_on_order_or_owner(tmp_path: Path) -> None:
     assert len(hashes) == 1
 
 
+def test_a_zip_with_an_entry_without_a_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(zipped(("abc", b"text")).replace(b"abc", b"\0bc"))
+    with pytest.raises(UsageError, match="thing cannot be unpacked"):
+        archive.unpack(tmp_path / "file", tmp_path / "tree", "thing")
+
+
 def test_a_zip_whose_directory_leads_to_before_its_beginning(tmp_path: Path) -> None:
     data = zipped(("a/b", b"text"))
     (tmp_path / "file").write_bytes(data[:30] + data[31:])

@@ -414,6 +414,14 @@ def test_a_crate_whose_manifest_claims_gigabytes_is_an_error() -> None:
         manifest_of(gzip.compress(header.tobuf(tarfile.GNU_FORMAT)))
 
 
+@pytest.mark.parametrize("size", range(12))
+def test_a_crate_that_ends_in_its_first_bytes_is_an_error(size: int) -> None:
+    whole = gzip.compress(b"", 1)
+    for data in (whole[:size], whole[:3] + b"\xff" + whole[4:size]):
+        with pytest.raises(VzreproError):
+            manifest_of(data)
+
+
 @settings(max_examples=100)
 @given(st.binary(max_size=64), st.integers(0, 511))
 def test_any_header_of_a_crate_is_read_or_an_error(data: bytes, at: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import PATIENCE_SECS
+from vzrepro.base.errors import VzreproError
 from vzrepro.guest.vm import logs
 from vzrepro.guest.vm.logs import BoundedFile, LogPosition, OutputLog, OutputStanding
 
@@ -56,6 +57,14 @@ def test_a_piece_that_was_cut_off_is_asked_for_again(tmp_path: Path) -> None:
     assert output.place == LogPosition(7, 5)
     output.take(piece(b"half", offset=5))
     assert kept(tmp_path) == b"wholehalf"
+
+
+def test_a_piece_of_a_size_that_no_agent_sends_is_refused(tmp_path: Path) -> None:
+    """It would be waited for in memory."""
+    output = OutputLog(tmp_path)
+    output.take(piece(bytes(1 << 20)))
+    with pytest.raises(VzreproError, match="not what it should be"):
+        output.take(struct.pack("<QQI", 7, 0, (1 << 32) - 1))
 
 
 def test_what_the_guest_lost_is_told_on_a_line_of_its_own(tmp_path: Path) -> None:

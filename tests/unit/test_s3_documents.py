@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.faults import FaultyProxy, serves
+from tests.faults import Exchange, Fault, FaultyProxy, serves
 from vzrepro.base.errors import RemoteError
 from vzrepro.cache.remote import Patience
-from vzrepro.cache.s3 import S3Backend
+from vzrepro.cache.s3 import S3Backend, upload
 from vzrepro.cache.s3.bucket import parsed, tag
 from vzrepro.cache.s3.upload import count, seconds
 from vzrepro.net import AttemptFailed
@@ -55,6 +56,29 @@ def test_a_listing(server: FaultyProxy) -> None:
 def test_what_is_no_listing(server: FaultyProxy, old: bytes, new: bytes, reason: str) -> None:
     with pytest.raises(RemoteError, match=reason):
         listed(server, LISTING.replace(old, new))
+
+
+def endless(contents: bytes) -> Fault:
+    """A listing that always has another page, called otherwise."""
+    numbers = itertools.count()
+
+    def fault(exchange: Exchange) -> None:
+        more = b"<IsTruncated>true</IsTruncated><NextContinuationToken>%d</NextContinuationToken>" % next(numbers)
+        serves(b"<ListBucketResult>" + more + contents + b"</ListBucketResult>")(exchange)
+
+    return fault
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_listing_that_never_ends(server: FaultyProxy, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+    monkeypatch.setattr(upload, "_MOST_PAGES", 300)
+    contents = LISTING[LISTING.index(b"<Contents>") : LISTING.index(b"</ListBucketResult>")] if full else b""
+    with server:
+        server.on("*", endless(contents))
+        backend = S3Backend(f"s3://bucket?endpoint={server.url}&region=x", Patience(5.0))
+        with pytest.raises(RemoteError, match="lists without an end"):
+            list(backend.list())
+    assert len(server.requests) <= (300 if full else 100)
 
 
 @settings(max_examples=100)

@@ -16,7 +16,7 @@ from vzrepro.base.errors import HashMismatch, UsageError, VzreproError
 from vzrepro.proof.sbom import facts
 from vzrepro.proof.sbom.components import Bill, describe
 from vzrepro.proof.sbom.facts import Fact, Facts
-from vzrepro.proof.sbom.learn import learn
+from vzrepro.proof.sbom.learn import _from_source, learn
 from vzrepro.proof.sbom.output import read_output
 from vzrepro.proof.sbom.seed import seed
 from vzrepro.recipe.evaluate import evaluate
@@ -302,3 +302,9 @@ def test_what_is_for_the_bill_only_changes_no_hash(tmp_path: Path, shop: boms.Sh
     assert {name: node.drv_hash for name, node in hashes.items()} == {
         name: node.drv_hash for name, node in other.graph.targets.items()
     }
+
+
+def test_a_source_whose_gzip_header_is_cut_off_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8b\x08\xff")
+    with pytest.raises(VzreproError, match="is not an archive that can be read"):
+        _from_source(tmp_path / "a.tar.gz", "a.tar.gz")

@@ -873,3 +873,16 @@ def test_gc_makes_no_store(store: LocalStore) -> None:
     store.database_file.touch()
     assert store.gc().deleted == ()
     assert store.database_file.stat().st_size == 0
+
+
+@pytest.mark.parametrize(("block", "mode"), [(4096, "wal"), (1024, "delete")])
+def test_shared_memory_only_where_a_full_disk_cannot_leave_holes_in_it(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, block: int, mode: str
+) -> None:
+    """SQLite writes a byte of each 4 KiB of it; in a hole that no block can be had for, a process ends with SIGBUS."""
+    real = os.statvfs(store.root.parent)
+    monkeypatch.setattr(os, "statvfs", lambda _path: os.statvfs_result((block, block, *real[2:])))
+    put(store, "x")
+    with contextlib.closing(sqlite3.connect(store.database_file)) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == (mode,)
+    assert store.verify() == []

@@ -32,6 +32,8 @@ def _info(_request: object, _context: object) -> object:
 def _exec(request: "pb.ExecRequest", context: grpc.ServicerContext) -> Iterator[object]:
     if request.command == "gone":
         context.abort(grpc.StatusCode.UNAVAILABLE, "the agent goes away")
+    while request.command == "flood":
+        yield pb.ExecEvent(stdout=bytes(1 << 20), stderr=bytes(1 << 20))
     words = [request.command, *request.args, request.working_dir, request.user, *sorted(request.env)]
     yield pb.ExecEvent(stdout=" ".join(words).encode(), sequence=1, exec_id=9)
     if request.command == "nothing":
@@ -88,6 +90,12 @@ def test_a_commands_end_is_awaited(client: agent.AgentClient) -> None:
     assert lost == agent.Ended(None, "it cannot be run", b"nothing  ", b"no such file", b"nothing  no such file")
     assert lost.text == "it cannot be run"
     assert client.exec("silence").finish().text == "the guest agent did not say how the command ended"
+
+
+def test_what_a_command_says_is_held_up_to_a_bound(client: agent.AgentClient) -> None:
+    for take in (None, lambda _data: None):  # who takes one stream is not given the other
+        with client.exec("flood") as execution, pytest.raises(VzreproError, match="says more than"):
+            execution.finish(take)
 
 
 def test_a_failing_call_says_what_the_agent_said(client: agent.AgentClient) -> None:

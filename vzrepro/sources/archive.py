@@ -252,7 +252,7 @@ def _zip(file: BinaryIO, refuse: Callable[[str], NoReturn]) -> Iterator[ArchiveE
             if member.header_offset < 0:  # to seek there is an error of the system
                 refuse(f"its directory leads to before its beginning: {member.filename}")
             mode = member.external_attr >> 16
-            kind: PathKind = "dir" if member.is_dir() else "file"
+            kind: PathKind = "dir" if member.filename.endswith("/") else "file"
             if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
                 refuse(f"it holds what is no file, directory or link: {member.filename}")
             if stat.S_ISLNK(mode):

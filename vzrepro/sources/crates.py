@@ -144,7 +144,8 @@ def _text_in(crate: bytes, wanted: str) -> str:
                 reader = archive.extractfile(member)
                 assert reader is not None  # a regular file always has one
                 return reader.read().decode()
-    except (tarfile.TarError, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except (tarfile.TarError, OSError, EOFError, TypeError, zlib.error, UnicodeDecodeError) as error:
+        # A TypeError is what `tarfile` makes of a gzip header that is cut off.
         raise VzreproError("a crate file cannot be read", reason=str(error)) from error
     raise VzreproError(f"the crate has no {wanted}")
 

@@ -78,7 +78,10 @@ class Database:
                 if self._open() is None:
                     connection = sqlite3.connect(self.file, timeout=_BUSY_SECS, isolation_level=None)
                     with contextlib.closing(connection):
-                        connection.execute("PRAGMA journal_mode = WAL")
+                        # Of the memory that WAL shares, SQLite has a byte of each 4 KiB allocated. In smaller blocks
+                        # the rest are holes, and who writes into one on a full disk ends with SIGBUS.
+                        wal = os.statvfs(self.private).f_frsize >= 4096
+                        connection.execute(f"PRAGMA journal_mode = {'WAL' if wal else 'DELETE'}")
                         self._write_schema(connection)
                     self.reserve()
             finally:

@@ -22,6 +22,9 @@ PART = 16 << 20
 
 _MAX_PARTS = 10_000
 _MIB = 1 << 20
+_LISTED = ("Contents", "Upload", "Part")
+_MOST_PAGES = 100_000  # of a listing: a hundred million entries
+_EMPTY_PAGES = 100  # in a row: servers pass over what was deleted
 _LACKING = frozenset({400, 404, 405, 501})  # what servers answer to what they have never heard of
 
 
@@ -159,9 +162,11 @@ def unfinished(bucket: Bucket, prefix: str) -> Iterator[UnfinishedUpload]:
 def pages(
     bucket: Bucket, key: str | None, query: Mapping[str, str], following: Callable[[Xml], dict[str, str]]
 ) -> Iterator[Xml]:
-    """The documents of a listing, one by one; `following` reads from one what asks for the next. Raises RemoteError."""
+    """The documents of a listing, one by one; `following` reads from one what asks for the next. Raises RemoteError,
+    also for a listing that does not end."""
     where: dict[str, str] = {}
-    while True:
+    empty = 0
+    for _ in range(_MOST_PAGES):
         asked = {**query, **where}
         document = bucket.do(lambda asked=asked: bucket.xml("GET", key, asked))  # type: ignore[misc]
         yield document
@@ -170,6 +175,10 @@ def pages(
         before, where = where, following(document)
         if not any(where.values()) or where == before:
             raise RemoteError(f"{bucket.place.url} does not say how a listing goes on")
+        empty = 0 if any(document.find(f"{{*}}{each}") is not None for each in _LISTED) else empty + 1
+        if empty == _EMPTY_PAGES:
+            break
+    raise RemoteError(f"{bucket.place.url} lists without an end")
 
 
 def seconds(text: str) -> float:

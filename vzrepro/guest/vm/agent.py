@@ -43,6 +43,8 @@ _CHANNEL_OPTIONS = (
 )
 # Frames of a forwarded stream that wait for the network; then `Forward.send` waits.
 _FRAMES = 4
+# Bytes of a command's output that are held; what our own commands say is a few thousand.
+_MOST_SAID = 16 << 20
 
 
 class AgentError(VzreproError):
@@ -145,7 +147,10 @@ class Execution:
         return event
 
     def finish(self, on_stdout: Callable[[bytes], object] | None = None) -> Ended:
-        """Wait for the end. Standard output goes to `on_stdout` as it comes, if given, and else into the result."""
+        """Wait for the end. Standard output goes to `on_stdout` as it comes, if given, and else into the result.
+
+        Raises AgentError; VzreproError when the result would be larger than any command's of ours.
+        """
         out, err, said = bytearray(), bytearray(), bytearray()
         code, error = None, "the guest agent did not say how the command ended"
         for event in self:
@@ -156,6 +161,8 @@ class Execution:
                     out += event.stdout
                     err += event.stderr
                     said += event.stdout + event.stderr
+                    if len(said) > _MOST_SAID:
+                        raise VzreproError(f"a command in the guest says more than {_MOST_SAID >> 20} MiB")
                 case "exit_code":
                     code = event.exit_code
                     break

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from vzrepro.base.errors import VzreproError
+
 LIMIT = 4 << 20
 """Bytes of a kept file; with the one before it, twice as many are kept."""
 
 _OUTPUT = "output"
 _PIECE = struct.Struct("<QQI")
+_MOST_PIECE = 1 << 20  # bytes; agents send 16 KiB
 _READ_BYTES = 1 << 16
 _POLL_SECS = 0.1
 
@@ -93,10 +96,15 @@ class OutputLog:
         self._pending.clear()
 
     def take(self, data: bytes) -> None:
-        """Take the next bytes of the pieces."""
+        """Take the next bytes of the pieces. Raises VzreproError for one that is larger than any agent's."""
         self._pending += data
         while len(self._pending) >= _PIECE.size:
             inode, offset, length = _PIECE.unpack_from(self._pending)
+            if length > _MOST_PIECE:  # it would be waited for in memory
+                raise VzreproError(
+                    "what the guest says of a container's output is not what it should be",
+                    reason=f"a piece of {length} bytes; no agent sends more than {_MOST_PIECE}",
+                )
             end = _PIECE.size + length
             if len(self._pending) < end:
                 return

@@ -178,7 +178,8 @@ def _from_source(path: Path, name: str) -> Fact:
                 text = "" if reader is None else reader.read(_MAX_TEXT).decode(errors="replace")
                 if license_ := from_tag(text):
                     return Fact(name, license_)
-    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, TypeError) as error:
+        # A TypeError is what `tarfile` makes of a gzip header that is cut off.
         raise VzreproError(f"{path} is not an archive that can be read", reason=str(error)) from error
     return Fact(name, note=_NO_LICENCE)
 
