@@ -308,27 +308,27 @@ PARSERS: dict[str, Parser] = {
 # --- rounds -----------------------------------------------------------------------------------------------------------
 
 
-def fed(parser: Parser) -> Line:
+def fed(parser: Parser, batch: int = BATCH) -> Line:
     """Batches of inputs for one parser."""
 
     def line(round: Round) -> None:
         told = round.place / "told"
         number = round.chance.randrange(1 << 60)
-        round.calmly(lambda: _batch(parser, number, told, round.place), "reading", timed=False)
+        round.calmly(lambda: _batch(parser, batch, number, told, round.place), "reading", timed=False)
         refused, longest = json.loads(told.read_text())
-        round.tally.rounds += BATCH - 1
+        round.tally.rounds += batch - 1
         round.tally.faults += refused
         round.tally.longest_secs = max(round.tally.longest_secs, longest)
 
     return line
 
 
-def _batch(parser: Parser, number: int, told: Path, place: Path) -> None:
+def _batch(parser: Parser, batch: int, number: int, told: Path, place: Path) -> None:
     """Read the inputs that follow from a number; writes how many were refused, and the longest time of one."""
     refused, longest = 0, 0.0
 
     @settings(
-        max_examples=BATCH,
+        max_examples=batch,
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),

@@ -14,8 +14,8 @@ SHORT: dict[str, tuple[Line, int]] = {
     **{f"kill {name}": (line, 2) for name, line in kills.LINES.items()},
     **{f"full: {name}": (line, 1) for name, line in full_disks.LINES.items()},
     **{name: (line, 1) for name, line in side_by_side.LINES.items()},
-    **{f"parse {name}": (line, 1) for name, line in parsers.LINES.items()},
-    **{name: (line, 1) for name, line in hostile_guest.LINES.items()},
+    **{f"parse {name}": (parsers.fed(each, 40), 1) for name, each in parsers.PARSERS.items()},
+    **{name: (parsers.fed(each, 40), 1) for name, each in hostile_guest.GUESTS.items()},
 }
 
 
