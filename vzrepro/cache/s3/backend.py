@@ -110,8 +110,14 @@ class S3Backend:
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """See `Backend.list`; a thousand entries are held at a time."""
         query = {"list-type": "2", "prefix": self._bucket.full(prefix), "encoding-type": "url"}
+        first = None
         for document in pages(self._bucket, None, query, _next_page):
-            for each in document.iterfind("{*}Contents"):
+            contents = document.findall("{*}Contents")
+            if contents:
+                before, first = first, tag(contents[0], "Key")
+                if first == before:
+                    raise RemoteError(f"{self.url} lists without an end", reason="a page begins like the one before")
+            for each in contents:
                 key = self._bucket.own(_listed_key(document, each))
                 if key is not None and key.startswith(prefix) and is_key(key):
                     yield self._listed(key, each)
