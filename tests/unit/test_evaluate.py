@@ -128,7 +128,8 @@ def test_missing_and_outdated_pins(workspace: Workspace) -> None:
 
 
 def test_reads_are_known(workspace: Workspace) -> None:
-    root = workspace(a=ONE + "local('dir', 'file')\nread('text')\nopen(__file__.replace('__init__', 'more')).read()")
+    opened = "[path] = local('more.py').tree.values()\nopen(path).read()"
+    root = workspace(a=f"{ONE}local('dir', 'file')\nread('text')\n{opened}")
     folder = root / "recipes/a"
     (folder / "dir").mkdir()
     for name in ("dir/inner", "file", "text", "more.py"):
@@ -460,3 +461,12 @@ def test_what_changes_after_evaluation_is_not_made(declare: Declare) -> None:
 def test_a_recipe_starts_no_thread(declare: Declare) -> None:
     with pytest.raises(UsageError, match=r"recipes/a/__init__.py:2: a recipe may not do this \(_thread"):
         declare(a="import json\njson.codecs.sys.modules['_thread'].start_new_thread(print, ())")
+
+
+def test_a_recipe_is_not_told_where_the_workspace_is(declare: Callable[..., DrvGraph]) -> None:
+    source = """
+from vzrepro import text
+text("t", repr([globals().get("__file__"), globals().get("__path__"), __name__, __package__]))
+"""
+    [node] = declare(a=source).nodes.values()
+    assert node.tree[""] == b"['recipes/a/__init__.py', ['recipes/a'], 'recipes.a', 'recipes.a']"

@@ -37,7 +37,7 @@ def check(root: Path, monkeypatch: pytest.MonkeyPatch) -> int:
         "str(hash('x'))",
         "str(id(object()))",
         "repr(object())",
-        "__file__",
+        "(lambda: 0).__code__.co_filename",
         "str(local('note').tree['note'])",
         "str(json.codecs.sys.modules['time'].time())",
         pytest.param(
@@ -69,7 +69,8 @@ def test_a_pure_workspace_passes(
     root = workspace(
         a="from recipes.b import WORDS\nfrom vzrepro import local, read, text\n"
         'local("tree", "link")\ntext("t", read("through/note"))\nfor word in WORDS:\n    text("word", word)',
-        b=f'WORDS = {WORDS}\nopen(__file__.replace("recipes/b/__init__.py", "beside")).read()',
+        b=f'WORDS = {WORDS}\nHERE = (lambda: 0).__code__.co_filename\n'
+        'open(HERE.replace("recipes/b/__init__.py", "beside")).read()',
     )
     (root / "beside").write_text("read by open()\n")
     (root / "elsewhere").mkdir()
@@ -85,7 +86,9 @@ def test_a_pure_workspace_passes(
 
 
 def test_a_second_evaluation_that_fails_is_told(workspace: Workspace, tmp_path: Path) -> None:
-    root = workspace(a=f"assert __file__.startswith({str(tmp_path)!r}), 'this is not my place'")
+    root = workspace(
+        a=f"assert (lambda: 0).__code__.co_filename.startswith({str(tmp_path)!r}), 'this is not my place'"
+    )
     graph = evaluate(root, Lock(), "linux/amd64")
     with pytest.raises(UsageError, match="second time") as raised:
         repeat.check(graph, root / "lock.toml", "linux/amd64")

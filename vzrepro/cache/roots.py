@@ -48,7 +48,10 @@ class CacheRoot:
     @classmethod
     def parse(cls, data: bytes, name: str) -> CacheRoot:
         """Read the entry of the root `name`. Raises ValueError, saying what is wrong."""
-        document = json.loads(data)
+        try:
+            document = json.loads(data)
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
         if not isinstance(document, dict) or document.get("type") != "root":
             raise ValueError("it is not a root")
         if document.get("format") != FORMAT:
@@ -139,7 +142,7 @@ def _read_root(backend: Backend, entry: Entry) -> CacheRoot | None:
             raise ValueError("its key is not that of a root")
         data = read_entry(backend, entry.key, _MAX_ROOT)
         return None if data is None else CacheRoot.parse(data, name)
-    except (ValueError, UsageError, RecursionError) as error:
+    except (ValueError, UsageError) as error:
         raise Damaged(
             f"{entry.key} in {backend.url} is not a root that this vzrepro understands",
             reason=str(error.message if isinstance(error, UsageError) else error),

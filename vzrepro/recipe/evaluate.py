@@ -235,16 +235,17 @@ class _Loader:
         module = types.ModuleType(name)
         if name == "recipes":
             self._modules[name] = sys.modules[name] = module
-            module.__path__ = [str(self.root / "recipes")]
+            module.__path__ = ["recipes"]
             return module
         parent = name.rpartition(".")[0]
         if parent not in self._modules:
             self._load(parent, place)
         path, is_package = self._find(name, place)
         self._modules[name] = sys.modules[name] = module
-        module.__file__ = str(path)
+        # As the workspace has it: where a clone is must not get into what a recipe declares.
+        module.__file__ = path.relative_to(self.root).as_posix()
         if is_package:
-            module.__path__ = [str(path.parent)]
+            module.__path__ = [path.parent.relative_to(self.root).as_posix()]
         module.__package__ = name if is_package else parent
         vars(module)["__builtins__"] = {**vars(builtins), "__import__": self._import, "input": None, "breakpoint": None}
         self._loading.append(name)

@@ -31,7 +31,7 @@ _MAX_TOLD = 10  # lines
 _MAX_VALUE = 60  # characters of a value
 
 _HINT = (
-    "a recipe may not depend on the order of a set (use sorted), hash(), id(), the repr of an object, __file__, "
+    "a recipe may not depend on the order of a set (use sorted), hash(), id(), the repr of an object, "
     "the clone's path, the environment, the user or the time"
 )
 
