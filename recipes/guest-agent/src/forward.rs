@@ -35,6 +35,9 @@ const LISTEN_LIMIT: Duration = Duration::from_secs(5);
 /// The pauses between two tries to connect: the first one, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
 
+/// How long what the client has sent is waited for when the target has ended: as long as our own buffers take.
+const LAST_WORDS: Duration = Duration::from_millis(20);
+
 /// Datagrams have no end: after the client's, answers are passed on until none came for this long.
 const UDP_LINGER: Duration = Duration::from_secs(5);
 
@@ -255,14 +258,10 @@ async fn relay_tcp(
             },
         }
     };
-    if !client_ended {
-        // The call ends with what the target says; what the client has said until now still goes to the target. One
-        // look is enough for that, and nobody waits for a client that says no more.
-        tokio::select! {
-            biased;
-            _ = &mut inwards => {}
-            () = std::future::ready(()) => {}
-        }
+    if end.is_ok() && !client_ended {
+        // The call ends with what the target says. What the client sent before it may still lie in a buffer, and is the
+        // target's; a client that has not ended itself learns of the end this much later.
+        let _ = timeout(LAST_WORDS, &mut inwards).await;
     }
     if let Err(status) = end {
         let _ = queue.send(Err(status)).await;

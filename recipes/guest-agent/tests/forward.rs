@@ -118,6 +118,40 @@ async fn the_clients_end_is_a_half_close_and_the_targets_end_ends_the_stream() {
     target.await.unwrap();
 }
 
+/// A target may have answered and ended before the agent looks at what the client sent long ago. Which of the two the
+/// agent sees first is chance, so it is tried often, against a target that is as quick as can be.
+#[tokio::test]
+async fn what_was_said_before_the_target_ended_arrives() {
+    let agent = Agent::start(&[]).await;
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = u32::from(socket.local_addr().unwrap().port());
+    let target = std::thread::spawn(move || {
+        for round in 0..50 {
+            let (mut stream, _) = socket.accept().unwrap();
+            std::io::Write::write_all(&mut stream, b"answer").unwrap();
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            let mut said = String::new();
+            std::io::Read::read_to_string(&mut stream, &mut said).unwrap();
+            assert_eq!(said, "early", "round {round}");
+        }
+    });
+    for _ in 0..50 {
+        let frames = [open(port, "tcp", ""), Frame::Data(Bytes::from_static(b"early"))];
+        let frames = frames.map(|frame| PortForwardFrame { frame: Some(frame) });
+        let answers = AgentServiceClient::new(agent.channel.clone())
+            .port_forward(tokio_stream::iter(frames))
+            .await;
+        let mut answers = answers.unwrap().into_inner();
+        while timeout(LIMIT, answers.message())
+            .await
+            .expect("no frame")
+            .unwrap()
+            .is_some()
+        {}
+    }
+    target.join().unwrap();
+}
+
 #[tokio::test]
 async fn both_ways_at_once_and_by_name() {
     let agent = Agent::start(&[]).await;
