@@ -103,11 +103,15 @@ def test_a_port_forward_waits_for_its_listener(host: Host, connection: Connectio
             forward.end()
             answers.append(forward.received())
 
+    # Begun before: the agent waits five seconds, and a busy machine's guest may take as long to begin a command.
+    serve = "echo ready; read go; echo served | nc -l -p 8080 > /tmp/heard"
+    server = connection.exec("/bin/sh", "-c", serve).until("ready\n")
     before = host.refusals()
     asking = threading.Thread(target=ask)
     asking.start()
     eventually(lambda: host.refusals() > before, "the port was tried")
-    connection.shell("echo served | nc -l -p 8080 > /tmp/heard")
+    server.write(b"go\n")
+    assert server.output().end == 0
     asking.join()
     assert answers == [b"served\n"]
     assert connection.shell("cat /tmp/heard") == "early\n"

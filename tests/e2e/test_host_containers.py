@@ -154,7 +154,7 @@ def test_a_port_of_a_service_that_listens_late(host: Host) -> None:
             answers.append(forward.received())
 
     # Begun before: the agent waits five seconds, and a busy machine's guest may take as long to begin a command.
-    starter = host.enter(pid, "sh", "-c", "echo ready; read go; touch /go").until("ready\n")
+    starter = host.enter(pid, "/bin/sh", "-c", "echo ready; read go; touch /go").until("ready\n")
     before = host.refusals()
     asking = threading.Thread(target=ask)
     asking.start()
