@@ -69,7 +69,7 @@ def test_a_pure_workspace_passes(
     root = workspace(
         a="from recipes.b import WORDS\nfrom vzrepro import local, read, text\n"
         'local("tree", "link")\ntext("t", read("through/note"))\nfor word in WORDS:\n    text("word", word)',
-        b=f'WORDS = {WORDS}\nHERE = (lambda: 0).__code__.co_filename\n'
+        b=f"WORDS = {WORDS}\nHERE = (lambda: 0).__code__.co_filename\n"
         'open(HERE.replace("recipes/b/__init__.py", "beside")).read()',
     )
     (root / "beside").write_text("read by open()\n")
@@ -86,9 +86,7 @@ def test_a_pure_workspace_passes(
 
 
 def test_a_second_evaluation_that_fails_is_told(workspace: Workspace, tmp_path: Path) -> None:
-    root = workspace(
-        a=f"assert (lambda: 0).__code__.co_filename.startswith({str(tmp_path)!r}), 'this is not my place'"
-    )
+    root = workspace(a=f"assert (lambda: 0).__code__.co_filename.startswith({str(tmp_path)!r}), 'this is not my place'")
     graph = evaluate(root, Lock(), "linux/amd64")
     with pytest.raises(UsageError, match="second time") as raised:
         repeat.check(graph, root / "lock.toml", "linux/amd64")
