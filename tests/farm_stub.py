@@ -1,11 +1,11 @@
 """A worker whose builds are played: what becomes of an order is in its name. As a process, so that it can be killed.
 
-    python -m tests.farm_stub URL NAME FILE [JOBS]
+    python -m tests.farm_stub URL NAME FILE [JOBS [FORMAT]]
 
 Each begun build is a line in FILE, with the time; what has been built, by whomever, is answered without building it,
-as a cache would have it. Orders are called `ok…`, `pause…` (up to two seconds), `slow…` (until it is
-stopped), `oom…` (small ones run out of memory), `remote…` (the cache fails, once), `broken…`, `disk…` (trouble, on
-`one`), `crash…` (the worker dies).
+as a cache would have it. With a FORMAT, it understands orders of that one only. Orders are called `ok…`, `pause…` (up
+to two seconds), `slow…` (until it is stopped), `oom…` (small ones run out of memory), `remote…` (the cache fails,
+once), `broken…`, `disk…` (trouble, on `one`), `crash…` (the worker dies).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from vzrepro.base.config import Config
 from vzrepro.base.errors import BuildFailed, Interrupted, OutOfMemory, RemoteError
 from vzrepro.base.model import NarHash, store_path
+from vzrepro.farm import order as orders
 from vzrepro.farm.order import SIZES, Order, OrderAnswer
 from vzrepro.farm.temporal.server import FarmServer, leave
 from vzrepro.farm.temporal.worker import FarmWorker
@@ -36,6 +37,7 @@ def key_id(name: str) -> str:
 def main() -> None:
     url, name, file = sys.argv[1:4]
     jobs = int(sys.argv[4]) if len(sys.argv) > 4 else 1
+    orders.FORMAT = int(sys.argv[5]) if len(sys.argv) > 5 else orders.FORMAT
     seen, there = Path(file), Path(f"{file}.built")
 
     def build(order: Order, attempt: Attempt) -> OrderAnswer:

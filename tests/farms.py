@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import datetime as dt
 import os
 import signal
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests import servers
 from tests.commands import Commands
@@ -59,6 +68,69 @@ class TemporalServer:
             self.process.kill()
             self.process.wait()
             self.process = None
+
+
+def _certified(place: Path, name: str, issuer: str | None = None) -> None:
+    """Write `name`.pem and .key; the certificate is for 127.0.0.1, by `issuer` or, without one, a CA's."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    own = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    by, by_key = own, key
+    if issuer is not None:
+        by = x509.load_pem_x509_certificate((place / f"{issuer}.pem").read_bytes()).subject
+        loaded = serialization.load_pem_private_key((place / f"{issuer}.key").read_bytes(), None)
+        assert isinstance(loaded, ec.EllipticCurvePrivateKey)
+        by_key = loaded
+    now = dt.datetime.now(dt.UTC)
+    certificate = (
+        x509.CertificateBuilder(by, own, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+        .sign(by_key, hashes.SHA256())
+    )
+    (place / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (place / f"{name}.key").write_bytes(secret)
+
+
+@contextlib.contextmanager
+def behind_tls(to: int, place: Path) -> Iterator[int]:
+    """The port of a proxy with TLS before the server on port `to`: it lets in who has a certificate by the CA `ca`, as
+    `client` in `place` has, and `stranger` has not."""
+    for name, issuer in (("ca", None), ("server", "ca"), ("client", "ca"), ("stranger", None)):
+        _certified(place, name, issuer)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(place / "server.pem", place / "server.key")
+    context.load_verify_locations(place / "ca.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.set_alpn_protocols(["h2"])
+
+    async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(1 << 16):
+                target.write(data)
+                await target.drain()
+        target.close()
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, to_there = await asyncio.open_connection("127.0.0.1", to)
+        await asyncio.gather(pump(reader, to_there), pump(there, writer))
+
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)  # handshakes that fail are what is tested
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    starting = asyncio.start_server(forward, "127.0.0.1", 0, ssl=context)
+    server = asyncio.run_coroutine_threadsafe(starting, loop).result()
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        loop.call_soon_threadsafe(server.close)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
 
 
 @dataclass

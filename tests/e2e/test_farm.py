@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -283,6 +285,29 @@ def test_through_a_bucket_with_signed_orders(farm: Farm, seaweed: servers.S3Serv
     listed = alice.run("cache", "ls", "--json").stdout
     assert "high-bucket" in listed
     assert [entry.key for entry in bucket.list("log/") if ".live/" in entry.key] == []
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_worker_with_a_full_disk_leaves_builds_to_others(farm: Farm) -> None:
+    full, three = farm.machine("two"), farm.machine("three")
+    client = farm.client("alice", "full")
+    client.trusted = (*client.trusted, str(farm.keys["three"].public))
+    full.env["VZREPRO_STORE"] = str(farm.place / "small")
+    (farm.place / "small").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "small", farm.place / "small"], check=True)
+    try:
+        with full.working(farm.server, url=farm.server.bucket_url):
+            alice = client.start("realize", "low-full", "--on", farm.server.bucket_url)
+            wait_for(lambda: "is full" in full.said, full.said)
+            with three.working(farm.server, url=farm.server.bucket_url):
+                out, err = alice.communicate(timeout=300)
+        assert alice.returncode == 0, err
+        assert (Path(out.strip()) / "low").read_text() == "low full\n"
+        assert "nothing is taken for 30 s" in full.said
+        assert "low-full: built" in three.said
+    finally:
+        subprocess.run(["umount", farm.place / "small"], check=True)
 
 
 @pytest.mark.thorough

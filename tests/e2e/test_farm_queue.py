@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 from temporalio import activity, workflow
-from temporalio.client import Client
+from temporalio.client import Client, WorkflowFailureError
 from temporalio.exceptions import ApplicationError
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from tests import servers
 from tests.farm_stub import key_id
-from tests.farms import TemporalServer
+from tests.farms import TemporalServer, behind_tls
 from vzrepro.base.config import Config
 from vzrepro.base.errors import BuildFailed, Interrupted, RemoteError, UsageError, VzreproError
 from vzrepro.base.model import BuildKey, DrvHash, store_path
-from vzrepro.farm.order import Order, OrderAnswer
+from vzrepro.farm.order import FORMAT, Order, OrderAnswer
 from vzrepro.farm.temporal import overview
 from vzrepro.farm.temporal.client import FarmClient
 from vzrepro.farm.temporal.server import BUILD, FarmServer, build_queue
@@ -60,8 +60,11 @@ class Played:
     place: Path
     workers: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
-    def start(self, name: str, jobs: int = 4, said: str = "takes orders") -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tests.farm_stub", self.server.url, name, str(self.place / "begun"), str(jobs)]
+    def start(
+        self, name: str, jobs: int = 4, said: str = "takes orders", url: str | None = None, version: int = FORMAT
+    ) -> subprocess.Popen[str]:
+        words = (url or self.server.url, name, str(self.place / "begun"), str(jobs), str(version))
+        command = [sys.executable, "-m", "tests.farm_stub", *words]
         with (self.place / name).open("w") as out:
             process = subprocess.Popen(command, cwd=PROJECT, stdout=out, stderr=out, text=True)
         until = time.monotonic() + 60
@@ -279,6 +282,68 @@ def test_the_server_is_told_what_is_urgent(played: Played) -> None:
     assert [played.client.cancel(each.id) for each in wanted] == [[]] * len(wanted)
 
 
+# --- other versions, and TLS
+
+
+def _elsewhere(played: Played) -> FarmClient:
+    """A client of the namespace that has no workers yet."""
+    return FarmClient(FarmServer.of(played.server.bucket_url, Config()))
+
+
+def test_a_worker_with_an_older_vzrepro_says_so(played: Played) -> None:
+    process = played.start("old", url=played.server.bucket_url, version=FORMAT - 1)
+    try:
+        with _elsewhere(played) as client, pytest.raises(UsageError, match="not an order that this vzrepro") as caught:
+            client.place(order("ok-old"), Watch(), threading.Event())
+        assert f"wanted format {FORMAT - 1}, found {FORMAT}" in str(caught.value)
+        assert "have the same vzrepro on clients and workers" in str(caught.value)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_workers_that_are_updated_while_it_is_built_are_a_reason(played: Played) -> None:
+    process = played.start("first", url=played.server.bucket_url)
+    wanted, stop = order("slow-updated"), threading.Event()
+    try:
+        with _elsewhere(played) as client, ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(client.place, wanted, Watch(), stop)
+            try:
+                played.until(lambda: played.begun(wanted))
+                process.terminate()
+                played.until(lambda: "takes nothing more" in (played.place / "first").read_text())
+                process.terminate()
+                process.wait(60)
+                process = played.start("second", url=played.server.bucket_url, version=FORMAT + 1)
+                with pytest.raises(VzreproError, match="another vzrepro than those that began it"):
+                    waiting.result(120)
+            finally:
+                stop.set()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_tls_with_certificates_on_both_sides(played: Played, tmp_path: Path) -> None:
+    """Temporal's small server has no TLS of its own: a proxy before it has, and asks for a certificate."""
+    with behind_tls(played.server.port, tmp_path) as port:
+        url = f"temporal://127.0.0.1:{port}/default"
+
+        def config(ca: str, cert: str | None) -> Config:
+            files = {"farm_ca": tmp_path / f"{ca}.pem"}
+            if cert is not None:
+                files |= {"farm_cert": tmp_path / f"{cert}.pem", "farm_cert_key": tmp_path / f"{cert}.key"}
+            return Config().model_copy(update=files)
+
+        with FarmClient(FarmServer.of(url, config("ca", "client"))) as client:
+            assert client.place(order("ok-tls"), Watch(), threading.Event()).outcome == "built"
+        for ca, cert in (("ca", None), ("ca", "stranger"), ("stranger", "client")):
+            with pytest.raises(RemoteError, match="no Temporal server can be used"):
+                FarmClient(FarmServer.of(url, config(ca, cert)))
+        with pytest.raises(RemoteError):
+            FarmClient(FarmServer.of(url, Config()))
+
+
 # --- a hostile queue
 
 
@@ -338,9 +403,31 @@ def test_a_worker_refuses_what_is_no_order(played: Played) -> None:
 ANSWERS: dict[str, Any] = {
     "nothing": None,
     "another format": {"format": 1},
-    "no path": {"format": 2, "path": "/etc/passwd", "nar_hash": "c" * 64, "worker": "one", "outcome": "built"},
-    "a flood": {"format": 2, "path": "x" * 1_500_000, "nar_hash": "c" * 64, "worker": "one", "outcome": "built"},
+    "no path": {"format": FORMAT, "path": "/etc/passwd", "nar_hash": "c" * 64, "worker": "one", "outcome": "built"},
+    "a flood": {"format": FORMAT, "path": "x" * 1_500_000, "nar_hash": "c" * 64, "worker": "one", "outcome": "built"},
 }
+
+
+def test_a_flood_of_nonsense_keeps_no_worker_from_work(played: Played) -> None:
+    sound = order("ok-flood").document()
+
+    async def ask(client: Client) -> list[BaseException | object]:
+        async with Worker(client, task_queue="flood", workflows=[Hostile], workflow_runner=UnsandboxedWorkflowRunner()):
+            nonsense = [
+                client.execute_workflow(
+                    Hostile.run,
+                    {**sound, "drv": "x" * 10_000 + str(number)},
+                    id=f"flood-{number}-{time.time_ns()}",
+                    task_queue="flood",
+                )
+                for number in range(40)
+            ]
+            good = played.client._placed(order("ok-beside"), Watch(), threading.Event(), 1.0)
+            return await asyncio.gather(good, *nonsense, return_exceptions=True)
+
+    answer, *refused = played.client.run(ask(played.client.client))
+    assert isinstance(answer, OrderAnswer), answer
+    assert all(isinstance(each, WorkflowFailureError) for each in refused)
 
 
 @pytest.mark.parametrize("what", ANSWERS)

@@ -123,6 +123,20 @@ def test_an_order_of_strange_parts_is_refused_or_sound(parts: dict[str, Any]) ->
     assert Order.parse(order.document()) == order
 
 
+@pytest.mark.parametrize("field", ["path", "nar_hash", "worker", "outcome", "report"])
+def test_ten_megabytes_are_no_answer(field: str) -> None:
+    with pytest.raises(RemoteError) as caught:
+        OrderAnswer.parse({**ANSWER.document(), field: "a" * (10 << 20)})
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("field", sorted(set(ORDER.document()) - {"format"}))
+def test_ten_megabytes_are_no_order(field: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Order.parse({**ORDER.document(), field: "a" * (10 << 20)})
+    assert len(str(caught.value)) < 2000
+
+
 def test_an_order_is_signed_by_its_client() -> None:
     key, other = SigningKey.generate("ci-1"), SigningKey.generate("ci-1")
     signed = ORDER.signed(key)

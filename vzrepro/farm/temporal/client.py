@@ -41,6 +41,7 @@ _LOOK_SECS = 1.0
 _SERVER_SECS = 600.0
 _ANSWER_SECS = 15.0
 _SERVED_SECS = 5.0
+_REPLAY = "TMPRL1100"  # the SDK's code for a workflow that does other things than its history says
 _BUSY = 20.0  # a look is taken after this many times what the last one took
 _FINAL = frozenset(
     {
@@ -336,6 +337,11 @@ def _why(error: WorkflowFailureError) -> VzreproError:
         cause = inner or cause
     if isinstance(cause, CancelledError) or (isinstance(cause, ApplicationError) and cause.type == "Cancelled"):
         return Interrupted("the build was cancelled")
+    if isinstance(cause, ApplicationError) and _REPLAY in cause.message:
+        return VzreproError(
+            "the build was given up: its workers have another vzrepro than those that began it",
+            hint="the same command orders it again; have the same vzrepro on clients and workers",
+        )
     if isinstance(cause, ApplicationError):
         return failure_of(cause.details[0] if cause.details else {"kind": cause.type, "message": cause.message})
     return VzreproError("the build failed", reason=str(cause or error)[:500], hint="vzrepro farm list")
