@@ -256,9 +256,10 @@ def guest_side(realized: Callable[[str], Path]) -> Iterator[Side]:
         yield side
 
 
-@pytest.fixture(scope="session", params=["host", "guest"])
+@pytest.fixture(scope="session", params=["host", pytest.param("guest", marks=pytest.mark.thorough)])
 def side(request: pytest.FixtureRequest) -> Side:
-    """Each of the two agents; all tests of a session share them, whatever the order of their files."""
+    """Each of the two agents; all tests of a session share them, whatever the order of their files. `tests/hosts` plays
+    with the one in a guest, too."""
     side: Side = request.getfixturevalue(f"{request.param}_side")
     return side
 

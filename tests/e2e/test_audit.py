@@ -441,6 +441,7 @@ def test_build_failures_have_their_own_exit_code(leaky: Cli) -> None:
     assert _audit(leaky, "picky", "--axes", "umask", code=100).node("picky").verdict == "BUILD_FAILED"
 
 
+@pytest.mark.thorough
 def test_rounds(leaky: Cli) -> None:
     runs = _rebuilt(leaky, "good", "--axes", "host-name", "--rounds", "3")
     assert sorted(runs) == [
@@ -477,6 +478,7 @@ def test_an_interrupted_audit_goes_on_where_it_was(leaky: Cli) -> None:
     assert len(history) == 3
 
 
+@pytest.mark.thorough
 def test_a_killed_audit_leaves_nothing_that_hurts(leaky: Cli) -> None:
     leaky.realize("slow")
     words = ("audit", "slow", "--axes", "file-system,umask", "--jobs", "1")
@@ -560,6 +562,7 @@ def test_usage(leaky: Cli, words: list[str], said: str) -> None:
     assert said in result.stderr + result.stdout
 
 
+@pytest.mark.thorough
 def test_a_target_that_is_called_like_a_verb(leaky: Cli) -> None:
     leaky.write(
         names=RECIPES.partition("for name")[0].replace('DATA = local("data")', "") + 'small("history", "echo > /out/x")'

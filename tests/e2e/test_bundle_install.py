@@ -90,7 +90,9 @@ def test_killed_at_any_step(memory: Path, before: str, exchange: bool) -> None:
     assert "new" in seen
 
 
-@pytest.mark.parametrize("before", ["nothing", "older", "damaged"])
+@pytest.mark.parametrize(
+    "before", ["older", *(pytest.param(before, marks=pytest.mark.thorough) for before in ("nothing", "damaged"))]
+)
 def test_killed_at_any_step_where_profiles_lie_in_it(memory: Path, before: str) -> None:
     """As ~/.vz/linux: the developer's own directory and the files for older hosts are each the old ones or the new
     ones; of the files there may be none that count, but never some of both. The other profile is not touched."""
@@ -180,6 +182,7 @@ while True:
 """
 
 
+@pytest.mark.thorough
 def test_a_reader_never_sees_half_while_installers_are_killed(memory: Path) -> None:
     linux = memory / "home"
     target = linux / "developer"
