@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ from vzrepro.farm.temporal.client import FarmClient
 from vzrepro.farm.temporal.server import BUILD, FarmServer, build_queue
 
 PROJECT = Path(__file__).resolve().parents[2]
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 
 
 @dataclass
@@ -61,12 +63,19 @@ class Played:
     workers: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
     def start(
-        self, name: str, jobs: int = 4, said: str = "takes orders", url: str | None = None, version: int = FORMAT
+        self,
+        name: str,
+        jobs: int = 4,
+        said: str = "takes orders",
+        url: str | None = None,
+        version: int = FORMAT,
+        env: dict[str, str] | None = None,
     ) -> subprocess.Popen[str]:
         words = (url or self.server.url, name, str(self.place / "begun"), str(jobs), str(version))
         command = [sys.executable, "-m", "tests.farm_stub", *words]
         with (self.place / name).open("w") as out:
-            process = subprocess.Popen(command, cwd=PROJECT, stdout=out, stderr=out, text=True)
+            environ = {**os.environ, **(env or {})}
+            process = subprocess.Popen(command, cwd=PROJECT, stdout=out, stderr=out, text=True, env=environ)
         until = time.monotonic() + 60
         while said not in (self.place / name).read_text():
             assert process.poll() is None and time.monotonic() < until, (self.place / name).read_text()
@@ -320,6 +329,33 @@ def test_workers_that_are_updated_while_it_is_built_are_a_reason(played: Played)
             finally:
                 stop.set()
     finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(not FAKETIME.exists(), reason="faketime is not installed")
+def test_a_worker_whose_clock_is_wrong_builds(played: Played) -> None:
+    """It is neither taken for lost, nor is its build given up: what is measured in seconds has the server's clock."""
+    env = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": "+3d", "DONT_FAKE_MONOTONIC": "1"}
+    process = played.start("shifted", url=played.server.bucket_url, env=env)
+    wanted = order("slow-shifted")
+    stop = threading.Event()
+    try:
+        with _elsewhere(played) as client, ThreadPoolExecutor(1) as pool:
+            watch = Watch()
+            waiting = pool.submit(client.place, wanted, watch, stop)
+            played.until(lambda: ("shifted", "builds") in watch.worked)
+            assert abs(float((played.place / "begun").read_text().split()[-1]) - time.time()) > 2 * 86400, (
+                "it is shifted"
+            )
+            assert [row.names for row in overview.queues(client) if "amd64 (small)" in row.queue] == ["shifted"]
+            stop.set()
+            with pytest.raises(Interrupted):
+                waiting.result(60)
+            assert client.cancel(wanted.id) == []
+            assert client.place(order("ok-shifted"), Watch(), threading.Event()).worker == "shifted"
+    finally:
+        stop.set()
         process.kill()
         process.wait()
 
