@@ -348,7 +348,6 @@ def test_a_worker_whose_clock_is_wrong_builds(played: Played) -> None:
             assert abs(float((played.place / "begun").read_text().split()[-1]) - time.time()) > 2 * 86400, (
                 "it is shifted"
             )
-            assert [row.names for row in overview.queues(client) if "amd64 (small)" in row.queue] == ["shifted"]
             stop.set()
             with pytest.raises(Interrupted):
                 waiting.result(60)
