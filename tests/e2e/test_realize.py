@@ -201,7 +201,7 @@ def test_interrupted_twice(small: Cli) -> None:
     _out, err = process.communicate(timeout=PATIENCE_SECS)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert containers(small) == []
+    assert containers(small) == [], err
 
 
 def test_kill_9_leaves_nothing_half_done(small: Cli) -> None:

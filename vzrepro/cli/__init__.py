@@ -83,8 +83,7 @@ def main(words: Sequence[str]) -> None:
     """Run one command and end the process with its exit code."""
     ours = words[: words.index("--")] if "--" in words else words  # what follows is a guest's command
     console = Console("json" if "--json" in ours else "auto", stdout=sys.stdout, stderr=sys.stderr)
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    answer_interrupts()
     try:
         with console:
             code = _run(words, console)
@@ -119,8 +118,38 @@ def _explained(error: OSError) -> VzreproError:
     return VzreproError(f"{what}{error.strerror or error}", hint="check the disk and the rights with: vzrepro doctor")
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    """The first Ctrl-C (or SIGTERM) ends the work; more of them are ignored while containers are being removed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+_ENDS = (signal.SIGINT, signal.SIGTERM)
+
+# When an interrupt that came at a bad moment is tried again.
+_AGAIN_SECS = 0.01
+
+
+def answer_interrupts() -> None:
+    """Have the first Ctrl-C (or SIGTERM) raise KeyboardInterrupt in the main thread, wherever that is; more of them are
+    ignored while containers are being removed."""
+    for number in (*_ENDS, signal.SIGALRM):
+        signal.signal(number, _interrupt)
+    sys.unraisablehook = _unraisable
+
+
+def _interrupt(_number: int, frame: FrameType | None) -> None:
+    # logging's lock would stay taken: it is taken before a `try`, and given back, after each fork, by a function that
+    # Python calls for itself. What is raised there is shown and forgotten, too.
+    for _ in range(10):
+        if frame is None:
+            break
+        if frame.f_globals.get("__name__") == "logging":
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECS)
+            return
+        frame = frame.f_back
+    for number in _ENDS:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _unraisable(what: sys.UnraisableHookArgs) -> None:
+    """An interrupt that met a function which Python calls for itself, such as `__del__`, is raised again."""
+    if issubclass(what.exc_type, KeyboardInterrupt):
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECS)
+    else:
+        sys.__unraisablehook__(what)
