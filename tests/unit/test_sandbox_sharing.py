@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,3 +151,30 @@ def test_a_mount_that_fails_has_it_asked_again(engine: Callable[..., Path], scra
     assert "run the same command again" in str(caught.value.hint)
     sandbox.sharing_of(scratch)
     assert calls.read_text().count("create") == 2
+
+
+def test_a_container_that_is_being_created_when_it_is_interrupted_is_removed(
+    engine: Callable[..., Path], scratch: Path
+) -> None:
+    creating = """
+    case $1 in
+        info) cat {info} ;;
+        create) touch {place}/begun; sleep 0.5; touch {place}/container ;;
+        rm) rm {place}/container || {{ echo "Error: No such container: x" >&2; exit 1; }} ;;
+    esac
+    """
+    place = engine(creating).parent
+    runtime = sandbox.check()
+
+    def interrupt() -> None:
+        while not (place / "begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    asking = threading.Thread(target=interrupt)
+    asking.start()
+    with pytest.raises(KeyboardInterrupt):
+        sharing.find_out(scratch, runtime)
+    asking.join()
+    time.sleep(0.5)
+    assert not (place / "container").exists()

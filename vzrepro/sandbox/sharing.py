@@ -96,6 +96,10 @@ def _looked_for(directory: Path) -> Sharing:
                 _, out, _ = engine.docker("cp", f"{name}:/seen/{token}", "-", checked=False)
                 if out.count(token) == 2:  # its name and its content
                     return Sharing(True, "it sees this machine's files")
+        except BaseException:
+            # The client may have been left in the middle of creating the container.
+            engine.remove(name, None)
+            raise
         finally:
             engine.docker("rm", "--force", "--volumes", name, checked=False)
     return Sharing(False, "it does not see this machine's files")
