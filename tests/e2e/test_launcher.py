@@ -107,7 +107,7 @@ def test_set_up_is_done_once_mended_and_redone(clone: Path) -> None:
 @pytest.fixture
 def bare_path(tmp_path: Path) -> str:
     """A PATH with a shell's usual programs, without Docker and without apt."""
-    tools = ("sh", "cmp", "id", "sed", "tr", "cat", "rm", "cp", "flock", "sleep")
+    tools = ("sh", "cmp", "id", "sed", "tr", "cat", "rm", "cp", "flock", "sleep", "uname")
     for name in tools:
         found = shutil.which(name)
         assert found, name
