@@ -125,7 +125,6 @@ def test_the_page_about_the_first_artifact_works(installed: Installed, tmp_path:
     assert "src" in said, "why names the input that changed"
 
 
-@pytest.mark.thorough
 def test_the_example_is_built_and_audited(installed: Installed, tmp_path: Path) -> None:
     root = tmp_path / "elsewhere"
     shutil.copytree(PROJECT / "examples/static-tools", root, ignore=shutil.ignore_patterns("store"))
