@@ -253,7 +253,8 @@ def test_an_engine_by_ssh(new_job: NewJob, tmp_path: Path, monkeypatch: pytest.M
         patch.setenv("DOCKER_HOST", "ssh://someone@builder.invalid")
         assert output(new_job("cat /in/source; echo made > /out/x", inputs={"source": ssh}))[0] == "#!/bin/sh"
         assert "builder.invalid" in (tmp_path / "asked").read_text()
-        ssh.write_text("#!/bin/sh\necho 'Permission denied (publickey,password).' >&2\nexit 255\n")
+        # A real one is refused by the other side, later than the client has asked its first question.
+        ssh.write_text("#!/bin/sh\nread -r _\necho 'Permission denied (publickey,password).' >&2\nexit 255\n")
         with pytest.raises(VzreproError, match="does not answer") as caught:
             sandbox.check()
     assert "Permission denied (publickey" in str(caught.value.reason)
