@@ -22,7 +22,13 @@ def main() -> None:
         site.main()
     from vzrepro import cli
 
-    cli.main(words)
+    try:
+        cli.main(words)
+    except SystemExit as end:
+        # Only the process itself may be left like this, and not whoever calls `cli.main` in one of theirs.
+        if (farm := sys.modules.get("vzrepro.farm.temporal.server")) is not None:
+            farm.leave(end.code)
+        raise
 
 
 def _known(words: list[str]) -> str | None:

@@ -56,3 +56,17 @@ def test_an_interrupt_is_never_lost(before: str, busy: str) -> None:
     script = before + FORKING.replace("BUSY", busy)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_command_in_a_process_of_others_leaves_them_that() -> None:
+    """Also where Temporal's library is loaded, whose threads `vzrepro` itself does not wait for at its end."""
+    script = """
+import vzrepro.farm.temporal.server
+from vzrepro import cli
+try:
+    cli.main(["--help"])
+except SystemExit:
+    print("still here")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("still here\n")

@@ -80,7 +80,7 @@ def group(session: Session, directory: str) -> None:
 
 
 def main(words: Sequence[str]) -> None:
-    """Run one command and end the process with its exit code."""
+    """Run one command; raises SystemExit with its exit code."""
     ours = words[: words.index("--")] if "--" in words else words  # what follows is a guest's command
     console = Console("json" if "--json" in ours else "auto", stdout=sys.stdout, stderr=sys.stderr)
     answer_interrupts()
@@ -90,8 +90,7 @@ def main(words: Sequence[str]) -> None:
     except VzreproError as error:
         console.show_error(error)
         code = error.exit_code
-    farm = sys.modules.get("vzrepro.farm.temporal.server")
-    (sys.exit if farm is None else farm.leave)(code)
+    sys.exit(code)
 
 
 def _run(words: Sequence[str], console: Console) -> int:
