@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ pytestmark = needs_qemu
 
 
 @pytest.fixture(scope="module")
-def bundles(project: Cli) -> Path:
-    """The realized `bundles`. Where no cache has the developer kernel, that takes a quarter of an hour more."""
+def bundles(project: Cli, bundle_of: Callable[[str], Path]) -> Path:
+    """The realized `bundles`, where the developer kernel is here or in a cache."""
+    bundle_of("developer")
     return project.realize("bundles")[0]
 
 
