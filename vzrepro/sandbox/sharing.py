@@ -96,7 +96,7 @@ def _looked_for(directory: Path) -> Sharing:
                 _, out, _ = engine.docker("cp", f"{name}:/seen/{token}", "-", checked=False)
                 if out.count(token) == 2:  # its name and its content
                     return Sharing(True, "it sees this machine's files")
-        except BaseException:
+        except KeyboardInterrupt:
             # The client may have been left in the middle of creating the container.
             engine.remove(name, None)
             raise
